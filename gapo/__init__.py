@@ -1,0 +1,14 @@
+"""GAPO: Geometric Anchor Preference Optimization (arXiv 2602.04909), on any array library.
+
+The core is `loss`, `anchor_gap`, `weights` and `sequence_logps` over Array-API arrays, and `value_and_grad`, the whole
+training step, over a backend (PyTorch, JAX, MLX, NumPy) that is imported when it is first used.
+"""
+
+from gapo.config import GAPOConfig
+from gapo.logps import sequence_logps
+from gapo.objective import anchor_gap, loss, weights
+from gapo.step import StepResult, value_and_grad
+
+__version__ = "0.1.0"
+
+__all__ = ["GAPOConfig", "StepResult", "anchor_gap", "loss", "sequence_logps", "value_and_grad", "weights"]

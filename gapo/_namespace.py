@@ -1,0 +1,106 @@
+"""What the Array API cannot say: which library an array is of, stop-gradient, and whether a value can be read now.
+
+No framework is imported here. A framework's module is looked up in `sys.modules`, where it stands already if an array
+of it exists.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import array_api_compat as compat
+
+Array = Any
+Namespace = Any
+
+# Naming the module beats `array_namespace(x)`: torch.compile then traces without a break.
+_MODULES = {
+    "numpy": "array_api_compat.numpy",
+    "torch": "array_api_compat.torch",
+    "jax": "jax.numpy",
+    "mlx": "mlx.core",
+}
+
+
+def library(x: Array) -> str | None:
+    """Name of the library `x` is an array of: "numpy", "torch", "jax", "mlx", "other", or None if it is no array."""
+    if compat.is_torch_array(x):
+        return "torch"
+    if compat.is_numpy_array(x):
+        return "numpy"
+    if compat.is_jax_array(x):
+        return "jax"
+    mlx = sys.modules.get("mlx.core")
+    if mlx is not None and isinstance(x, mlx.array):
+        return "mlx"
+    return "other" if hasattr(x, "__array_namespace__") else None
+
+
+def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
+    """The Array-API namespace shared by the named arrays.
+
+    Raises TypeError if one is not an array, if they are of different libraries, or of another than `backend` states,
+    and ValueError if `backend` is not a known name.
+    """
+    if backend is not None and backend not in _MODULES:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _MODULES))} or None, got {backend!r}")
+    found = {name: library(x) for name, x in arrays.items()}
+    for name, kind in found.items():
+        if kind is None:
+            raise TypeError(
+                f"{name} must be an array of NumPy, PyTorch, JAX, MLX or another Array-API library, "
+                f"got {type(arrays[name]).__name__}"
+            )
+        if backend is not None and kind != backend:
+            raise TypeError(f"backend={backend!r} was stated, but {name} is an array of {kind} ({type(arrays[name])})")
+    if len(set(found.values())) > 1:
+        raise TypeError(f"all arrays must be of one library; got {found}")
+    kind = next(iter(found.values()))
+    if kind in _MODULES:
+        return importlib.import_module(_MODULES[kind])
+    return compat.array_namespace(*arrays.values())
+
+
+def stop_gradient(x: Array) -> Array:
+    """`x` as a constant: no gradient flows through it. The same values, not copied."""
+    kind = library(x)
+    if kind == "torch":
+        return x.detach()
+    if kind == "jax":
+        return sys.modules["jax"].lax.stop_gradient(x)
+    if kind == "mlx":
+        return sys.modules["mlx.core"].stop_gradient(x)
+    return x
+
+
+def is_concrete(x: Array) -> bool:
+    """Whether the values of `x` can be read now: False under a tracer (jax.jit, torch.compile, mx.compile)."""
+    kind = library(x)
+    if kind == "torch":
+        return not sys.modules["torch"].compiler.is_compiling()
+    if kind == "jax":
+        return not isinstance(x, sys.modules["jax"].core.Tracer)
+    if kind == "mlx":
+        try:
+            sys.modules["mlx.core"].eval(x)
+        except (RuntimeError, ValueError):  # mx.compile and mx.vmap refuse to evaluate their placeholders
+            return False
+    return True
+
+
+def is_half(dtype: Any, xp: Namespace) -> bool:
+    """Whether `dtype` is a floating type of fewer than 32 bits (float16, bfloat16)."""
+    return any(dtype == getattr(xp, name) for name in ("float16", "bfloat16") if hasattr(xp, name))
+
+
+def at_least_float32(x: Array, xp: Namespace) -> Array:
+    """`x`, with float16 and bfloat16 widened to float32; float32 and float64 as they are."""
+    return xp.astype(x, xp.float32) if is_half(x.dtype, xp) else x
+
+
+def require_floating(x: Array, name: str, xp: Namespace) -> None:
+    """Raise TypeError, naming the array, unless its dtype is a real floating one."""
+    if not xp.isdtype(x.dtype, "real floating") and not is_half(x.dtype, xp):
+        raise TypeError(f"{name} must be floating point, got dtype {x.dtype}")

@@ -1,0 +1,80 @@
+"""The protocol between the step and a framework: a handful of verbs, each with the reason why the Array API cannot say it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from gapo._namespace import Array, Namespace
+
+# What `margin_fn(params, batch)` returns: margins (N,), or (chosen_logps, rejected_logps), each (N,).
+MarginFn = Callable[[Any, Any], Any]
+# A rule for one parameter: (name, theta) -> array of the shape of theta.
+LeafRule = Callable[[str, Array], Array]
+
+
+class Forward(Protocol):
+    """One clean forward of a batch, and what can be asked of it afterwards. None of it changes the parameters for good."""
+
+    outputs: tuple[Array, ...]
+    """(margins,), or (chosen_logps, rejected_logps); each (N,)."""
+
+    parameters: dict[str, Array]
+    """Every trainable parameter by name."""
+
+    head: Iterable[str]
+    """Names among `parameters` that belong to the output head."""
+
+    def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
+        """Gradients of `sum_j <cotangents[j], outputs[j]>` by the named parameters; 0 for one that was not used.
+
+        Called twice on one forward: first with `names`, for the probe; then without, for all parameters, after which the forward is
+        spent. A backend may make the second call cheap.
+        """
+
+    def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Array, ...]:
+        """Outputs with `move(name, theta)` in place of the named parameters; no gradient, the same dropout masks.
+
+        In-place backends call `move` parameter by parameter, so that one full copy is alive, and put theta back bit for bit
+        whatever happens. Writing to a framework's parameters is not in the Array API.
+        """
+
+    def directional(self, delta: LeafRule, names: Iterable[str]) -> Array:
+        """Derivative of each pair's margin along `delta(name, theta)`, (N,): `<grad M_i, delta>`, without a second set of weights."""
+
+
+class Backend(Protocol):
+    """A framework. Gradients, parameters, random numbers and ranks are what differs; the arithmetic is the Array API's."""
+
+    xp: Namespace
+    """The framework's Array-API namespace."""
+
+    def forward(self, margin_fn: MarginFn, params: Any, batch: Any) -> Forward:
+        """Run the clean forward so that it can be pulled back: automatic differentiation is each framework's own."""
+
+    def norm(self, x: Array) -> Array:
+        """Euclidean norm of one array: `geometry.norm`, or the framework's fused kernel where it is as safe."""
+
+    def all_reduce(self, x: Array, op: str) -> Array:
+        """`x` reduced by "mean", "max" or "sum" over the data-parallel ranks: all ranks share one anchor. Identity on one rank."""
+
+    def normal(self, names: Iterable[str], parameters: dict[str, Array], rng: Any) -> dict[str, Array]:
+        """A standard normal draw for each named parameter, float32 or wider, equal on all ranks. Random numbers are not standard."""
+
+    def pack(self, params: Any, grads: dict[str, Array]) -> Any:
+        """Gradients by name in the form the framework's optimisers take."""
+
+
+def outputs_of(returned: Any) -> tuple[Array, ...]:
+    """What a `margin_fn` returned, as a tuple of one or two (N,) arrays. Raises TypeError or ValueError naming what came."""
+    outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+    accepted = "margin_fn must return margins (N,), or (chosen_logps, rejected_logps), each (N,)"
+    if len(outputs) not in (1, 2):
+        raise TypeError(f"{accepted}; got {len(outputs)} values")
+    for output in outputs:
+        if not hasattr(output, "shape"):
+            raise TypeError(f"{accepted}; got {type(output).__name__}")
+    shapes = [tuple(output.shape) for output in outputs]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
+        raise ValueError(f"{accepted}, with N >= 1 pairs; got {', '.join(map(str, shapes))}")
+    return outputs

@@ -1,0 +1,99 @@
+"""The slow reference: float64, gradients by central differences. No automatic differentiation that could share a mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from gapo import geometry
+from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.selection import HEAD_NAME
+
+_STEP = np.finfo(np.float64).eps ** (1 / 3)  # balances truncation (h^2) against rounding (eps / h)
+
+
+class NumpyForward:
+    """A clean forward over a dict of float64 arrays; every entry is differentiated by a central difference."""
+
+    def __init__(self, margin_fn: MarginFn, params: Mapping[str, np.ndarray], batch: Any) -> None:
+        for name, value in params.items():
+            if not isinstance(value, np.ndarray) or value.dtype != np.float64:
+                raise TypeError(
+                    f"params[{name!r}] must be a NumPy float64 array, got {getattr(value, 'dtype', type(value).__name__)}"
+                )
+        self._margin_fn, self._batch = margin_fn, batch
+        self.parameters: dict[str, Any] = dict(params)
+        self.head = [name for name in params if HEAD_NAME.search(name)]
+        self.outputs = self._run(self.parameters)
+
+    def _run(self, params: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        return outputs_of(self._margin_fn(params, self._batch))
+
+    @cached_property
+    def _jacobian(self) -> dict[str, list[np.ndarray]]:
+        """For each parameter, the derivative of each output: (N, *shape)."""
+        jacobian = {}
+        for name, theta in self.parameters.items():
+            columns: list[list[np.ndarray]] = [[] for _ in self.outputs]
+            for index in np.ndindex(theta.shape):
+                h = _STEP * max(1.0, abs(theta[index]))
+                sides = []
+                for side in (theta[index] + h, theta[index] - h):
+                    moved = theta.copy()
+                    moved[index] = side
+                    sides.append(self._run({**self.parameters, name: moved}))
+                for column, up, down in zip(columns, *sides, strict=True):
+                    column.append((up - down) / (2 * h))
+            n = self.outputs[0].shape[0]
+            jacobian[name] = [np.stack(c, axis=-1).reshape(n, *theta.shape) for c in columns]
+        return jacobian
+
+    def pullback(
+        self, cotangents: Sequence[np.ndarray], names: Iterable[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        return {
+            name: np.sum([np.tensordot(c, j, axes=1) for c, j in zip(cotangents, self._jacobian[name], strict=True)], axis=0)
+            for name in (self.parameters if names is None else names)
+        }
+
+    def at(self, move: LeafRule, names: Iterable[str]) -> tuple[np.ndarray, ...]:
+        return self._run({**self.parameters, **{name: move(name, self.parameters[name]) for name in names}})
+
+    def directional(self, delta: LeafRule, names: Iterable[str]) -> np.ndarray:
+        along = np.zeros(self.outputs[0].shape)
+        for name in names:
+            jacobian = self._jacobian[name]
+            by_margin = jacobian[0] if len(jacobian) == 1 else jacobian[0] - jacobian[1]
+            along += np.sum((by_margin * delta(name, self.parameters[name])).reshape(len(along), -1), axis=1)
+        return along
+
+
+class NumpyBackend:
+    """The `Backend` verbs on NumPy; one rank."""
+
+    xp = xp
+
+    def forward(self, margin_fn: MarginFn, params: Any, batch: Any) -> NumpyForward:
+        return NumpyForward(margin_fn, params, batch)
+
+    def norm(self, x: np.ndarray) -> np.ndarray:
+        return geometry.norm(x, xp)
+
+    def all_reduce(self, x: np.ndarray, op: str) -> np.ndarray:
+        return x
+
+    def normal(self, names: Iterable[str], parameters: dict[str, np.ndarray], rng: Any) -> dict[str, np.ndarray]:
+        generator = np.random.default_rng(rng)
+        return {name: generator.standard_normal(parameters[name].shape) for name in names}
+
+    def pack(self, params: Any, grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return grads
+
+
+def make_backend() -> NumpyBackend:
+    """The NumPy backend."""
+    return NumpyBackend()

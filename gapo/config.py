@@ -1,0 +1,77 @@
+"""`GAPOConfig`: the settings of one GAPO step, checked when it is made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from gapo.objective import check_objective, require_number
+
+_CHOICES = {
+    "probe": ("loss", "margin"),
+    "direction": ("pessimistic", "gaussian"),
+    "anchor": ("exact", "first_order"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GAPOConfig:
+    """Settings of the step (method document, "The step"; defaults are the authors' Mistral-7B-Instruct recipe).
+
+    Attributes:
+        beta: logistic temperature, > 0.
+        gamma: target gap times beta (SimPO's code takes `gamma / beta`; this is the papers' gamma).
+        rho: radius of the perturbation, >= 0; at 0 every gap is 0 and all weights are equal.
+        adaptive: True for the ASAM geometry, `rho * theta^2 * g / ||abs(theta) * g||`; False for the L2 ball, `rho * g / ||g||`.
+        probe: "loss" takes g from the SimPO loss (the authors' code), "margin" from the batch-average margin (paper v3).
+        direction: "pessimistic" moves along g; "gaussian" along a standard normal draw, the paper's control.
+        anchor: "exact" runs a forward at theta + delta; "first_order" takes `-<grad M_i, delta>`, free of rounding.
+        perturb: which parameters move: "backbone" (all but the output head), "all", or a regular expression that is
+            searched in parameter names.
+        last_layers: move the parameters of the last k layers only, those among them that `perturb` selects.
+        loss_type: "sigmoid" or "hinge".
+        label_smoothing: in [0, 0.5).
+        sft_weight: >= 0; adds `sft_weight * mean_i(-logp(chosen_i))`, nats per token. Needs a `margin_fn` that returns
+            (chosen_logps, rejected_logps).
+
+    Raises:
+        ValueError: a value is out of its range, naming the argument, what is accepted and what came.
+    """
+
+    beta: float = 2.5
+    gamma: float = 0.25
+    rho: float = 0.025
+    adaptive: bool = True
+    probe: str = "loss"
+    direction: str = "pessimistic"
+    anchor: str = "exact"
+    perturb: str = "backbone"
+    last_layers: int | None = None
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_number("gamma", self.gamma, "", lambda v: True)
+        check_objective(self.beta, self.gamma, self.loss_type, self.label_smoothing)
+        require_number("rho", self.rho, ">= 0", lambda v: v >= 0)
+        require_number("sft_weight", self.sft_weight, ">= 0", lambda v: v >= 0)
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(f"adaptive must be True or False, got {self.adaptive!r}")
+        for name, choices in _CHOICES.items():
+            value: Any = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        if self.last_layers is not None and (
+            isinstance(self.last_layers, bool) or not isinstance(self.last_layers, int) or self.last_layers < 1
+        ):
+            raise ValueError(f"last_layers must be a whole number >= 1, or None, got {self.last_layers!r}")
+        if not isinstance(self.perturb, str) or not self.perturb:
+            raise ValueError(f"perturb must be 'backbone', 'all' or a regular expression, got {self.perturb!r}")
+        try:
+            re.compile(self.perturb)
+        except re.error as error:
+            raise ValueError(
+                f"perturb must be 'backbone', 'all' or a regular expression, got {self.perturb!r}: {error}"
+            ) from None

@@ -1,0 +1,311 @@
+"""The step, written once over the `Backend` protocol (method document, "The step")."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gapo import geometry, objective
+from gapo._namespace import Array, Namespace, at_least_float32, is_concrete, is_half, stop_gradient
+from gapo.backends import get_backend
+from gapo.backends.base import Backend, Forward, LeafRule, MarginFn
+from gapo.config import GAPOConfig
+from gapo.selection import select
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step measured. Arrays of the backend, float32 or wider, without gradient.
+
+    Attributes:
+        loss: scalar, the mean over the pairs (plus the weighted SFT term).
+        margins: (N,) M_i at the policy, nats per token.
+        anchor_margins: (N,) M_i at the anchor; for anchor="first_order" their first-order estimate.
+        anchor_gaps: (N,) margins minus anchor margins.
+        weights: (N,) w_i; the update is `-(1/N) sum_i w_i grad M_i`.
+        grad_norm: scalar, L2 norm of the probe's gradient over the perturbed parameters.
+        radius: scalar, norm of the applied delta in the chosen geometry: `rho` up to rounding, 0 for a gradient of 0.
+        changed_fraction: scalar, share of the selected weights that the perturbation really changed; 1.0 for anchor="first_order".
+        first_order_ratio: scalar, the measured drop over the predicted one, `sum_i |c_i| gap_i / (rho * ||T g||)` with c the probe's
+            cotangents. Near 1 for a small rho; far below it where rounding ate the perturbation. None for direction="gaussian".
+        chosen_logps: (N,) at the policy, where `margin_fn` returns them, else None.
+        rejected_logps: (N,) likewise.
+    """
+
+    loss: Array
+    margins: Array
+    anchor_margins: Array
+    anchor_gaps: Array
+    weights: Array
+    grad_norm: Array
+    radius: Array
+    changed_fraction: Array
+    first_order_ratio: Array | None = None
+    chosen_logps: Array | None = None
+    rejected_logps: Array | None = None
+
+
+def value_and_grad(
+    margin_fn: MarginFn, config: GAPOConfig | None = None, *, backend: str, **options: Any
+) -> Callable[..., tuple[StepResult, Any]]:
+    """The GAPO step as a function: `step(params, batch, *, gamma=None, rng=None) -> (StepResult, grads)`.
+
+    Two forwards (clean, anchor) and two backwards (probe, update); the parameters are as before when it returns or raises.
+
+    Args:
+        margin_fn: `margin_fn(params, batch)` returns the margins M_i (N,), or (chosen_logps, rejected_logps), each (N,),
+            length-normalised, nats per token, differentiable in `params`.
+        config: the settings; None for the defaults.
+        backend: "torch", "jax", "mlx" or "numpy".
+        options: passed to the backend.
+
+    Returns:
+        `step`. Its `params` are, for "torch" and "mlx", the `nn.Module`; for "jax" any pytree of arrays; for "numpy" a dict of
+        float64 arrays. `gamma` overrides the config's by a float or (N,) array of per-pair targets; `rng` feeds
+        direction="gaussian" (a `torch.Generator`, a JAX or MLX key, a NumPy generator). `grads`: "torch" and "numpy" a dict by parameter
+        name; "jax" and "mlx" a tree like the trainable parameters. They are this rank's own, not averaged over ranks.
+
+    Raises:
+        ModuleNotFoundError: the backend's framework is not installed.
+        ValueError: unknown backend. From `step`: nothing selected to perturb, a shape that does not fit, no change by rounding.
+        FloatingPointError: from `step`: a margin or a gradient is not finite.
+
+    Source: method document, "The step"; arXiv 2602.04909.
+
+    >>> import numpy as np
+    >>> step = value_and_grad(lambda p, batch: batch @ p["w"], GAPOConfig(adaptive=False, rho=0.5), backend="numpy")
+    >>> result, grads = step({"w": np.array([1.0, 1.0])}, np.array([[1.0, 0.0]]))
+    >>> round(float(result.anchor_gaps[0]), 6)
+    0.5
+    """
+    config = GAPOConfig() if config is None else config
+    if not isinstance(config, GAPOConfig):
+        raise TypeError(f"config must be a gapo.GAPOConfig, got {type(config).__name__}")
+    framework = get_backend(backend, **options)
+
+    def step(params: Any, batch: Any, *, gamma: Any = None, rng: Any = None) -> tuple[StepResult, Any]:
+        forward = framework.forward(margin_fn, params, batch)
+        result, cotangents = run(forward, config, framework, gamma=gamma, rng=rng)
+        return result, framework.pack(params, forward.pullback(cotangents))
+
+    return step
+
+
+def run(
+    forward: Forward, config: GAPOConfig, backend: Backend, *, gamma: Any = None, rng: Any = None
+) -> tuple[StepResult, tuple[Array, ...]]:
+    """Steps 2 to 5 on a clean forward: the result, and the loss's cotangents on `forward.outputs`.
+
+    The gradient is `forward.pullback(cotangents)`, or the backward of any scalar with these derivatives.
+    """
+    xp = backend.xp
+    gamma = config.gamma if gamma is None else gamma
+    values = tuple(stop_gradient(at_least_float32(output, xp)) for output in forward.outputs)
+    margins = margins_of(values)
+    n = margins.shape[0]
+    objective.check_objective(config.beta, gamma, config.loss_type, config.label_smoothing, n)
+
+    # 2. The probe gradient, up to a positive factor: only its direction matters.
+    pull, factor = probe_pull(margins, gamma, config, backend)
+    names = select(forward.parameters, forward.head, config)
+    g = forward.pullback(_on_outputs(-pull, forward.outputs, xp), names)
+    g = {name: backend.all_reduce(g[name], "mean") for name in names}
+    grad_norm = factor * _tree_norm([backend.norm(at_least_float32(x, xp)) for x in g.values() if _numel(x)], xp)
+    _require_finite(margins, grad_norm, g, xp)
+
+    # 3. The perturbation, one parameter at a time.
+    if config.direction == "gaussian":
+        g = backend.normal(names, forward.parameters, rng)
+    perturbation = _Perturbation(forward, g, config, backend)
+
+    # 4. The margins at the anchor.
+    if config.anchor == "first_order":
+        gaps = -at_least_float32(forward.directional(perturbation.delta, names), xp)
+        anchor_margins = margins - gaps
+        radius, changed = perturbation.ideal_radius(), xp.ones_like(grad_norm)
+    else:
+        moved = forward.at(perturbation.move, names)
+        anchor_margins = margins_of(tuple(stop_gradient(at_least_float32(output, xp)) for output in moved))
+        radius, changed = perturbation.applied()
+        perturbation.check_rounding(radius, changed, names)
+        _require_finite_anchor(anchor_margins, config.rho, xp)
+        gaps = margins - anchor_margins
+
+    # 5. The loss, and its derivative by each output.
+    terms = (config.beta, gamma, config.loss_type, config.label_smoothing, xp)
+    loss = objective.reduce(objective.pair_losses(gaps, *terms), "mean", xp)
+    weights = objective.pair_weights(gaps, *terms)
+    cotangents = _on_outputs(-weights / n, forward.outputs, xp)
+    if config.sft_weight:
+        loss, cotangents = _add_sft(loss, cotangents, values, config.sft_weight, xp)
+    result = StepResult(
+        loss=loss,
+        margins=margins,
+        anchor_margins=anchor_margins,
+        anchor_gaps=gaps,
+        weights=weights,
+        grad_norm=grad_norm,
+        radius=radius,
+        changed_fraction=changed,
+        first_order_ratio=perturbation.first_order_ratio(backend.all_reduce(xp.sum(pull * gaps), "mean")),
+        chosen_logps=values[0] if len(values) == 2 else None,
+        rejected_logps=values[1] if len(values) == 2 else None,
+    )
+    return result, cotangents
+
+
+def margins_of(outputs: tuple[Array, ...]) -> Array:
+    """(N,) margins of (margins,) or (chosen_logps, rejected_logps)."""
+    return outputs[0] if len(outputs) == 1 else outputs[0] - outputs[1]
+
+
+def probe_losses(margins: Array, config: GAPOConfig, xp: Namespace, gamma: Any = None) -> Array:
+    """The loss without an anchor, (N,): `-log sigmoid(beta * M - gamma)`, SimPO's (method document, steps 2 and 6)."""
+    gamma = config.gamma if gamma is None else gamma
+    return objective.pair_losses(margins, config.beta, gamma, "sigmoid", 0.0, xp)
+
+
+def probe_pull(margins: Array, gamma: Any, config: GAPOConfig, backend: Backend) -> tuple[Array, Array]:
+    """-dl/dM of each pair as `pull` (N,), largest 1 over all ranks, and the scalar `factor` for which `factor * pull` is that of the mean.
+
+    Scaled in the logarithm: at margins near 15 the plain derivative would fall under float32's guard and the gap become 0.
+    """
+    xp = backend.xp
+    n = margins.shape[0]
+    if config.probe == "margin":
+        ones = xp.ones_like(margins)
+        return ones, ones[0] / n
+    log_pull = objective.log_sigmoid(gamma - config.beta * margins, xp)
+    peak = backend.all_reduce(xp.max(log_pull), "max")
+    return xp.exp(log_pull - peak), config.beta * xp.exp(peak) / n
+
+
+class _Perturbation:
+    """delta of one step, parameter by parameter, with what was really applied."""
+
+    def __init__(self, forward: Forward, g: dict[str, Array], config: GAPOConfig, backend: Backend) -> None:
+        self._g, self._config, self._backend, self._xp = g, config, backend, backend.xp
+        norms = [backend.norm(self._scaled(forward.parameters[name], x)) for name, x in g.items() if _numel(x)]
+        self._scaled_norm = _tree_norm(norms, self._xp)
+        self._step_size = geometry.step_size(config.rho, self._scaled_norm, self._xp)
+        self._applied: list[tuple[int, Array, Array]] = []  # entries, norm of delta / T, share of changed entries
+
+    def _scaled(self, theta: Array, g: Array) -> Array:
+        widen = (at_least_float32(stop_gradient(x), self._xp) for x in (theta, g))
+        return geometry.scaled_gradient(*widen, self._config.adaptive)
+
+    def delta(self, name: str, theta: Array) -> Array:
+        """delta of one parameter, float32 or wider whatever the dtype of theta."""
+        theta, g = at_least_float32(theta, self._xp), at_least_float32(self._g[name], self._xp)
+        return geometry.delta(theta, g, self._step_size, self._config.adaptive)
+
+    def move(self, name: str, theta: Array) -> Array:
+        """theta + delta, rounded to the dtype of theta."""
+        xp = self._xp
+        wide = at_least_float32(theta, xp)
+        moved = xp.astype(wide + self.delta(name, theta), theta.dtype)
+        if _numel(theta):
+            applied = at_least_float32(moved, xp) - wide
+            unscaled = geometry.unscaled_delta(wide, applied, self._config.adaptive, xp)
+            changed = xp.mean(xp.astype(applied != 0, wide.dtype))
+            self._applied.append((_numel(theta), self._backend.norm(unscaled), changed))
+        return moved
+
+    def applied(self) -> tuple[Array, Array]:
+        """Radius of what `move` applied, and the share of weights that it changed."""
+        sizes, norms, shares = zip(*self._applied, strict=True)
+        changed = sum(size / sum(sizes) * share for size, share in zip(sizes, shares, strict=True))
+        return _tree_norm(list(norms), self._xp), changed
+
+    def ideal_radius(self) -> Array:
+        """Radius of the delta that was never rounded: rho, or 0 for a gradient of 0."""
+        return self._step_size * self._scaled_norm
+
+    def first_order_ratio(self, drop: Array) -> Array | None:
+        """`drop` over its first-order prediction `rho * ||T g||`; 1 where both are 0."""
+        if self._config.direction == "gaussian":
+            return None
+        xp = self._xp
+        predicted = self._config.rho * self._scaled_norm
+        none = predicted == 0
+        return xp.where(none, xp.ones_like(drop), drop / xp.where(none, xp.ones_like(drop), predicted))
+
+    def check_rounding(self, radius: Array, changed: Array, names: list[str]) -> None:
+        """Raise when the perturbation was lost to rounding altogether, warn when a good part of it was."""
+        if not is_concrete(radius) or self._config.rho == 0 or float(self._scaled_norm) == 0:
+            return
+        way_out = 'use anchor="first_order", which rounds nothing, or keep the weights in float32'
+        rho = self._config.rho
+        if float(changed) == 0:
+            raise ValueError(
+                f"rho={rho} changed none of the {len(names)} selected parameters: theta + delta rounds back to theta. {way_out}"
+            )
+        half = any(is_half(self._g[name].dtype, self._xp) for name in names)
+        if half and abs(float(radius) / rho - 1) > 0.1:
+            warnings.warn(
+                f"16-bit weights keep little of the perturbation: its applied radius is {float(radius):.3g} for rho={rho}, "
+                f"and {float(changed):.2%} of the weights changed. {way_out}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def _on_outputs(by_margin: Array, outputs: tuple[Array, ...], xp: Namespace) -> tuple[Array, ...]:
+    """A cotangent on the margins as cotangents on `outputs`, in their dtypes."""
+    by_output = (by_margin,) if len(outputs) == 1 else (by_margin, -by_margin)
+    return tuple(xp.astype(c, output.dtype) for c, output in zip(by_output, outputs, strict=True))
+
+
+def _add_sft(
+    loss: Array, cotangents: tuple[Array, ...], values: tuple[Array, ...], sft_weight: float, xp: Namespace
+) -> tuple[Array, tuple[Array, ...]]:
+    """Add `sft_weight * mean(-chosen_logps)` to the loss and its cotangents."""
+    if len(values) != 2:
+        raise ValueError(
+            f"sft_weight={sft_weight} needs the chosen log-probs: let margin_fn return (chosen_logps, rejected_logps)"
+        )
+    chosen, rejected = cotangents
+    loss = loss - sft_weight * xp.mean(values[0])
+    return loss, (chosen - sft_weight / values[0].shape[0], rejected)
+
+
+def _tree_norm(norms: list[Array], xp: Namespace) -> Array:
+    return geometry.norm(xp.stack(norms), xp)
+
+
+def _numel(x: Array) -> int:
+    size = 1
+    for length in x.shape:
+        size *= int(length)
+    return size
+
+
+def _require_finite(margins: Array, grad_norm: Array, g: dict[str, Array], xp: Namespace) -> None:
+    """Raise FloatingPointError naming the pairs or the first parameter that is not finite. Asked after the ranks were reduced, so
+    that all ranks raise together."""
+    if not is_concrete(grad_norm) or bool(xp.isfinite(grad_norm)):
+        return
+    _require_finite_margins(margins, "the clean forward; look at these pairs' tokens and labels", xp)
+    name = next((name for name, x in g.items() if not bool(xp.all(xp.isfinite(x)))), "a parameter")
+    raise FloatingPointError(
+        f"the probe gradient of {name!r} is not finite; no weight was changed. Margins lie in "
+        f"[{float(xp.min(margins)):.3g}, {float(xp.max(margins)):.3g}]: look for overflow in the model, or use a wider dtype"
+    )
+
+
+def _require_finite_anchor(anchor_margins: Array, rho: float, xp: Namespace) -> None:
+    if is_concrete(anchor_margins):
+        _require_finite_margins(
+            anchor_margins, f"the anchor forward; rho={rho} moves the weights too far, lower it", xp
+        )
+
+
+def _require_finite_margins(margins: Array, where: str, xp: Namespace) -> None:
+    bad = [i for i in range(margins.shape[0]) if not bool(xp.isfinite(margins[i]))]
+    if bad:
+        raise FloatingPointError(f"the margins of pairs {bad} are not finite in {where}")
+
+
+__all__ = ["LeafRule", "StepResult", "margins_of", "probe_losses", "run", "value_and_grad"]
