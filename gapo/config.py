@@ -23,8 +23,9 @@ class GAPOConfig:
         beta: logistic temperature, > 0.
         gamma: target gap times beta (SimPO's code takes `gamma / beta`; this is the papers' gamma).
         rho: radius of the perturbation, >= 0; at 0 every gap is 0 and all weights are equal.
-        adaptive: True for the ASAM geometry, `rho * theta^2 * g / ||abs(theta) * g||`; False for the L2 ball, `rho * g / ||g||`.
-        probe: "loss" takes g from the SimPO loss (the authors' code), "margin" from the batch-average margin (paper v3).
+        adaptive: True for the ASAM geometry, `rho * theta^2 * g / ||abs(theta) * g||`; False for the L2 ball,
+            `rho * g / ||g||`.
+        probe: "loss" takes g from the SimPO loss (the authors' code); "margin" from the mean margin (paper v3).
         direction: "pessimistic" moves along g; "gaussian" along a standard normal draw, the paper's control.
         anchor: "exact" runs a forward at theta + delta; "first_order" takes `-<grad M_i, delta>`, free of rounding.
         perturb: which parameters move: "backbone" (all but the output head), "all", or a regular expression that is

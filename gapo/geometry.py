@@ -1,8 +1,8 @@
 """The perturbation: delta from (theta, g, rho), its norm, leaf by leaf (method document, step 3).
 
 With T = |theta| in the adaptive geometry (ASAM, arXiv 2102.11600) and T = 1 in the L2 ball (SAM, arXiv 2010.01412),
-`delta = rho * T^2 * g / ||T * g||_2`, where the norm runs over all selected parameters together, and the radius of a delta is
-`||delta / T||_2`. Signs do not matter to a norm, so theta stands for |theta| below.
+`delta = rho * T^2 * g / ||T * g||_2`, where the norm runs over all selected parameters together; the radius of a delta
+is `||delta / T||_2`. Signs do not matter to a norm, so theta stands for |theta| below.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from gapo._namespace import Array, Namespace
 
 
 def norm(x: Array, xp: Namespace) -> Array:
-    """Euclidean norm of all entries of `x`, a scalar; scaled by the largest entry, so that small numbers do not vanish squared."""
+    """Euclidean norm of `x`, a scalar; scaled by the largest entry, so that small numbers do not vanish squared."""
     peak = xp.max(xp.abs(x))
     unit = x / xp.where(peak > 0, peak, xp.ones_like(peak))
     return peak * xp.sqrt(xp.sum(unit * unit))
@@ -29,13 +29,13 @@ def delta(theta: Array, g: Array, step_size: Array, adaptive: bool) -> Array:
 
 
 def step_size(rho: float, scaled_norm: Array, xp: Namespace) -> Array:
-    """rho / ||T * g||, a scalar; 0 where the norm is 0 (a fresh LoRA: theta * g is 0 everywhere), so that delta is 0, never NaN."""
+    """rho / ||T * g||, a scalar; 0 where the norm is 0 (a fresh LoRA), so that delta is 0 there, never NaN."""
     zero = scaled_norm == 0
     return xp.where(zero, xp.zeros_like(scaled_norm), rho / xp.where(zero, xp.ones_like(scaled_norm), scaled_norm))
 
 
 def unscaled_delta(theta: Array, applied: Array, adaptive: bool, xp: Namespace) -> Array:
-    """delta / T of one parameter: what the radius is the norm of. 0 where theta is 0, which the adaptive geometry never moves."""
+    """delta / T of one parameter, which the radius is the norm of; 0 where T is 0, since delta is 0 there."""
     if not adaptive:
         return applied
     zero = theta == 0

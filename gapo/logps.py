@@ -38,8 +38,8 @@ def sequence_logps(
 
     Raises:
         TypeError: not arrays of one library, `logits` not floating, `labels` not integer.
-        ValueError: shapes do not fit; or a response has no counted token, or a label lies outside the vocabulary, named by
-            row. Where values cannot be read (under `jax.jit`, `mx.compile`, `torch.compile`) such a row is NaN.
+        ValueError: shapes do not fit; or a response has no counted token, or a label lies outside the vocabulary, named
+            by row. Where values cannot be read (under `jax.jit`, `mx.compile`, `torch.compile`) an empty row is NaN.
 
     Source: method document, symbols; SimPO (arXiv 2405.14734) for the length normalisation.
 

@@ -57,7 +57,7 @@ def pair_losses(
 def pair_weights(
     gap: Array, beta: float, gamma: float | Array, loss_type: str, label_smoothing: float, xp: Namespace
 ) -> Array:
-    """Minus the derivative of `pair_losses` by the gap, (N,): for the logistic loss beta * sigmoid(gamma - beta * gap)."""
+    """Minus the derivative of `pair_losses` by the gap, (N,); logistic: beta * sigmoid(gamma - beta * gap)."""
     x = beta * gap - gamma
     slope = LOSS_TYPES[loss_type].slope
     if label_smoothing == 0:
@@ -82,20 +82,20 @@ def anchor_gap(
 ) -> Array:
     r"""Anchor Gap of each pair: how much its margin drops from the policy to the anchor.
 
-    .. math:: \Gamma_i = (\log\pi_\theta(y^+_i) - \log\pi_\theta(y^-_i)) - sg(\log\pi_{\tilde\theta}(y^+_i) - \log\pi_{\tilde\theta}(y^-_i))
+    .. math:: \Gamma_i = M_i(\theta) - sg(M_i(\tilde\theta)), \quad M_i = \log\pi(y^+_i) - \log\pi(y^-_i)
 
     Args:
         chosen_logps: (N,) length-normalised log-probability of each chosen response under the policy, nats per token.
         rejected_logps: (N,) the same of each rejected response.
-        anchor_chosen_logps: (N,) the same of each chosen response under the anchor. Carries no gradient, whatever is passed.
-        anchor_rejected_logps: (N,) the same of each rejected response under the anchor. Carries no gradient.
+        anchor_chosen_logps: (N,) the same of each chosen response under the anchor. Carries no gradient, ever.
+        anchor_rejected_logps: (N,) the same of each rejected response under the anchor. Carries no gradient, ever.
         backend: "numpy", "torch", "jax" or "mlx" to state the library; None finds it from the arrays.
 
     Returns:
         (N,) gaps in nats per token, float32 or wider; differentiable in the first two arguments.
 
     Raises:
-        TypeError: an argument is not an array, not floating point, or of another library than stated or than the others.
+        TypeError: an argument is not an array, not floating point, or not of the library stated or of the others.
         ValueError: the shapes differ or are not (N,) with N >= 1, or `backend` is unknown.
 
     Source: method document, symbols; arXiv 2602.04909.
@@ -178,8 +178,8 @@ def loss(
     Args:
         chosen_logps: (N,) length-normalised log-probability of each chosen response under the policy, nats per token.
         rejected_logps: (N,) the same of each rejected response.
-        anchor_chosen_logps: (N,) the same of each chosen response under the anchor. Carries no gradient, whatever is passed.
-        anchor_rejected_logps: (N,) the same of each rejected response under the anchor. Carries no gradient.
+        anchor_chosen_logps: (N,) the same of each chosen response under the anchor. Carries no gradient, ever.
+        anchor_rejected_logps: (N,) the same of each rejected response under the anchor. Carries no gradient, ever.
         beta: logistic temperature, > 0.
         gamma: target gap times beta: a float, or (N,) one for each pair.
         loss_type: "sigmoid" (the paper's), or "hinge": `relu(1 - (beta * gap - gamma))`.
@@ -191,7 +191,7 @@ def loss(
         Scalar, or (N,) for reduction="none"; float32 or wider, differentiable in the first two arguments.
 
     Raises:
-        TypeError: an argument is not an array, not floating point, or of another library than stated or than the others.
+        TypeError: an argument is not an array, not floating point, or not of the library stated or of the others.
         ValueError: shapes differ or are not (N,) with N >= 1, or an option is out of its range.
 
     Source: method document, step 5; arXiv 2602.04909. The argument order is DPO's, with the anchor for the reference.

@@ -47,7 +47,7 @@ def select(names: Iterable[str], head: Iterable[str], config: GAPOConfig) -> lis
 
 
 def layer_index(name: str) -> int | None:
-    """Index of the layer a parameter belongs to: the first whole number among the parts of its name, None without one."""
+    """Index of the layer of a parameter: the first whole number among the parts of its name, None without one."""
     found = _LAYER_INDEX.search(name)
     return int(found.group()) if found else None
 

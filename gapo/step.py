@@ -27,9 +27,11 @@ class StepResult:
         weights: (N,) w_i; the update is `-(1/N) sum_i w_i grad M_i`.
         grad_norm: scalar, L2 norm of the probe's gradient over the perturbed parameters.
         radius: scalar, norm of the applied delta in the chosen geometry: `rho` up to rounding, 0 for a gradient of 0.
-        changed_fraction: scalar, share of the selected weights that the perturbation really changed; 1.0 for anchor="first_order".
-        first_order_ratio: scalar, the measured drop over the predicted one, `sum_i |c_i| gap_i / (rho * ||T g||)` with c the probe's
-            cotangents. Near 1 for a small rho; far below it where rounding ate the perturbation. None for direction="gaussian".
+        changed_fraction: scalar, share of the selected weights that the perturbation really changed; 1.0 for
+            anchor="first_order".
+        first_order_ratio: scalar, the measured drop over the predicted one, `sum_i |c_i| gap_i / (rho * ||T g||)` with
+            c the probe's cotangents. Near 1 for a small rho; far below it where rounding ate the perturbation. None for
+            direction="gaussian".
         chosen_logps: (N,) at the policy, where `margin_fn` returns them, else None.
         rejected_logps: (N,) likewise.
     """
@@ -52,24 +54,27 @@ def value_and_grad(
 ) -> Callable[..., tuple[StepResult, Any]]:
     """The GAPO step as a function: `step(params, batch, *, gamma=None, rng=None) -> (StepResult, grads)`.
 
-    Two forwards (clean, anchor) and two backwards (probe, update); the parameters are as before when it returns or raises.
+    Two forwards (clean, anchor) and two backwards (probe, update). The parameters are as before when it returns or
+    raises.
 
     Args:
-        margin_fn: `margin_fn(params, batch)` returns the margins M_i (N,), or (chosen_logps, rejected_logps), each (N,),
-            length-normalised, nats per token, differentiable in `params`.
+        margin_fn: `margin_fn(params, batch)` returns the margins M_i (N,), or (chosen_logps, rejected_logps), each
+            (N,), length-normalised, nats per token, differentiable in `params`.
         config: the settings; None for the defaults.
         backend: "torch", "jax", "mlx" or "numpy".
         options: passed to the backend.
 
     Returns:
-        `step`. Its `params` are, for "torch" and "mlx", the `nn.Module`; for "jax" any pytree of arrays; for "numpy" a dict of
-        float64 arrays. `gamma` overrides the config's by a float or (N,) array of per-pair targets; `rng` feeds
-        direction="gaussian" (a `torch.Generator`, a JAX or MLX key, a NumPy generator). `grads`: "torch" and "numpy" a dict by parameter
-        name; "jax" and "mlx" a tree like the trainable parameters. They are this rank's own, not averaged over ranks.
+        `step`. Its `params` are, for "torch" and "mlx", the `nn.Module`; for "jax" any pytree of arrays; for "numpy" a
+        dict of float64 arrays. `gamma` overrides the config's by a float or (N,) array of per-pair targets; `rng` feeds
+        direction="gaussian" (a `torch.Generator`, a JAX or MLX key, a NumPy generator). `grads`: "torch" and "numpy" a
+        dict by parameter name; "jax" and "mlx" a tree like the trainable parameters. They are this rank's own, not
+        averaged over ranks.
 
     Raises:
         ModuleNotFoundError: the backend's framework is not installed.
-        ValueError: unknown backend. From `step`: nothing selected to perturb, a shape that does not fit, no change by rounding.
+        ValueError: unknown backend. From `step`: nothing is selected to perturb, a shape does not fit, or rounding left
+            no weight changed.
         FloatingPointError: from `step`: a margin or a gradient is not finite.
 
     Source: method document, "The step"; arXiv 2602.04909.
@@ -168,9 +173,10 @@ def probe_losses(margins: Array, config: GAPOConfig, xp: Namespace, gamma: Any =
 
 
 def probe_pull(margins: Array, gamma: Any, config: GAPOConfig, backend: Backend) -> tuple[Array, Array]:
-    """-dl/dM of each pair as `pull` (N,), largest 1 over all ranks, and the scalar `factor` for which `factor * pull` is that of the mean.
+    """-dl/dM of each pair up to a factor: `pull` (N,), the largest over all ranks 1, and the scalar `factor` such that
+    `factor * pull` is minus the derivative of the mean probe loss.
 
-    Scaled in the logarithm: at margins near 15 the plain derivative would fall under float32's guard and the gap become 0.
+    Scaled in the logarithm, since only the direction matters: at large margins the plain derivative underflows.
     """
     xp = backend.xp
     n = margins.shape[0]
@@ -193,8 +199,8 @@ class _Perturbation:
         self._applied: list[tuple[int, Array, Array]] = []  # entries, norm of delta / T, share of changed entries
 
     def _scaled(self, theta: Array, g: Array) -> Array:
-        widen = (at_least_float32(stop_gradient(x), self._xp) for x in (theta, g))
-        return geometry.scaled_gradient(*widen, self._config.adaptive)
+        theta = at_least_float32(stop_gradient(theta), self._xp)
+        return geometry.scaled_gradient(theta, at_least_float32(g, self._xp), self._config.adaptive)
 
     def delta(self, name: str, theta: Array) -> Array:
         """delta of one parameter, float32 or wider whatever the dtype of theta."""
@@ -240,12 +246,13 @@ class _Perturbation:
         rho = self._config.rho
         if float(changed) == 0:
             raise ValueError(
-                f"rho={rho} changed none of the {len(names)} selected parameters: theta + delta rounds back to theta. {way_out}"
+                f"rho={rho} changed none of the {len(names)} selected parameters: theta + delta rounds to theta. "
+                f"{way_out[0].upper()}{way_out[1:]}"
             )
         half = any(is_half(self._g[name].dtype, self._xp) for name in names)
         if half and abs(float(radius) / rho - 1) > 0.1:
             warnings.warn(
-                f"16-bit weights keep little of the perturbation: its applied radius is {float(radius):.3g} for rho={rho}, "
+                f"16-bit weights round the perturbation away: its applied radius is {float(radius):.3g} for rho={rho}, "
                 f"and {float(changed):.2%} of the weights changed. {way_out}",
                 RuntimeWarning,
                 stacklevel=4,
@@ -283,15 +290,17 @@ def _numel(x: Array) -> int:
 
 
 def _require_finite(margins: Array, grad_norm: Array, g: dict[str, Array], xp: Namespace) -> None:
-    """Raise FloatingPointError naming the pairs or the first parameter that is not finite. Asked after the ranks were reduced, so
-    that all ranks raise together."""
+    """Raise FloatingPointError naming the pairs or the first parameter that is not finite.
+
+    Asked after the ranks were reduced, so that all ranks raise together.
+    """
     if not is_concrete(grad_norm) or bool(xp.isfinite(grad_norm)):
         return
     _require_finite_margins(margins, "the clean forward; look at these pairs' tokens and labels", xp)
     name = next((name for name, x in g.items() if not bool(xp.all(xp.isfinite(x)))), "a parameter")
     raise FloatingPointError(
-        f"the probe gradient of {name!r} is not finite; no weight was changed. Margins lie in "
-        f"[{float(xp.min(margins)):.3g}, {float(xp.max(margins)):.3g}]: look for overflow in the model, or use a wider dtype"
+        f"the probe gradient of {name!r} is not finite; no weight was changed. Look for overflow in the backward, "
+        "or use a wider dtype"
     )
 
 

@@ -1,4 +1,4 @@
-"""The protocol between the step and a framework: a handful of verbs, each with the reason why the Array API cannot say it."""
+"""The protocol between the step and a framework: a few verbs, each with the reason why the Array API cannot say it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LeafRule = Callable[[str, Array], Array]
 
 
 class Forward(Protocol):
-    """One clean forward of a batch, and what can be asked of it afterwards. None of it changes the parameters for good."""
+    """One clean forward of a batch, and what can be asked of it afterwards. The parameters stay as they are."""
 
     outputs: tuple[Array, ...]
     """(margins,), or (chosen_logps, rejected_logps); each (N,)."""
@@ -28,23 +28,23 @@ class Forward(Protocol):
     def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
         """Gradients of `sum_j <cotangents[j], outputs[j]>` by the named parameters; 0 for one that was not used.
 
-        Called twice on one forward: first with `names`, for the probe; then without, for all parameters, after which the forward is
-        spent. A backend may make the second call cheap.
+        Called twice on one forward: first with `names`, for the probe; then without, for all parameters, after which
+        the forward is spent. A backend may make the second call cheap.
         """
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Array, ...]:
         """Outputs with `move(name, theta)` in place of the named parameters; no gradient, the same dropout masks.
 
-        In-place backends call `move` parameter by parameter, so that one full copy is alive, and put theta back bit for bit
-        whatever happens. Writing to a framework's parameters is not in the Array API.
+        In-place backends call `move` parameter by parameter, so that one full copy is alive, and put theta back bit for
+        bit whatever happens. Writing to a framework's parameters is not in the Array API.
         """
 
     def directional(self, delta: LeafRule, names: Iterable[str]) -> Array:
-        """Derivative of each pair's margin along `delta(name, theta)`, (N,): `<grad M_i, delta>`, without a second set of weights."""
+        """Derivative of each pair's margin along `delta(name, theta)`, (N,): `<grad M_i, delta>`, never rounded."""
 
 
 class Backend(Protocol):
-    """A framework. Gradients, parameters, random numbers and ranks are what differs; the arithmetic is the Array API's."""
+    """A framework. Gradients, parameters, random numbers and ranks differ; the arithmetic is the Array API's."""
 
     xp: Namespace
     """The framework's Array-API namespace."""
@@ -56,17 +56,17 @@ class Backend(Protocol):
         """Euclidean norm of one array: `geometry.norm`, or the framework's fused kernel where it is as safe."""
 
     def all_reduce(self, x: Array, op: str) -> Array:
-        """`x` reduced by "mean", "max" or "sum" over the data-parallel ranks: all ranks share one anchor. Identity on one rank."""
+        """`x` reduced by "mean", "max" or "sum" over the data-parallel ranks, which share one anchor."""
 
     def normal(self, names: Iterable[str], parameters: dict[str, Array], rng: Any) -> dict[str, Array]:
-        """A standard normal draw for each named parameter, float32 or wider, equal on all ranks. Random numbers are not standard."""
+        """A standard normal draw for each named parameter, float32 or wider, equal on all ranks."""
 
     def pack(self, params: Any, grads: dict[str, Array]) -> Any:
         """Gradients by name in the form the framework's optimisers take."""
 
 
 def outputs_of(returned: Any) -> tuple[Array, ...]:
-    """What a `margin_fn` returned, as a tuple of one or two (N,) arrays. Raises TypeError or ValueError naming what came."""
+    """What a `margin_fn` returned, as one or two (N,) arrays. Raises TypeError or ValueError naming what came."""
     outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
     accepted = "margin_fn must return margins (N,), or (chosen_logps, rejected_logps), each (N,)"
     if len(outputs) not in (1, 2):

@@ -1,4 +1,4 @@
-"""The slow reference: float64, gradients by central differences. No automatic differentiation that could share a mistake."""
+"""The slow reference: float64, gradients by central differences, which share no mistake with the other backends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NumpyForward:
         for name, value in params.items():
             if not isinstance(value, np.ndarray) or value.dtype != np.float64:
                 raise TypeError(
-                    f"params[{name!r}] must be a NumPy float64 array, got {getattr(value, 'dtype', type(value).__name__)}"
+                    f"params[{name!r}] must be a float64 array, got {getattr(value, 'dtype', type(value).__name__)}"
                 )
         self._margin_fn, self._batch = margin_fn, batch
         self.parameters: dict[str, Any] = dict(params)
@@ -52,11 +52,11 @@ class NumpyForward:
             jacobian[name] = [np.stack(c, axis=-1).reshape(n, *theta.shape) for c in columns]
         return jacobian
 
-    def pullback(
-        self, cotangents: Sequence[np.ndarray], names: Iterable[str] | None = None
-    ) -> dict[str, np.ndarray]:
+    def pullback(self, cotangents: Sequence[np.ndarray], names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         return {
-            name: np.sum([np.tensordot(c, j, axes=1) for c, j in zip(cotangents, self._jacobian[name], strict=True)], axis=0)
+            name: np.sum(
+                [np.tensordot(c, j, axes=1) for c, j in zip(cotangents, self._jacobian[name], strict=True)], axis=0
+            )
             for name in (self.parameters if names is None else names)
         }
 

@@ -30,7 +30,9 @@ class TorchForward:
             self.outputs = outputs_of(margin_fn(module, batch))
         for output in self.outputs:
             if self.parameters and not output.requires_grad:
-                raise ValueError("the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad")
+                raise ValueError(
+                    "the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad"
+                )
 
     def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         wanted = list(self.parameters if names is None else names)
@@ -44,8 +46,8 @@ class TorchForward:
         return dict(zip(wanted, grads, strict=True))
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
-        # `.data` is written in place: storages stay where they are (views, buckets, CUDA graphs) and the version counter does not
-        # move, so that the clean graph stays valid. theta returns from a clone, bit for bit.
+        # `.data` is written in place: storages stay where they are (views, buckets, CUDA graphs), and the version counter
+        # does not move, so that the clean graph stays valid. theta returns from a clone, bit for bit.
         saved: dict[str, Tensor] = {}
         try:
             with torch.no_grad(), self._random_state.replayed():
@@ -92,7 +94,7 @@ class _RandomState:
 
 
 class TorchBackend:
-    """The `Backend` verbs on PyTorch. Ranks are those of `torch.distributed`'s default group, once it is initialised."""
+    """The `Backend` verbs on PyTorch. Ranks are those of `torch.distributed`'s default group, if initialised."""
 
     xp = xp
 
