@@ -6,35 +6,29 @@ of it exists.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import Any
 
-import array_api_compat as compat
+import array_api_compat
 
 Array = Any
 Namespace = Any
 
-# Naming the module beats `array_namespace(x)`: torch.compile then traces without a break.
-_MODULES = {
-    "numpy": "array_api_compat.numpy",
-    "torch": "array_api_compat.torch",
-    "jax": "jax.numpy",
-    "mlx": "mlx.core",
+# The array types of each library, and where they stand.
+_ARRAYS = {
+    "numpy": ("numpy", ("ndarray", "generic")),
+    "torch": ("torch", ("Tensor",)),
+    "jax": ("jax", ("Array",)),
+    "mlx": ("mlx.core", ("array",)),
 }
 
 
 def library(x: Array) -> str | None:
     """Name of the library `x` is an array of: "numpy", "torch", "jax", "mlx", "other", or None if it is no array."""
-    if compat.is_torch_array(x):
-        return "torch"
-    if compat.is_numpy_array(x):
-        return "numpy"
-    if compat.is_jax_array(x):
-        return "jax"
-    mlx = sys.modules.get("mlx.core")
-    if mlx is not None and isinstance(x, mlx.array):
-        return "mlx"
+    for name, (module, kinds) in _ARRAYS.items():
+        loaded = sys.modules.get(module)
+        if loaded is not None and isinstance(x, tuple(getattr(loaded, kind) for kind in kinds)):
+            return name
     return "other" if hasattr(x, "__array_namespace__") else None
 
 
@@ -44,8 +38,8 @@ def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
     Raises TypeError if one is not an array, if they are of different libraries, or of another than `backend` states,
     and ValueError if `backend` is not a known name.
     """
-    if backend is not None and backend not in _MODULES:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, _MODULES))} or None, got {backend!r}")
+    if backend is not None and backend not in _ARRAYS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _ARRAYS))} or None, got {backend!r}")
     found = {name: library(x) for name, x in arrays.items()}
     for name, kind in found.items():
         if kind is None:
@@ -57,10 +51,11 @@ def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
             raise TypeError(f"backend={backend!r} was stated, but {name} is an array of {kind} ({type(arrays[name])})")
     if len(set(found.values())) > 1:
         raise TypeError(f"all arrays must be of one library; got {found}")
-    kind = next(iter(found.values()))
-    if kind in _MODULES:
-        return importlib.import_module(_MODULES[kind])
-    return compat.array_namespace(*arrays.values())
+    if next(iter(found.values())) == "torch":
+        import array_api_compat.torch as xp  # as an import statement torch.compile traces it without a graph break
+
+        return xp
+    return array_api_compat.array_namespace(*arrays.values())
 
 
 def stop_gradient(x: Array) -> Array:

@@ -1,0 +1,34 @@
+import os
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_ENABLE_X64", "1")
+os.environ.setdefault(
+    "MLX_DISABLE_COMPILE", "1"
+)  # one g++ call for each fused kernel; the compiled path has its own test
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from frameworks import LIBRARIES, Library, require
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, max_examples=25, print_blob=True)
+settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest) -> Library:
+    """Every array library of the registry."""
+    found = LIBRARIES[request.param]
+    require(found.module)
+    return found
+
+
+@pytest.fixture(params=[name for name, library in LIBRARIES.items() if library.differentiable])
+def autodiff(request: pytest.FixtureRequest) -> Library:
+    """Every library that differentiates."""
+    found = LIBRARIES[request.param]
+    require(found.module)
+    return found
