@@ -1,0 +1,21 @@
+"""Preference pairs: read and check, flip labels, tokenise, collate, generate. NumPy only, until a source needs more."""
+
+from gapo.data.collate import batches, collate_pairs
+from gapo.data.demo import generate_pairs, warmup_text
+from gapo.data.flip import flip_pairs
+from gapo.data.pairs import PairError, Pairs, Problem, read_pairs, write_rows
+from gapo.data.tokenize import tokenize_pair
+
+__all__ = [
+    "PairError",
+    "Pairs",
+    "Problem",
+    "batches",
+    "collate_pairs",
+    "flip_pairs",
+    "generate_pairs",
+    "read_pairs",
+    "tokenize_pair",
+    "warmup_text",
+    "write_rows",
+]

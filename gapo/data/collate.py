@@ -1,0 +1,88 @@
+"""Tokenised pairs to padded arrays, and seeded batches of them, the same on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gapo.data.tokenize import IGNORE_INDEX
+
+TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+
+
+def collate_pairs(
+    tokenized: Sequence[dict[str, Any]],
+    *,
+    pad_token_id: int,
+    padding_side: str = "right",
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Pad N tokenised pairs to one length: {chosen,rejected}_{input_ids,attention_mask,labels}, each (N, seq) int64.
+
+    Both answers get the same seq, so that they can be stacked. Labels are -100 on padding.
+
+    Raises:
+        ValueError: no pair, a column is missing, or an unknown side.
+    """
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+    if not tokenized:
+        raise ValueError("a batch needs at least one pair, got none")
+    for name in TOKENIZED:
+        if any(name not in row for row in tokenized):
+            raise ValueError(f"tokenised pairs need the columns {', '.join(TOKENIZED)}; {name!r} is missing")
+    seq = max(len(row[f"{side}_input_ids"]) for row in tokenized for side in ("chosen", "rejected"))
+    if pad_to_multiple_of:
+        seq = -(-seq // pad_to_multiple_of) * pad_to_multiple_of
+    batch = {}
+    for side in ("chosen", "rejected"):
+        ids = [row[f"{side}_input_ids"] for row in tokenized]
+        batch[f"{side}_input_ids"] = _pad(ids, seq, pad_token_id, padding_side)
+        batch[f"{side}_attention_mask"] = _pad([[1] * len(row) for row in ids], seq, 0, padding_side)
+        batch[f"{side}_labels"] = _pad([row[f"{side}_labels"] for row in tokenized], seq, IGNORE_INDEX, padding_side)
+    return batch
+
+
+def _pad(rows: Sequence[Sequence[int]], seq: int, value: int, side: str) -> np.ndarray:
+    out = np.full((len(rows), seq), value, dtype=np.int64)
+    for line, row in zip(out, rows, strict=True):
+        if len(row):
+            line[slice(0, len(row)) if side == "right" else slice(seq - len(row), seq)] = row
+    return out
+
+
+def batches(
+    tokenized: Sequence[dict[str, Any]],
+    batch_size: int,
+    *,
+    pad_token_id: int,
+    seed: int = 0,
+    epochs: int = 1,
+    drop_last: bool = False,
+    skip: int = 0,
+    pad_to_multiple_of: int | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Collated batches, shuffled anew each epoch: the same ones for the same seed, whatever the backend.
+
+    Each batch also holds "index" (N,), the rows it was made of. The first `skip` batches are passed over, to resume.
+
+    Raises:
+        ValueError: `batch_size` is not positive, or greater than the data with `drop_last`.
+    """
+    if batch_size < 1 or (drop_last and batch_size > len(tokenized)):
+        raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
+    made = 0
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(tokenized))
+        for start in range(0, len(order), batch_size):
+            index = order[start : start + batch_size]
+            if drop_last and len(index) < batch_size:
+                break
+            made += 1
+            if made > skip:
+                padded = collate_pairs(
+                    [tokenized[i] for i in index], pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of
+                )
+                yield {**padded, "index": index}

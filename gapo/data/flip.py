@@ -1,0 +1,58 @@
+"""Label noise on purpose: swap chosen and rejected in a known share of the pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gapo.data.pairs import text_of
+
+MODES = ("random", "length")
+FAVOURS = ("longer", "shorter")
+
+
+def flip_pairs(
+    rows: Sequence[dict[str, Any]], *, mode: str = "random", rate: float, seed: int = 0, favour: str = "longer"
+) -> list[dict[str, Any]]:
+    """A copy of `rows` with round(rate * n) pairs flipped, and "is_flipped" on every row.
+
+    Args:
+        rows: pairs; "is_flipped" where present is taken as the truth so far, and inverted on the rows flipped.
+        mode: "random" draws among all pairs; "length" among those whose flip makes the labels favour a length.
+        rate: share of ALL pairs to flip, in [0, 1].
+        seed: of the draw.
+        favour: for mode "length": "longer" flips pairs whose chosen answer is the shorter one, in characters (so do the
+            authors), "shorter" the reverse.
+
+    Raises:
+        ValueError: an argument is out of range, or fewer pairs than asked can be flipped.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be 'random' or 'length', got {mode!r}")
+    if favour not in FAVOURS:
+        raise ValueError(f"favour must be 'longer' or 'shorter', got {favour!r}")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate must be in [0, 1], got {rate!r}")
+    eligible = [i for i, row in enumerate(rows) if mode == "random" or _flip_favours(row, favour)]
+    count = round(rate * len(rows))
+    if count > len(eligible):
+        raise ValueError(
+            f"rate={rate} asks for {count} flips, but only {len(eligible)} of {len(rows)} pairs can be flipped to favour "
+            f"{favour} answers: the greatest rate here is {len(eligible) / len(rows):.4g}"
+        )
+    drawn = {eligible[i] for i in np.random.default_rng(seed).permutation(len(eligible))[:count]}
+    return [
+        _flip(row) if i in drawn else {**row, "is_flipped": row.get("is_flipped", False)} for i, row in enumerate(rows)
+    ]
+
+
+def _flip_favours(row: dict[str, Any], favour: str) -> bool:
+    growth = len(text_of(row["rejected"])) - len(text_of(row["chosen"]))
+    return growth > 0 if favour == "longer" else growth < 0
+
+
+def _flip(row: dict[str, Any]) -> dict[str, Any]:
+    swapped = {"chosen": row["rejected"], "rejected": row["chosen"], "is_flipped": not row["is_flipped"]}
+    return {**row, **swapped}
