@@ -71,6 +71,8 @@ def sequence_logps(
 def _token_logps(logits: Array, targets: Array, xp: Namespace) -> Array:
     """(batch, seq): log-softmax of `logits` (batch, seq, vocab) at `targets` (batch, seq)."""
     picked = xp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
+    if hasattr(xp, "logsumexp"):  # PyTorch and MLX have a fused one, which keeps no copy of the logits
+        return picked - xp.logsumexp(logits, -1)
     peak = stop_gradient(xp.max(logits, axis=-1, keepdims=True))
     return picked - (peak[:, :, 0] + xp.log(xp.sum(xp.exp(logits - peak), axis=-1)))
 

@@ -16,14 +16,17 @@ LeafRule = Callable[[str, Array], Array]
 class Forward(Protocol):
     """One clean forward of a batch, and what can be asked of it afterwards. The parameters stay as they are."""
 
-    outputs: tuple[Array, ...]
-    """(margins,), or (chosen_logps, rejected_logps); each (N,)."""
+    @property
+    def outputs(self) -> tuple[Array, ...]:
+        """(margins,), or (chosen_logps, rejected_logps); each (N,)."""
 
-    parameters: dict[str, Array]
-    """Every trainable parameter by name."""
+    @property
+    def parameters(self) -> dict[str, Array]:
+        """Every trainable parameter by name."""
 
-    head: Iterable[str]
-    """Names among `parameters` that belong to the output head."""
+    @property
+    def head(self) -> Iterable[str]:
+        """Names among `parameters` that belong to the output head."""
 
     def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
         """Gradients of `sum_j <cotangents[j], outputs[j]>` by the named parameters; 0 for one that was not used.
@@ -46,8 +49,9 @@ class Forward(Protocol):
 class Backend(Protocol):
     """A framework. Gradients, parameters, random numbers and ranks differ; the arithmetic is the Array API's."""
 
-    xp: Namespace
-    """The framework's Array-API namespace."""
+    @property
+    def xp(self) -> Namespace:
+        """The framework's Array-API namespace."""
 
     def forward(self, margin_fn: MarginFn, params: Any, batch: Any) -> Forward:
         """Run the clean forward so that it can be pulled back: automatic differentiation is each framework's own."""

@@ -39,13 +39,12 @@ def flip_pairs(
     count = round(rate * len(rows))
     if count > len(eligible):
         raise ValueError(
-            f"rate={rate} asks for {count} flips, but only {len(eligible)} of {len(rows)} pairs can be flipped to favour "
-            f"{favour} answers: the greatest rate here is {len(eligible) / len(rows):.4g}"
+            f"rate={rate} asks for {count} flips, but only {len(eligible)} of {len(rows)} pairs can be flipped to "
+            f"favour {favour} answers: the greatest rate here is {len(eligible) / len(rows):.4g}"
         )
     drawn = {eligible[i] for i in np.random.default_rng(seed).permutation(len(eligible))[:count]}
-    return [
-        _flip(row) if i in drawn else {**row, "is_flipped": row.get("is_flipped", False)} for i, row in enumerate(rows)
-    ]
+    kept = [{**row, "is_flipped": row.get("is_flipped", False)} for row in rows]
+    return [_flip(row) if i in drawn else row for i, row in enumerate(kept)]
 
 
 def _flip_favours(row: dict[str, Any], favour: str) -> bool:

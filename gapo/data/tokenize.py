@@ -16,7 +16,7 @@ def tokenize_pair(
     text; an end-of-text token is appended to an answer of plain text that lacks it. Messages go through the tokenizer's
     chat template.
 
-    Truncation to `max_length` cuts the prompt from its left first, then the answer's end: the answer's START is what stays.
+    Truncation to `max_length` cuts the prompt from its left first, then the answer's end: the answer's START stays.
 
     Args:
         row: a pair with "prompt", "chosen", "rejected": text, or lists of messages.

@@ -1,0 +1,187 @@
+"""What a `GAPOCallback` puts on a Trainer: its loss, its evaluation and its logs, as attributes of the instance."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from gapo import objective as core
+from gapo.adapters.hf.margins import pair_logps, stack_pairs
+from gapo.backends.torch import TorchBackend, TorchForward
+from gapo.metrics import combine, reward_metrics, step_metrics
+from gapo.step import StepResult, probe_losses, run
+
+if TYPE_CHECKING:
+    from gapo.adapters.hf.callback import GAPOCallback
+
+logger = logging.getLogger(__name__)
+
+OBJECTIVES = ("gapo", "simpo")
+_REPLACED = ("compute_loss", "prediction_step", "evaluation_loop", "log")
+
+
+class Attachment:
+    """The changes on one trainer instance, and how to undo them."""
+
+    def __init__(self, trainer: Trainer, callback: GAPOCallback) -> None:
+        self.trainer, self._callback, self._config = trainer, callback, callback.config
+        self._backend = TorchBackend()
+        self._window: dict[str, list[Tensor]] = defaultdict(list)
+        self._evaluated: list[Tensor] = []
+        _require_supported(trainer)
+        self._dropout = _disable_dropout(trainer.model) if callback.disable_dropout else []
+        self._flags = {
+            name: getattr(trainer, name)
+            for name in ("loss_is_scaled_for_ga", "model_accepts_loss_kwargs")
+            if hasattr(trainer, name)
+        }
+        for name in self._flags:  # the loss is a mean over the micro-batch: the Trainer is to divide it by the steps
+            setattr(trainer, name, False)
+        if trainer.args.remove_unused_columns:
+            logger.info("remove_unused_columns was True, which would drop the pairs' columns: set to False")
+            trainer.args.remove_unused_columns = False
+        self._own = {name: getattr(trainer, name) for name in _REPLACED}
+        for name in _REPLACED:
+            setattr(trainer, name, getattr(self, name))
+        trainer._gapo_attachment = self
+        self._told: set[str] = set()
+
+    @staticmethod
+    def of(trainer: Trainer) -> Attachment | None:
+        """The attachment on `trainer`, if there is one."""
+        return getattr(trainer, "_gapo_attachment", None)
+
+    def undo(self) -> None:
+        """The trainer as it was; dropout as it was."""
+        for name in _REPLACED:
+            delattr(self.trainer, name)
+        for name, value in self._flags.items():
+            setattr(self.trainer, name, value)
+        for module, attribute, value in self._dropout:
+            setattr(module, attribute, value)
+        del self.trainer._gapo_attachment
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The training loss of a micro-batch: its value, and through its backward the gradient of the step."""
+        result = None
+        if self._callback.objective == "simpo":
+            chosen, rejected = pair_logps(model, inputs)
+            loss = core.reduce(probe_losses(chosen - rejected, self._config, self._backend.xp), "mean", self._backend.xp)
+            metrics = reward_metrics(chosen.detach(), rejected.detach(), self._config)
+        else:
+            loss, result = self._step(model, inputs)
+            metrics = step_metrics(result, self._config)
+            metrics["gapo/anchor_pairs"] = torch.tensor(float(self._anchor_pairs(result)))
+        for name, value in metrics.items():
+            self._window[name].append(value.detach().float())
+        if self._callback.on_step is not None:
+            self._callback.on_step(result, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def _step(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, StepResult]:
+        bare = self.trainer.accelerator.unwrap_model(model)
+        forward = TorchForward(lambda _, batch: pair_logps(model, batch), bare, inputs)
+        result, cotangents = run(forward, self._config, self._backend)
+        if float(result.radius) == 0 and self._config.rho > 0:
+            self._tell(
+                "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is 0); it "
+                "ends with the first update. With adaptive=False it does not happen"
+            )
+        # A scalar with the value of the loss and the derivatives of the step: backward() goes the Trainer's own way.
+        pull = sum(torch.sum(c * output) for c, output in zip(cotangents, forward.outputs, strict=True))
+        return result.loss + (pull - pull.detach()), result  # type: ignore[union-attr]
+
+    def _anchor_pairs(self, result: StepResult) -> int:
+        """How many pairs share an anchor: those of the micro-batch, over all ranks."""
+        pairs = int(result.margins.shape[0]) * self.trainer.accelerator.num_processes
+        if pairs == 1:
+            self._tell(
+                "one pair shares each anchor, so its gap is its own sensitivity only (to first order never negative). Raise "
+                "per_device_train_batch_size: gradient accumulation does not widen the anchor's batch"
+            )
+        return pairs
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The probe loss of a batch (no anchor), its log-probabilities (N, 2) as predictions, and labels of 1."""
+        inputs = self.trainer._prepare_inputs(inputs)
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            chosen, rejected = pair_logps(model, inputs)
+            losses = probe_losses(chosen - rejected, self._config, self._backend.xp)
+        logps = torch.stack([chosen, rejected], dim=-1)
+        self._evaluated.append(self.trainer.accelerator.gather_for_metrics(logps))
+        if prediction_loss_only:
+            return losses.mean(), None, None
+        return losses.mean(), logps, torch.ones_like(chosen)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own loop, with the reward metrics of all its pairs added."""
+        self._evaluated = []
+        output = self._own["evaluation_loop"](*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        chosen, rejected = torch.cat(self._evaluated).unbind(-1)
+        for name, value in reward_metrics(chosen, rejected, self._config).items():
+            output.metrics[f"{prefix}_{name}"] = float(value)
+        self._evaluated = []
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The trainer's own log, with the metrics of the training window added where it reports one."""
+        if self._window and "loss" in logs:
+            logs.update(self._close_window())
+        self._own["log"](logs, *args, **kwargs)
+
+    def _close_window(self) -> dict[str, float]:
+        names = list(self._window)
+        table = torch.stack([torch.stack([v.cpu() for v in self._window[name]]) for name in names], dim=-1)
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1:
+            table = accelerator.gather(table.to(accelerator.device)).cpu()
+        self._window.clear()
+        return {name: combine(name, column.tolist()) for name, column in zip(names, table.T, strict=True)}
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning(message)
+
+
+def _require_supported(trainer: Trainer) -> None:
+    args = trainer.args
+    if args.n_gpu > 1:
+        raise ValueError("nn.DataParallel is not supported: start the script with torchrun or `accelerate launch`")
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "re-entrant gradient checkpointing frees the graph that the step uses twice: set "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+
+
+def _disable_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """Set every dropout probability of `model` to 0; what it was, to undo it.
+
+    Besides `nn.Dropout`, models keep the probability of functional dropout in attributes such as `attention_dropout`.
+    """
+    changed = []
+    for module in model.modules():
+        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+        names += [name for name, value in vars(module).items() if name.endswith("dropout") and isinstance(value, float)]
+        for name in names:
+            changed.append((module, name, getattr(module, name)))
+            setattr(module, name, 0.0)
+    return changed
+
+
+__all__ = ["OBJECTIVES", "Attachment", "stack_pairs"]

@@ -1,0 +1,94 @@
+"""`GAPOCallback`: turns the training of any `transformers.Trainer` into GAPO."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from gapo.adapters.hf.attachment import OBJECTIVES, Attachment
+from gapo.config import GAPOConfig
+from gapo.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class GAPOCallback(TrainerCallback):
+    """Train with GAPO in a Trainer that exists already, nothing else changed.
+
+    `Trainer(model, args, ..., data_collator=PreferenceCollator(tokenizer), callbacks=[GAPOCallback(config)])`. While attached,
+    the trainer's `compute_loss` is the GAPO step, its evaluation gives the probe loss (`eval_loss`) and
+    `eval_rewards/accuracies`, and its logs carry TRL's keys and GAPO's. The model itself is not touched: its `forward` and
+    its weights between steps are its own. `detach()` undoes it all.
+
+    Select models on `eval_loss` or `eval_rewards/accuracies`, never on the training loss: GAPO's stays flat while margins grow.
+
+    Args:
+        config: settings of the step; None for the defaults.
+        objective: "gapo", or "simpo" for the control: the same training on the probe loss, without an anchor.
+        on_step: called as `on_step(result, batch)` after each training micro-batch, with the `gapo.StepResult` (None for
+            "simpo") and the batch.
+        disable_dropout: True sets all dropout to 0 while attached, as TRL does: a preference margin under dropout is noise.
+
+    Raises:
+        TypeError, ValueError: an argument is not accepted. On attaching: a second callback, `nn.DataParallel`, or re-entrant
+            gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        config: GAPOConfig | None = None,
+        *,
+        objective: str = "gapo",
+        on_step: Callable[[StepResult | None, dict[str, Any]], None] | None = None,
+        disable_dropout: bool = True,
+    ) -> None:
+        if config is not None and not isinstance(config, GAPOConfig):
+            raise TypeError(f"config must be a gapo.GAPOConfig, got {type(config).__name__}")
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}")
+        self.config = GAPOConfig() if config is None else config
+        self.objective = objective
+        self.on_step = on_step
+        self.disable_dropout = disable_dropout
+        self._attachment: Attachment | None = None
+
+    def attach(self, trainer: Trainer) -> GAPOCallback:
+        """Turn `trainer` into a GAPO trainer; harmless if it is already this callback's. Returns self."""
+        if self._attachment is not None and self._attachment.trainer is trainer:
+            return self
+        if self._attachment is not None:
+            raise ValueError("this GAPOCallback is attached to another trainer: make a second one, or detach() it first")
+        if Attachment.of(trainer) is not None:
+            raise ValueError("another GAPOCallback is attached to this trainer already: give it one only")
+        self._attachment = Attachment(trainer, self)
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        return self
+
+    def detach(self) -> None:
+        """Give the trainer its own methods and the model its dropout back."""
+        if self._attachment is not None:
+            self._attachment.undo()
+            self._attachment = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._attach_to_caller()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        self._attach_to_caller()  # add_callback() after construction never fires on_init_end
+
+    def _attach_to_caller(self) -> None:
+        # A callback is never handed its trainer, but the trainer is what calls it: one of the frames above is its method.
+        frame = sys._getframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, Trainer) and self in caller.callback_handler.callbacks:
+                self.attach(caller)
+                return
+            frame = frame.f_back  # type: ignore[assignment]
+        raise RuntimeError("no Trainer was found that calls this callback: use GAPOCallback(config).attach(trainer)")

@@ -1,0 +1,93 @@
+"""From a batch of pairs to length-normalised log-probabilities: one forward of chosen and rejected together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gapo
+from gapo.data.tokenize import IGNORE_INDEX
+
+KEYS = tuple(
+    f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "attention_mask", "labels")
+)
+TRL_KEYS = ("input_ids", "attention_mask", "completion_mask")
+
+
+def stack_pairs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """"input_ids", "attention_mask", "labels", each (2N, seq): the chosen rows, then the rejected ones.
+
+    Takes the batch of `PreferenceCollator`, or that of TRL's DPO collator ("completion_mask", already stacked).
+
+    Raises:
+        KeyError: the batch is neither; names what it holds.
+        ValueError: chosen and rejected are of unequal number or length.
+    """
+    if all(key in batch for key in KEYS):
+        for part in ("input_ids", "attention_mask", "labels"):
+            shapes = [tuple(batch[f"{side}_{part}"].shape) for side in ("chosen", "rejected")]
+            if shapes[0][0] != shapes[1][0]:
+                raise ValueError(f"chosen and rejected must hold the same number of rows; {part} are {shapes}")
+        seq = max(batch["chosen_input_ids"].shape[1], batch["rejected_input_ids"].shape[1])
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
+        return {
+            part: torch.cat([_widen(batch[f"{side}_{part}"], seq, value) for side in ("chosen", "rejected")])
+            for part, value in fill.items()
+        }
+    if all(key in batch for key in TRL_KEYS):
+        counted = batch["completion_mask"].bool() & batch["attention_mask"].bool()
+        labels = batch["input_ids"].masked_fill(~counted, IGNORE_INDEX)
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+    raise KeyError(
+        f"a batch of pairs needs the keys {', '.join(KEYS)} (from gapo.adapters.hf.PreferenceCollator) or "
+        f"{', '.join(TRL_KEYS)} (from TRL's collator); got {', '.join(batch)}"
+    )
+
+
+def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(chosen_logps, rejected_logps), each (N,), nats per token, of a causal language model on a batch of pairs.
+
+    Padding may stand on either side. Only the logits from the first to the last labelled position are asked for, where the
+    model can leave the others out.
+    """
+    rows = stack_pairs(batch)
+    accepted = forward_parameters(model)
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    if "position_ids" in accepted:  # with padding on the left, positions are not the columns
+        options["position_ids"] = (rows["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    labels = rows["labels"]
+    if "logits_to_keep" in accepted:
+        used = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero()
+        if len(used):
+            columns = torch.arange(int(used[0]), int(used[-1]) + 2, device=labels.device)
+            options["logits_to_keep"], labels = columns, labels[:, columns]
+    outputs = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], **options)
+    logits = getattr(outputs, "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"the model's forward returns no logits ({type(outputs).__name__}); GAPO needs a causal language model, and a "
+            "Trainer that did not replace its forward (TRL's DPOTrainer does: use a plain Trainer with PreferenceCollator)"
+        )
+    logps = gapo.sequence_logps(logits, labels, backend="torch")
+    half = len(logps) // 2
+    return logps[:half], logps[half:]
+
+
+def forward_parameters(model: Any) -> set[str]:
+    """Names that the forward of the innermost model accepts, through DDP, torch.compile and PEFT."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return set(inspect.signature(model.forward).parameters)
+
+
+def _widen(x: Tensor, seq: int, value: int) -> Tensor:
+    """`x` padded on the right to `seq` columns."""
+    return x if x.shape[1] == seq else nn.functional.pad(x, (0, seq - x.shape[1]), value=value)

@@ -1,0 +1,65 @@
+"""What every adapter logs of a step, under TRL's keys where TRL has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import array_api_compat
+
+from gapo._namespace import Array
+from gapo.config import GAPOConfig
+from gapo.step import StepResult
+
+
+def reward_metrics(chosen_logps: Array, rejected_logps: Array, config: GAPOConfig) -> dict[str, Array]:
+    """TRL's metrics of a batch of pairs: the implicit rewards are beta times the length-normalised log-probabilities.
+
+    Args:
+        chosen_logps, rejected_logps: (N,) nats per token.
+        config: its `beta`.
+
+    Returns:
+        Scalars: "rewards/chosen", "rewards/rejected", "rewards/accuracies" (share of pairs with a positive margin),
+        "rewards/margins", "logps/chosen", "logps/rejected".
+    """
+    xp = array_api_compat.array_namespace(chosen_logps)
+    chosen, rejected = xp.mean(chosen_logps), xp.mean(rejected_logps)
+    right = xp.astype(chosen_logps > rejected_logps, chosen_logps.dtype)
+    return {
+        "rewards/chosen": config.beta * chosen,
+        "rewards/rejected": config.beta * rejected,
+        "rewards/accuracies": xp.mean(right),
+        "rewards/margins": config.beta * (chosen - rejected),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }
+
+
+def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:
+    """Scalars of one step: `reward_metrics` where the log-probabilities are known, and GAPO's own under "gapo/"."""
+    xp = array_api_compat.array_namespace(result.margins)
+    metrics: dict[str, Array] = {}
+    if result.chosen_logps is not None and result.rejected_logps is not None:
+        metrics |= reward_metrics(result.chosen_logps, result.rejected_logps, config)
+    metrics |= {
+        "gapo/anchor_gap_mean": xp.mean(result.anchor_gaps),
+        "gapo/anchor_gap_std": xp.std(result.anchor_gaps),
+        "gapo/weight_mean": xp.mean(result.weights),
+        "gapo/weight_min": xp.min(result.weights),
+        "gapo/weight_max": xp.max(result.weights),
+        "gapo/radius": result.radius,
+        "gapo/changed_fraction": result.changed_fraction,
+        "gapo/grad_norm": result.grad_norm,
+    }
+    if result.first_order_ratio is not None:
+        metrics["gapo/first_order_ratio"] = result.first_order_ratio
+    return metrics
+
+
+def combine(name: str, values: Iterable[float]) -> Any:
+    """One value of the metric `name` for a window of steps: least of a "_min", greatest of a "_max", else the mean."""
+    values = list(values)
+    if name.endswith("_min"):
+        return min(values)
+    return max(values) if name.endswith("_max") else sum(values) / len(values)
