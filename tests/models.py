@@ -12,7 +12,9 @@ from frameworks import LIBRARIES, Library
 import gapo
 
 
-def make_params(*, layers: int = 1, width: int = 4, vocab: int = 7, tied: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
+def make_params(
+    *, layers: int = 1, width: int = 4, vocab: int = 7, tied: bool = False, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Random float64 weights by dotted name."""
     rng = np.random.default_rng(seed)
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (vocab, width)}
@@ -23,7 +25,8 @@ def make_params(*, layers: int = 1, width: int = 4, vocab: int = 7, tied: bool =
     if not tied:
         shapes["lm_head.weight"] = (vocab, width)
     return {
-        name: rng.normal(size=shape) / np.sqrt(shape[-1]) + (1.0 if "norm" in name else 0.0) for name, shape in shapes.items()
+        name: rng.normal(size=shape) / np.sqrt(shape[-1]) + (1.0 if "norm" in name else 0.0)
+        for name, shape in shapes.items()
     }
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from gapo import objective as core
 from gapo.adapters.hf.margins import pair_logps, stack_pairs
 from gapo.backends.torch import TorchBackend, TorchForward
 from gapo.metrics import combine, reward_metrics, step_metrics
@@ -73,7 +72,7 @@ class Attachment:
         result = None
         if self._callback.objective == "simpo":
             chosen, rejected = pair_logps(model, inputs)
-            loss = core.reduce(probe_losses(chosen - rejected, self._config, self._backend.xp), "mean", self._backend.xp)
+            loss = probe_losses(chosen - rejected, self._config, self._backend.xp).mean()
             metrics = reward_metrics(chosen.detach(), rejected.detach(), self._config)
         else:
             loss, result = self._step(model, inputs)
@@ -87,12 +86,17 @@ class Attachment:
 
     def _step(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, StepResult]:
         bare = self.trainer.accelerator.unwrap_model(model)
-        forward = TorchForward(lambda _, batch: pair_logps(model, batch), bare, inputs)
+
+        def margin_fn(_: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+            # The clean forward goes through DDP, which prepares its reduction; the anchor's has no backward to prepare.
+            return pair_logps(model if torch.is_grad_enabled() else bare, batch)
+
+        forward = TorchForward(margin_fn, bare, inputs)
         result, cotangents = run(forward, self._config, self._backend)
         if float(result.radius) == 0 and self._config.rho > 0:
             self._tell(
-                "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is 0); it "
-                "ends with the first update. With adaptive=False it does not happen"
+                "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is "
+                "0); it ends with the first update. With adaptive=False it does not happen"
             )
         # A scalar with the value of the loss and the derivatives of the step: backward() goes the Trainer's own way.
         pull = sum(torch.sum(c * output) for c, output in zip(cotangents, forward.outputs, strict=True))
@@ -103,8 +107,8 @@ class Attachment:
         pairs = int(result.margins.shape[0]) * self.trainer.accelerator.num_processes
         if pairs == 1:
             self._tell(
-                "one pair shares each anchor, so its gap is its own sensitivity only (to first order never negative). Raise "
-                "per_device_train_batch_size: gradient accumulation does not widen the anchor's batch"
+                "one pair shares each anchor, so its gap is its own sensitivity only (to first order never negative). "
+                "Raise per_device_train_batch_size: gradient accumulation does not widen the anchor's batch"
             )
         return pairs
 

@@ -20,23 +20,25 @@ logger = logging.getLogger(__name__)
 class GAPOCallback(TrainerCallback):
     """Train with GAPO in a Trainer that exists already, nothing else changed.
 
-    `Trainer(model, args, ..., data_collator=PreferenceCollator(tokenizer), callbacks=[GAPOCallback(config)])`. While attached,
-    the trainer's `compute_loss` is the GAPO step, its evaluation gives the probe loss (`eval_loss`) and
-    `eval_rewards/accuracies`, and its logs carry TRL's keys and GAPO's. The model itself is not touched: its `forward` and
-    its weights between steps are its own. `detach()` undoes it all.
+    `Trainer(model, args, ..., data_collator=PreferenceCollator(tokenizer), callbacks=[GAPOCallback(config)])`. While
+    attached, the trainer's `compute_loss` is the GAPO step, its evaluation gives the probe loss (`eval_loss`) and
+    `eval_rewards/accuracies`, and its logs carry TRL's keys and GAPO's. The model itself is not touched: its `forward`
+    and its weights between steps are its own. `detach()` undoes it all.
 
-    Select models on `eval_loss` or `eval_rewards/accuracies`, never on the training loss: GAPO's stays flat while margins grow.
+    Select models on `eval_loss` or `eval_rewards/accuracies`, never on the training loss: GAPO's stays flat while
+    margins grow.
 
     Args:
         config: settings of the step; None for the defaults.
         objective: "gapo", or "simpo" for the control: the same training on the probe loss, without an anchor.
-        on_step: called as `on_step(result, batch)` after each training micro-batch, with the `gapo.StepResult` (None for
-            "simpo") and the batch.
-        disable_dropout: True sets all dropout to 0 while attached, as TRL does: a preference margin under dropout is noise.
+        on_step: called as `on_step(result, batch)` after each training micro-batch, with the `gapo.StepResult` (None
+            for "simpo") and the batch.
+        disable_dropout: True sets all dropout to 0 while attached, as TRL does: a preference margin under dropout is
+            noise.
 
     Raises:
-        TypeError, ValueError: an argument is not accepted. On attaching: a second callback, `nn.DataParallel`, or re-entrant
-            gradient checkpointing.
+        TypeError, ValueError: an argument is not accepted. On attaching: a second callback, `nn.DataParallel`, or
+            re-entrant gradient checkpointing.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class GAPOCallback(TrainerCallback):
         if self._attachment is not None and self._attachment.trainer is trainer:
             return self
         if self._attachment is not None:
-            raise ValueError("this GAPOCallback is attached to another trainer: make a second one, or detach() it first")
+            raise ValueError(
+                "this GAPOCallback is attached to another trainer: make a second one, or detach() it first"
+            )
         if Attachment.of(trainer) is not None:
             raise ValueError("another GAPOCallback is attached to this trainer already: give it one only")
         self._attachment = Attachment(trainer, self)
@@ -79,11 +83,13 @@ class GAPOCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._attach_to_caller()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         self._attach_to_caller()  # add_callback() after construction never fires on_init_end
 
     def _attach_to_caller(self) -> None:
-        # A callback is never handed its trainer, but the trainer is what calls it: one of the frames above is its method.
+        # A callback is never handed its trainer, but the trainer calls it: one of the frames above is its method.
         frame = sys._getframe()
         while frame is not None:
             caller = frame.f_locals.get("self")

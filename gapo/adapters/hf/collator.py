@@ -15,11 +15,13 @@ from gapo.data.tokenize import tokenize_pair
 class PreferenceCollator:
     """Make a batch of preference pairs: {chosen,rejected}_{input_ids,attention_mask,labels}, each (N, seq) int64.
 
-    Rows are pairs in TRL's formats ("prompt", "chosen", "rejected": text or messages), or rows of `gapo.data.tokenize_pair`.
+    Rows are pairs in TRL's formats ("prompt", "chosen", "rejected": text or messages), or rows of
+    `gapo.data.tokenize_pair`.
 
     Args:
         tokenizer: a `transformers` tokenizer. Without a pad token, its end-of-text token pads (padding never counts).
-        max_length: most tokens of prompt and answer together; the answer's start stays, the prompt is cut from its left.
+        max_length: most tokens of prompt and answer together; the answer's start stays, the prompt is cut from its
+            left.
         max_prompt_length: most tokens of the prompt, or None.
         padding_side: "left" or "right"; None for the tokenizer's own.
         pad_to_multiple_of: round the length up, e.g. to 8 for tensor cores.
@@ -66,8 +68,8 @@ class PreferenceCollator:
         reason = fault(row)
         if reason is not None:
             raise ValueError(
-                f"a row is no preference pair: {reason}. Accepted are prompt, chosen and rejected (text or messages), or "
-                f"{', '.join(TOKENIZED)}; got {sorted(row)}. If columns were there before, the Trainer dropped them: set "
-                "TrainingArguments(remove_unused_columns=False)"
+                f"a row is no preference pair: {reason}. Accepted are prompt, chosen and rejected (text or "
+                f"messages), or {', '.join(TOKENIZED)}; got {sorted(row)}. If columns were there before, the Trainer "
+                "dropped them: set TrainingArguments(remove_unused_columns=False)"
             )
         return tokenize_pair(with_prompt(row), self.tokenizer, **self._limits)

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 import gapo
 from gapo.data.tokenize import IGNORE_INDEX
 
-KEYS = tuple(
-    f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "attention_mask", "labels")
-)
+KEYS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "attention_mask", "labels"))
 TRL_KEYS = ("input_ids", "attention_mask", "completion_mask")
 
 
 def stack_pairs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """"input_ids", "attention_mask", "labels", each (2N, seq): the chosen rows, then the rejected ones.
+    """The chosen rows, then the rejected ones: "input_ids", "attention_mask", "labels", each (2N, seq).
 
     Takes the batch of `PreferenceCollator`, or that of TRL's DPO collator ("completion_mask", already stacked).
 
@@ -51,8 +49,8 @@ def stack_pairs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(chosen_logps, rejected_logps), each (N,), nats per token, of a causal language model on a batch of pairs.
 
-    Padding may stand on either side. Only the logits from the first to the last labelled position are asked for, where the
-    model can leave the others out.
+    Padding may stand on either side. Only the logits from the first to the last labelled position are asked for, where
+    the model can leave the others out.
     """
     rows = stack_pairs(batch)
     accepted = forward_parameters(model)
@@ -69,8 +67,9 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tens
     logits = getattr(outputs, "logits", None)
     if logits is None:
         raise ValueError(
-            f"the model's forward returns no logits ({type(outputs).__name__}); GAPO needs a causal language model, and a "
-            "Trainer that did not replace its forward (TRL's DPOTrainer does: use a plain Trainer with PreferenceCollator)"
+            f"the model's forward returns no logits ({type(outputs).__name__}); GAPO needs a causal language model, "
+            "and a Trainer that did not replace its forward (TRL's DPOTrainer does: use a plain Trainer with "
+            "PreferenceCollator)"
         )
     logps = gapo.sequence_logps(logits, labels, backend="torch")
     half = len(logps) // 2

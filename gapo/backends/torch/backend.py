@@ -46,8 +46,8 @@ class TorchForward:
         return dict(zip(wanted, grads, strict=True))
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
-        # `.data` is written in place: storages stay where they are (views, buckets, CUDA graphs), and the version counter
-        # does not move, so that the clean graph stays valid. theta returns from a clone, bit for bit.
+        # `.data` is written in place: storages stay where they are (views, buckets, CUDA graphs), and the version
+        # counter does not move, so that the clean graph stays valid. theta returns from a clone, bit for bit.
         saved: dict[str, Tensor] = {}
         try:
             with torch.no_grad(), self._random_state.replayed():

@@ -1,0 +1,1 @@
+"""Runs around the method: `gapo train`, its tiny model, its report."""

@@ -1,0 +1,189 @@
+"""What `gapo train` can be told: one flat set of fields, from YAML and from the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from gapo.config import GAPOConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run: data, model and training loop. The fields of `gapo.GAPOConfig` stand beside these.
+
+    Args:
+        pairs: training pairs: a file (.json, .jsonl, each also .gz, .csv, .parquet), a data set's folder or Hub name,
+            or "demo" for generated ones.
+        eval_pairs: clean pairs to evaluate on, likewise; none to hold out a share of the training pairs.
+        eval_fraction: share of the training pairs held out when eval_pairs is not given.
+        split: split of a data set to train on.
+        limit: use only so many training pairs.
+        demo_size: number of generated training pairs, for pairs "demo".
+        strict: stop at the first bad row instead of counting it.
+        flip_mode: how training labels are flipped on purpose: "random", or "length" to favour longer or shorter
+            answers.
+        flip_rate: share of the training labels to flip, 0 for none. Held-out pairs are never flipped.
+        flip_seed: seed of the flips.
+        flip_favour: which length flips of mode "length" favour.
+        model: a Hub name, a local folder, or "tiny" for a small Llama trained on the spot.
+        tokenizer: another tokenizer than the model's: a Hub name or folder.
+        tiny_hidden_size: width of the tiny model.
+        tiny_layers: its number of layers.
+        tiny_heads: its number of attention heads.
+        tiny_vocab: most tokens of its tokenizer.
+        tiny_text: plain text (.txt, .txt.gz) to warm it up on, before the answers; none to use the answers alone.
+        tiny_text_steps: steps of warm-up on the plain text.
+        tiny_answer_steps: steps of warm-up on prompts with either answer, chosen and rejected alike.
+        tiny_batch_size: sequences of 128 tokens in a warm-up step.
+        tiny_learning_rate: peak learning rate of the warm-up.
+        cache_dir: folder where warmed-up tiny models are kept.
+        lora_r: rank of LoRA adapters (peft); 0 trains all weights.
+        lora_alpha: their scale.
+        lora_targets: names of the modules that get them, comma separated; none for peft's default.
+        loss: "gapo", or "simpo" for the control without an anchor.
+        backend: framework that trains.
+        output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
+        overwrite: start anew in a folder that holds a finished run.
+        resume: go on from the last checkpoint in output_dir, if there is one.
+        seed: of the shuffling, the initial weights and the held-out split.
+        epochs: passes over the training pairs.
+        max_steps: stop after so many steps; -1 for all epochs.
+        batch_size: pairs in a micro-batch, which share an anchor.
+        accumulation: micro-batches in a step.
+        learning_rate: peak learning rate.
+        warmup_ratio: share of the steps in which the learning rate rises.
+        scheduler: shape of the learning rate afterwards (names of transformers).
+        weight_decay: of AdamW.
+        max_grad_norm: gradient clipping.
+        max_length: most tokens of prompt and answer.
+        eval_steps: evaluate every so many steps; 0 for ten times a run.
+        save_steps: checkpoint every so many steps; 0 with each evaluation.
+        logging_steps: log every so many steps.
+        bf16: bfloat16 autocast.
+        gradient_checkpointing: trade time for memory.
+        report_to: trackers of transformers, comma separated, or "none".
+    """
+
+    pairs: str = "demo"
+    eval_pairs: str | None = None
+    eval_fraction: float = 0.05
+    split: str = "train"
+    limit: int | None = None
+    demo_size: int = 4000
+    strict: bool = False
+    flip_mode: Literal["random", "length"] = "random"
+    flip_rate: float = 0.0
+    flip_seed: int = 0
+    flip_favour: Literal["longer", "shorter"] = "longer"
+    model: str = "tiny"
+    tokenizer: str | None = None
+    tiny_hidden_size: int = 128
+    tiny_layers: int = 2
+    tiny_heads: int = 4
+    tiny_vocab: int = 1024
+    tiny_text: str | None = None
+    tiny_text_steps: int = 300
+    tiny_answer_steps: int = 150
+    tiny_batch_size: int = 16
+    tiny_learning_rate: float = 2e-3
+    cache_dir: str = "runs/cache"
+    lora_r: int = 0
+    lora_alpha: int = 16
+    lora_targets: str | None = None
+    loss: Literal["gapo", "simpo"] = "gapo"
+    backend: Literal["torch"] = "torch"
+    output_dir: str = "runs/gapo"
+    overwrite: bool = False
+    resume: bool = True
+    seed: int = 0
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 16
+    accumulation: int = 1
+    learning_rate: float = 5e-7
+    warmup_ratio: float = 0.1
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 1024
+    eval_steps: int = 0
+    save_steps: int = 0
+    logging_steps: int = 10
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        positive = ("demo_size", "batch_size", "accumulation", "logging_steps", "epochs", "learning_rate", "max_length")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
+        for name in ("flip_rate", "eval_fraction", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+
+
+class ConfigError(ValueError):
+    """A configuration or command line cannot be used."""
+
+
+def make_parser() -> Any:
+    """The parser of `gapo train`: every field of `TrainConfig` and `GAPOConfig`, with help from their docstrings."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="gapo train",
+        description="Tune a language model on preference pairs with GAPO.",
+        epilog="example: gapo train examples/demo.yaml --rho 0.05 --output_dir runs/rho-0.05",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", metavar="CONFIG.yaml", help="the same as the first argument")
+    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(GAPOConfig)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
+    """`[CONFIG.yaml] [--key value ...]` as the two configurations; later ones win.
+
+    Raises:
+        ConfigError: a key or a value is not accepted, or the file cannot be read. YAML is read safely: no tag runs
+        code.
+    """
+    from jsonargparse import ArgumentError
+
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        if not Path(arguments[0]).is_file():
+            raise ConfigError(f"there is no configuration file {arguments[0]!r}")
+        arguments.insert(0, "--config")
+    try:
+        found = make_parser().parse_args(arguments)
+        return (
+            TrainConfig(**{f.name: found[f.name] for f in fields(TrainConfig)}),
+            GAPOConfig(**{f.name: found[f.name] for f in fields(GAPOConfig)}),
+        )
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(_with_closest_key(" ".join(str(error).split()))) from error
+
+
+def known_keys() -> list[str]:
+    """Every key that `gapo train` accepts."""
+    return [f.name for f in (*fields(TrainConfig), *fields(GAPOConfig))]
+
+
+def _with_closest_key(message: str) -> str:
+    words = [word.strip("'\"-,.:").split("=")[0] for word in message.split()]
+    for word in words:
+        if word not in known_keys() and (close := difflib.get_close_matches(word, known_keys(), n=1, cutoff=0.75)):
+            return f"{message}. Did you mean {close[0]!r}?"
+    return message
+
+
+def as_dict(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
+    """Both configurations as one flat dict."""
+    return {**asdict(run), **asdict(step)}

@@ -1,0 +1,190 @@
+"""The PyTorch loop of `gapo train`: a plain Hugging Face `Trainer` with `GAPOCallback`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from gapo.adapters.hf import GAPOCallback, PreferenceCollator
+from gapo.config import GAPOConfig
+from gapo.data import tokenize_pair
+from gapo.experiments.config import TrainConfig
+from gapo.experiments.files import JsonLines, read_lines
+from gapo.step import StepResult
+
+if TYPE_CHECKING:
+    from gapo.experiments.train import RunData
+
+
+def run(
+    config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or model_name)
+    model = _load_model(config, model_name)
+    collator = PreferenceCollator(tokenizer, max_length=config.max_length)
+    flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped",))
+    train_rows, held_out = (
+        [{**row, **tokenize_pair(row, tokenizer, max_length=config.max_length)} for row in rows]
+        for rows in (data.train, data.held_out)
+    )
+    checkpoints = folder / "checkpoints"
+    if config.overwrite:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    last = get_last_checkpoint(str(checkpoints)) if config.resume and checkpoints.is_dir() else None
+    recorder = _Recorder(folder, until_step=int(last.rsplit("-", 1)[1]) if last else -1)
+    callback = GAPOCallback(step, objective=config.loss, on_step=recorder.on_step)
+    trainer = _TrainerWithFlips(
+        model,
+        _arguments(config, checkpoints, len(train_rows)),
+        train_dataset=train_rows,
+        eval_dataset=held_out,
+        data_collator=collator,
+        callbacks=[callback, recorder],
+        processing_class=tokenizer,
+    )
+    trainer.train_collator = flipped
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Progress())
+    try:
+        if last is None:
+            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=last)
+        after = _rewards(trainer.evaluate())
+    finally:
+        recorder.close()
+    trainer.save_model(str(folder / "model"))
+    return _rewards(recorder.first_evaluation), after
+
+
+def _load_model(config: TrainConfig, name: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype="float32"
+    )  # float32 weights: 16-bit ones round the anchor away
+    if config.lora_r:
+        from peft import LoraConfig, get_peft_model
+
+        targets = [part.strip() for part in config.lora_targets.split(",")] if config.lora_targets else None
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            target_modules=targets,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+    return model
+
+
+def _arguments(config: TrainConfig, checkpoints: Path, pairs: int) -> TrainingArguments:
+    steps = config.max_steps
+    if steps < 0:
+        steps = max(1, int(config.epochs * -(-pairs // (config.batch_size * config.accumulation))))
+    eval_steps = config.eval_steps or max(1, steps // 10)
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=4 * config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=round(config.warmup_ratio * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        save_steps=config.save_steps or eval_steps,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        report_to=config.report_to.split(","),
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def _rewards(metrics: dict[str, float]) -> dict[str, float]:
+    wanted = (
+        "eval_loss",
+        "eval_rewards/accuracies",
+        "eval_rewards/margins",
+        "eval_logps/chosen",
+        "eval_logps/rejected",
+    )
+    return {name: metrics[name] for name in wanted if name in metrics}
+
+
+class _TrainerWithFlips(Trainer):
+    """A plain Trainer, but that its training batches also carry "is_flipped"."""
+
+    data_collator: Any
+    train_collator: Any = None
+
+    def get_train_dataloader(self) -> Any:
+        plain, self.data_collator = self.data_collator, self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's progress bars, with one line for each evaluation instead of every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "eval_loss" in logs:
+            text = f"step {state.global_step}: held-out reward accuracy {logs['eval_rewards/accuracies']:.4f}"
+            line = f"{text}, margin {logs['eval_rewards/margins']:.3f}, loss {logs['eval_loss']:.4f}"
+            if self.training_bar is not None:
+                self.training_bar.write(line)
+            else:
+                print(line, flush=True)
+
+
+class _Recorder(TrainerCallback):
+    """Writes metrics.jsonl (each log) and steps.jsonl (each micro-batch's gaps and weights) while the run goes on."""
+
+    def __init__(self, folder: Path, until_step: int) -> None:
+        self._metrics = JsonLines(folder / "metrics.jsonl", until_step)
+        self._steps = JsonLines(folder / "steps.jsonl", until_step)
+        self._step = 0
+        evaluations = [row for row in read_lines(folder / "metrics.jsonl") if "eval_loss" in row]
+        self.first_evaluation: dict[str, float] = evaluations[0] if evaluations else {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = state.global_step + 1
+
+    def on_step(self, result: StepResult | None, batch: dict[str, Any]) -> None:
+        """One line for a micro-batch, in the order of its pairs."""
+        if result is not None:
+            row = {
+                name: [round(v, 5) for v in getattr(result, name).tolist()]
+                for name in ("margins", "anchor_gaps", "weights")
+            }
+            self._steps.write({"step": self._step, **row, "is_flipped": batch["is_flipped"].int().tolist()})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        row = {"step": state.global_step, **(logs or {})}
+        if "eval_loss" in row and not self.first_evaluation:
+            self.first_evaluation = row
+        self._metrics.write(row)
+
+    def close(self) -> None:
+        """Close both files."""
+        self._metrics.close()
+        self._steps.close()
