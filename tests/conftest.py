@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small arrays; pytest-xdist uses the cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault(
@@ -12,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from frameworks import LIBRARIES, Library, require
 from hypothesis import settings
+from models import BACKENDS
 
 settings.register_profile("default", deadline=None, max_examples=25, print_blob=True)
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
@@ -30,5 +32,13 @@ def library(request: pytest.FixtureRequest) -> Library:
 def autodiff(request: pytest.FixtureRequest) -> Library:
     """Every library that differentiates."""
     found = LIBRARIES[request.param]
+    require(found.module)
+    return found
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Library:
+    """Every backend of the registry."""
+    found = BACKENDS[request.param]
     require(found.module)
     return found

@@ -86,20 +86,27 @@ def namespace_of(library: Library) -> Any:
     return importlib.import_module(name)
 
 
-def flat(library: Library, params: Any) -> dict[str, Any]:
-    """The parameters of a backend's `params` by dotted name."""
+def generator(library: Library, seed: int) -> Any:
+    """The backend's random generator or key."""
     if library.name == "torch":
+        return importlib.import_module("torch").Generator().manual_seed(seed)
+    if library.name == "numpy":
+        return np.random.default_rng(seed)
+    return importlib.import_module("jax" if library.name == "jax" else "mlx.core").random.key(seed)
+
+
+def flat(library: Library, params: Any, grads: bool = False) -> dict[str, Any]:
+    """The parameters of a backend's `params` by dotted name, or for grads=True its gradients."""
+    if library.name == "torch" and not grads:
         return dict(params.named_parameters())
     if library.name == "mlx":
-        return dict(importlib.import_module("mlx.utils").tree_flatten(params.parameters()))
+        return dict(importlib.import_module("mlx.utils").tree_flatten(params if grads else params.parameters()))
     return dict(params)
 
 
 def flat_grads(library: Library, grads: Any) -> dict[str, np.ndarray]:
     """Gradients by dotted name, as NumPy."""
-    if library.name == "mlx":
-        grads = dict(importlib.import_module("mlx.utils").tree_flatten(grads))
-    return {name: library.numpy(g) for name, g in grads.items()}
+    return {name: library.numpy(g) for name, g in flat(library, grads, grads=True).items()}
 
 
 def to_backend(library: Library, params: dict[str, np.ndarray], dtype: str) -> Any:
@@ -144,4 +151,7 @@ def update(library: Library, params: Any, grads: Any, learning_rate: float) -> A
     return {name: params[name] - learning_rate * grads[name] for name in params}
 
 
-BACKENDS = [LIBRARIES[name] for name in ("numpy", "torch", "jax", "mlx")]
+BACKENDS = {name: LIBRARIES[name] for name in gapo.backends.BACKENDS}
+
+# How near each backend comes to float64 arithmetic on float64 input: NumPy differentiates numerically.
+RTOL = {"numpy": 1e-8, "torch": 1e-10, "jax": 1e-10, "mlx": 2e-5}

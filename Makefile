@@ -1,0 +1,32 @@
+# Each target is the only command a newcomer types: it makes .venv from pyproject.toml and constraints.txt if need be.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint bench docs clean
+
+demo: $(INSTALLED)  ## tune a small language model on noisy pairs; leaves runs/demo/report.html
+	$(BIN)/gapo train examples/demo.yaml --overwrite true
+
+test: $(INSTALLED)  ## all tests
+	$(BIN)/pytest -n auto
+
+lint: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## the cost of a step against SimPO's; writes runs/step_cost.csv
+	$(BIN)/python benchmarks/step_cost.py --output runs/step_cost.csv
+
+docs: $(INSTALLED)  ## the documentation, in site/; a warning fails
+	$(BIN)/mkdocs build --strict
+
+clean:  ## everything made here, but the runs
+	rm -rf .venv site
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[all,dev]"
+	touch $@

@@ -1,0 +1,245 @@
+"""What only PyTorch has: weights written in place, 16-bit weights, dropout, autocast, checkpointing, real models."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from torch import nn
+
+import gapo
+from gapo.adapters.hf.margins import pair_logps
+from gapo.backends.torch import TorchBackend, TorchForward
+from gapo.backends.torch.head import head_parameters
+from gapo.step import run
+
+
+def take_step(model: nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> Any:
+    return gapo.value_and_grad(pair_logps, gapo.GAPOConfig(**options), backend="torch")(model, batch)
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("kind", hf_models.KINDS)
+def test_weights_are_bit_for_bit_the_same_after_success(kind: str) -> None:
+    model = hf_models.make(kind)
+    before, storage = weights_of(model), [p.data_ptr() for p in model.parameters()]
+    result, grads = take_step(model, hf_models.batch(), rho=0.5)
+    assert float(result.anchor_gaps.abs().max()) > 1e-4
+    assert_untouched(model, before)
+    assert storage == [p.data_ptr() for p in model.parameters()]
+    assert set(grads) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("where", ["forward", "move"])
+def test_weights_come_back_after_an_exception(error: type[BaseException], where: str) -> None:
+    model = hf_models.make("llama")
+    before = weights_of(model)
+
+    def fails(module: nn.Module, batch: Any) -> Any:
+        if not torch.is_grad_enabled():
+            moved = [n for n, p in module.named_parameters() if not torch.equal(p.data, before[n])]
+            assert len(moved) > 5
+            raise error("in the anchor forward")
+        return pair_logps(module, batch)
+
+    config = gapo.GAPOConfig(rho=0.5)
+    if where == "forward":
+        with pytest.raises(error, match="in the anchor forward"):
+            gapo.value_and_grad(fails, config, backend="torch")(model, hf_models.batch())
+    else:
+        calls = []
+
+        class Failing(TorchBackend):
+            def norm(self, x: torch.Tensor) -> torch.Tensor:
+                calls.append(x)
+                if len(calls) == 25:  # amid the applied parameters
+                    raise error("while moving")
+                return super().norm(x)
+
+        forward = TorchForward(pair_logps, model, hf_models.batch())
+        with pytest.raises(error, match="while moving"):
+            run(forward, config, Failing())
+        assert len(calls) == 25 > len(forward.parameters)
+    assert_untouched(model, before)
+
+
+def test_a_gradient_that_is_not_finite_names_the_parameter() -> None:
+    model = hf_models.make("llama")
+    before = weights_of(model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    dict(model.named_parameters())[name].register_hook(lambda g: g * float("nan"))
+    with pytest.raises(FloatingPointError, match=f"probe gradient of '{name}' is not finite; no weight was changed"):
+        take_step(model, hf_models.batch())
+    assert_untouched(model, before)
+
+
+def test_two_forwards_and_two_backwards() -> None:
+    model, counts = hf_models.make("llama"), {"forward": 0, "backward": 0}
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda *_: counts.__setitem__("forward", counts["forward"] + 1))
+    layer.register_full_backward_hook(lambda *_: counts.__setitem__("backward", counts["backward"] + 1))
+    take_step(model, hf_models.batch())
+    assert counts == {"forward": 2, "backward": 2}
+
+
+def test_bfloat16_weights_warn_or_refuse() -> None:
+    model = hf_models.make("llama").to(torch.bfloat16)
+    batch = hf_models.batch()
+    before = weights_of(model)
+    with pytest.warns(RuntimeWarning, match=r"round the perturbation away: .* use anchor=\"first_order\""):
+        result, _ = take_step(model, batch, rho=0.05)
+    assert 0 < float(result.changed_fraction) < 1
+    with pytest.raises(ValueError, match=r'changed none of the \d+ selected parameters.*Use anchor="first_order"'):
+        take_step(model, batch, rho=1e-6)
+    assert_untouched(model, before)
+    result, grads = take_step(model, batch, rho=1e-6, anchor="first_order")
+    assert float(result.changed_fraction) == 1
+    assert float(result.anchor_gaps.abs().max()) > 0
+    assert next(iter(grads.values())).dtype == torch.bfloat16
+    for name in ("loss", "margins", "anchor_gaps", "weights", "radius"):
+        assert getattr(result, name).dtype == torch.float32
+
+
+def test_float32_delta_of_bfloat16_weights_reaches_the_anchor() -> None:
+    # A radius large against the rounding: the bfloat16 gap comes near the float32 one.
+    exact = hf_models.make("llama")
+    half = copy.deepcopy(exact).to(torch.bfloat16)
+    exact.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+    gaps = []
+    for model in (exact, half):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gaps.append(take_step(model, hf_models.batch(), rho=20.0, perturb="norm")[0].anchor_gaps)
+    assert float((gaps[0] - gaps[1]).abs().max()) < 0.25 * float(gaps[0].abs().max())
+
+
+def test_dropout_masks_are_shared() -> None:
+    model = hf_models.make("llama", dropout=0.3).train()
+    torch.manual_seed(0)
+    result, _ = take_step(model, hf_models.batch(), rho=0.0)
+    assert torch.equal(result.anchor_gaps, torch.zeros(3))
+    # Dropout is on, and the stream of random numbers goes on as if there were no anchor.
+    torch.manual_seed(0)
+    pair_logps(model, hf_models.batch())
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    again, _ = take_step(model, hf_models.batch(), rho=0.1)
+    assert torch.equal(torch.rand(3), expected)
+    assert float((again.margins - take_step(model, hf_models.batch(), rho=0.1)[0].margins).abs().max()) > 1e-4
+
+
+def test_autocast_sees_the_anchor() -> None:
+    model = hf_models.make("llama")
+    batch = hf_models.batch()
+    exact = take_step(model, batch, rho=1.0)[0].anchor_gaps
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = take_step(model, batch, rho=1.0)[0].anchor_gaps
+        assert pair_logps(model, batch)[0].dtype == torch.float32
+    assert float((exact - half).abs().max()) < 0.2 * float(exact.abs().max())
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    plain = hf_models.make("llama").double()
+    checkpointed = copy.deepcopy(plain).train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = hf_models.batch()
+    for anchor in ("exact", "first_order"):
+        (a, grads), (b, others) = (take_step(m, batch, rho=0.3, anchor=anchor) for m in (plain, checkpointed))
+        torch.testing.assert_close(a.anchor_gaps, b.anchor_gaps, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grads, others, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "head"), list(hf_models.HEADS.items()))
+def test_the_head_is_found_by_what_it_is(kind: str, head: str) -> None:
+    model = hf_models.make(kind)
+    names = [name for name, _ in model.named_parameters()]
+    assert head_parameters(model, names) == [head]
+    assert head_parameters(nn.parallel.DataParallel(model), [f"module.{n}" for n in names]) == [f"module.{head}"]
+
+
+def test_the_head_stays_where_it_is() -> None:
+    model = hf_models.make("llama")
+    seen = {}
+
+    def margin_fn(module: nn.Module, batch: Any) -> Any:
+        if not torch.is_grad_enabled():
+            seen.update({n: torch.equal(p, before[n]) for n, p in module.named_parameters()})
+        return pair_logps(module, batch)
+
+    before = weights_of(model)
+    gapo.value_and_grad(margin_fn, gapo.GAPOConfig(rho=0.5), backend="torch")(model, hf_models.batch())
+    assert seen.pop("lm_head.weight") is True
+    assert not any(seen.values())
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = hf_models.make("llama")
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1" in name)
+    _, grads = take_step(model, hf_models.batch())
+    assert grads
+    assert all("layers.1" in name for name in grads)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no trainable parameter \(all are frozen\)"):
+        take_step(model, hf_models.batch())
+
+
+def test_lora_that_is_fresh_has_no_adaptive_anchor() -> None:
+    model = hf_models.lora("llama")
+    for adaptive, radius in ((True, 0.0), (False, 0.1)):
+        result, grads = take_step(model, hf_models.batch(), rho=0.1, adaptive=adaptive)
+        assert float(result.radius) == pytest.approx(radius, rel=1e-5)
+        assert torch.isfinite(result.anchor_gaps).all()
+        assert all("lora" in name for name in grads)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.02)
+    result, _ = take_step(model, hf_models.batch(), rho=0.1)
+    assert float(result.radius) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_tied_embeddings_are_one_parameter() -> None:
+    model = hf_models.make("gpt2")  # tied: the head is the input embedding
+    result, grads = take_step(model, hf_models.batch(), rho=0.2, perturb="all")
+    assert "transformer.wte.weight" in grads
+    assert "lm_head.weight" not in grads
+    assert float(result.radius) == pytest.approx(0.2, rel=1e-4)
+
+
+def test_margin_fn_without_a_gradient_is_an_error() -> None:
+    def detached(module: nn.Module, batch: Any) -> Any:
+        return tuple(x.detach() for x in pair_logps(module, batch))
+
+    with pytest.raises(ValueError, match=r"outputs of margin_fn carry no gradient"):
+        gapo.value_and_grad(detached, backend="torch")(hf_models.make("llama"), hf_models.batch())
+    with pytest.raises(TypeError, match=r"params must be a torch.nn.Module for backend=\"torch\", got dict"):
+        gapo.value_and_grad(detached, backend="torch")({}, None)
+
+
+def test_the_core_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(gapo.loss, fullgraph=True, backend="eager")
+    logps = [torch.randn(4) for _ in range(4)]
+    torch.testing.assert_close(compiled(*logps), gapo.loss(*logps))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu() -> None:
+    model = hf_models.make("llama")
+    batch = hf_models.batch()
+    here = take_step(model, batch, rho=0.3)[0].anchor_gaps
+    there = take_step(model.cuda(), {k: v.cuda() for k, v in batch.items()}, rho=0.3)[0].anchor_gaps
+    torch.testing.assert_close(here, there.cpu(), rtol=1e-3, atol=1e-4)
