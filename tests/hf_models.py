@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import transformers
 
 from gapo.data import collate_pairs, generate_pairs, tokenize_pair
 
-VOCAB = 64
+VOCAB = 96
 HEADS = {"llama": "lm_head.weight", "gpt2": "transformer.wte.weight", "pythia": "lm_head.weight"}
 KINDS = tuple(HEADS)
 
@@ -59,13 +60,18 @@ def batch(pairs: int = 3, seed: int = 0, side: str = "right") -> dict[str, torch
 
 @cache
 def tokenizer() -> Any:
-    """A tokenizer of 64 bytes-pairs trained on generated pairs; "<|end|>" opens, closes and pads."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """A tokenizer of characters and a few merges, trained on generated pairs; "<|end|>" opens, closes and pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     found = Tokenizer(models.BPE(unk_token="<|end|>"))
-    found.pre_tokenizer = pre_tokenizers.Metaspace()
+    found.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    found.decoder = decoders.Metaspace(prepend_scheme="never")
     texts = [row[part] for row in generate_pairs(50) for part in ("prompt", "chosen", "rejected")]
-    found.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|end|>"]))
+    alphabet = [*string.ascii_letters, *string.digits, *".,?\n"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    found.train_from_iterator(texts, trainer)
     special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), "<|end|>")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=found, **special)
 

@@ -1,0 +1,75 @@
+"""What `import gapo` loads, how long it takes, and what is public."""
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gapo
+
+ROOT = Path(__file__).parent.parent
+FRAMEWORKS = ("torch", "jax", "mlx", "transformers", "flax", "tensorflow", "cupy", "matplotlib", "datasets")
+PUBLIC = ["GAPOConfig", "StepResult", "anchor_gap", "loss", "sequence_logps", "value_and_grad", "weights"]
+
+
+def loaded_after(statement: str) -> dict:
+    """Modules loaded by `statement` in a new interpreter, and the seconds it took besides NumPy's import."""
+    code = f"""
+import json, sys, time
+import numpy
+start = time.perf_counter()
+{statement}
+seconds = time.perf_counter() - start
+print(json.dumps({{"modules": sorted(sys.modules), "seconds": seconds}}))
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("statement", ["import gapo", "import gapo.data, gapo.cli, gapo.metrics, gapo.backends.numpy"])
+def test_no_framework_is_loaded(statement: str) -> None:
+    found = loaded_after(statement)["modules"]
+    assert "gapo.step" in found
+    assert [name for name in FRAMEWORKS if name in found] == []
+
+
+def test_import_is_quick() -> None:
+    seconds = min(loaded_after("import gapo")["seconds"] for _ in range(3))
+    assert seconds < 0.3
+
+
+def test_the_check_can_fail() -> None:
+    assert "torch" in loaded_after("import gapo.backends.torch")["modules"]
+
+
+def test_public_surface() -> None:
+    assert sorted(gapo.__all__) == PUBLIC
+    assert all(getattr(gapo, name).__doc__ for name in PUBLIC)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", gapo.__version__)
+
+
+def test_imports_run_one_way() -> None:
+    """The core imports neither backends' frameworks nor adapters, data or experiments."""
+    core = [f"gapo/{name}.py" for name in ("objective", "logps", "geometry", "config", "step", "selection", "metrics")]
+    for path in [*core, *(str(p.relative_to(ROOT)) for p in (ROOT / "gapo" / "backends").rglob("*.py"))]:
+        text = (ROOT / path).read_text()
+        assert not re.search(r"^\s*(from|import) gapo\.(adapters|data|experiments|cli)", text, re.MULTILINE), path
+        if path in core:
+            assert not re.search(r"^\s*(from|import) (torch|jax|mlx|numpy)\b", text, re.MULTILINE), path
+
+
+def test_links_at_the_top() -> None:
+    for name in ("backends", "adapters"):
+        link = ROOT / name
+        assert link.is_symlink()
+        assert link.resolve() == (ROOT / "gapo" / name).resolve()
+
+
+def test_every_module_imports() -> None:
+    for module in pkgutil.walk_packages(gapo.__path__, "gapo."):
+        importlib.import_module(module.name)
