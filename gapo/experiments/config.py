@@ -32,7 +32,7 @@ class TrainConfig:
         model: a Hub name, a local folder, or "tiny" for a small Llama trained on the spot.
         tokenizer: another tokenizer than the model's: a Hub name or folder.
         tiny_hidden_size: width of the tiny model.
-        tiny_layers: its number of layers.
+        tiny_layers: number of layers of the tiny model.
         tiny_heads: its number of attention heads.
         tiny_vocab: most tokens of its tokenizer.
         tiny_text: plain text (.txt, .txt.gz) to warm it up on, before the answers; none to use the answers alone.
@@ -42,7 +42,7 @@ class TrainConfig:
         tiny_learning_rate: peak learning rate of the warm-up.
         cache_dir: folder where warmed-up tiny models are kept.
         lora_r: rank of LoRA adapters (peft); 0 trains all weights.
-        lora_alpha: their scale.
+        lora_alpha: scale of the adapters.
         lora_targets: names of the modules that get them, comma separated; none for peft's default.
         loss: "gapo", or "simpo" for the control without an anchor.
         backend: framework that trains.
@@ -57,7 +57,7 @@ class TrainConfig:
         learning_rate: peak learning rate.
         warmup_ratio: share of the steps in which the learning rate rises.
         scheduler: shape of the learning rate afterwards (names of transformers).
-        weight_decay: of AdamW.
+        weight_decay: strength of the weight decay of AdamW.
         max_grad_norm: gradient clipping.
         max_length: most tokens of prompt and answer.
         eval_steps: evaluate every so many steps; 0 for ten times a run.

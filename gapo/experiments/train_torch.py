@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator
 from gapo.config import GAPOConfig
 from gapo.data import tokenize_pair
-from gapo.experiments.config import TrainConfig
+from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, read_lines
 from gapo.step import StepResult
 
@@ -31,8 +31,14 @@ def run(
     config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or model_name)
-    model = _load_model(config, model_name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or model_name)
+        model = _load_model(config, model_name)
+    except OSError as error:
+        raise ConfigError(
+            f"model {model_name!r} (tokenizer {config.tokenizer or model_name!r}) is neither a folder saved by "
+            f"save_pretrained nor a Hub name that could be loaded: {error}"
+        ) from error
     collator = PreferenceCollator(tokenizer, max_length=config.max_length)
     flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped",))
     train_rows, held_out = (

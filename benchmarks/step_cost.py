@@ -1,0 +1,201 @@
+"""Cost of a step against SimPO's, on the same batch: time, peak memory, flops.
+
+The ways are interleaved in one process, so that a noisy machine disturbs all alike: ratios are taken within each round,
+and their median and quartiles reported. Rows carry device, versions, commit and time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gapo
+from gapo.adapters.hf.margins import pair_logps
+from gapo.step import probe_losses
+
+Step = Callable[[torch.nn.Module, dict[str, torch.Tensor]], None]
+
+
+def simpo(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """One forward and one backward on the probe loss."""
+    chosen, rejected = pair_logps(model, batch)
+    config = gapo.GAPOConfig()
+    probe_losses(chosen - rejected, config, torch).mean().backward()
+    model.zero_grad()
+
+
+def three_forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """The step as its description reads: a forward and backward for the probe, the anchor's forward, and both again."""
+    config = gapo.GAPOConfig()
+    chosen, rejected = pair_logps(model, batch)
+    probe_losses(chosen - rejected, config, torch).mean().backward()
+    moved = [p for n, p in model.named_parameters() if p.grad is not None and not n.endswith("lm_head.weight")]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.detach() * p.grad) for p in moved]))
+    saved = [p.detach().clone() for p in moved]
+    with torch.no_grad():
+        for p in moved:
+            p += config.rho * p * p * p.grad / norm.clamp(min=1e-12)
+        anchor = pair_logps(model, batch)
+        for p, theta in zip(moved, saved, strict=True):
+            p.copy_(theta)
+    model.zero_grad()
+    gapo.loss(*pair_logps(model, batch), *anchor, beta=config.beta, gamma=config.gamma).backward()
+    model.zero_grad()
+
+
+def gapo_step(**options: Any) -> Step:
+    """`gapo.value_and_grad` with these options."""
+    step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(**options), backend="torch")
+    return lambda model, batch: step(model, batch) and None
+
+
+WAYS: dict[str, Step] = {
+    "simpo": simpo,
+    "three-forward": three_forward,
+    "gapo exact": gapo_step(),
+    "gapo first_order": gapo_step(anchor="first_order"),
+}
+
+
+def make_model(options: argparse.Namespace) -> torch.nn.Module:
+    """A Llama of random weights; with --lora adapters on attention, whose B is not 0."""
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=options.vocab,
+            hidden_size=options.width,
+            intermediate_size=round(8 / 3 * options.width / 32) * 32,
+            num_hidden_layers=options.depth,
+            num_attention_heads=options.width // 64,
+            tie_word_embeddings=False,
+        )
+    )
+    if options.lora:
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=targets, init_lora_weights=False))
+    return model.to(options.device, getattr(torch, options.dtype))
+
+
+def make_batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Random pairs of equal length, the first quarter of each row a prompt."""
+    batch = {}
+    for side in ("chosen", "rejected"):
+        ids = torch.randint(1, options.vocab, (options.pairs, options.tokens))
+        labels = ids.clone()
+        labels[:, : options.tokens // 4] = -100
+        batch |= {f"{side}_input_ids": ids, f"{side}_labels": labels, f"{side}_attention_mask": torch.ones_like(ids)}
+    return {name: x.to(options.device) for name, x in batch.items()}
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the table, one for each way."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, batch = make_model(options), make_batch(options)
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    flops = {}
+    for name, way in WAYS.items():
+        with FlopCounterMode(display=False) as counter:
+            way(model, batch)
+        flops[name] = counter.get_total_flops()
+    deadline = time.monotonic() + options.seconds
+    while time.monotonic() < deadline or len(seconds["simpo"]) < 3:
+        for name, way in WAYS.items():
+            synchronise(options.device)
+            began = time.perf_counter()
+            way(model, batch)
+            synchronise(options.device)
+            seconds[name].append(time.perf_counter() - began)
+        print(f"\r{len(seconds['simpo'])} rounds", end="", flush=True)
+    print()
+    size = sum(p.numel() for p in model.parameters())
+    shared = {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gapo": gapo.__version__,
+        "commit": commit(),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "parameters": size,
+        "pairs": options.pairs,
+        "tokens": options.tokens,
+        "dtype": options.dtype,
+        "lora": options.lora,
+        "rounds": len(seconds["simpo"]),
+    }
+    rows = []
+    for name in WAYS:
+        ratios = [mine / simpos for mine, simpos in zip(seconds[name], seconds["simpo"], strict=True)]
+        low, middle, high = quantiles(ratios, n=4)
+        rows.append(
+            {
+                "way": name,
+                "ratio": round(middle, 3),
+                "ratio_25": round(low, 3),
+                "ratio_75": round(high, 3),
+                "seconds": round(median(seconds[name]), 4),
+                "flop_ratio": round(flops[name] / flops["simpo"], 3),
+                **shared,
+            }
+        )
+    return rows
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def commit() -> str:
+    """The commit measured, with a "+" if files differ from it."""
+    ask = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*ask, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    return head + ("+" if changed else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=4, help="pairs in the batch")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of prompt and answer")
+    parser.add_argument("--width", type=int, default=256, help="hidden size")
+    parser.add_argument("--depth", type=int, default=8, help="layers")
+    parser.add_argument("--vocab", type=int, default=8192, help="size of the vocabulary")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--lora", action="store_true", help="train LoRA adapters only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    parser.add_argument("--seconds", type=float, default=120, help="how long to measure")
+    parser.add_argument("--output", type=Path, help="CSV file to append the rows to")
+    options = parser.parse_args()
+    rows = measure(options)
+    for row in rows:
+        print(
+            f"{row['way']:<18} {row['ratio']:.2f} x SimPO ({row['ratio_25']:.2f} to {row['ratio_75']:.2f}), "
+            f"flops {row['flop_ratio']:.2f} x"
+        )
+    print(f"peak resident memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        new = not options.output.exists()
+        with options.output.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
