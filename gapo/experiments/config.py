@@ -63,7 +63,7 @@ class TrainConfig:
         eval_steps: evaluate every so many steps; 0 for ten times a run.
         save_steps: checkpoint every so many steps; 0 with each evaluation.
         logging_steps: log every so many steps.
-        bf16: bfloat16 autocast.
+        bf16: train under bfloat16 autocast.
         gradient_checkpointing: trade time for memory.
         report_to: trackers of transformers, comma separated, or "none".
     """
