@@ -93,7 +93,7 @@ def value_and_grad(
     def step(params: Any, batch: Any, *, gamma: Any = None, rng: Any = None) -> tuple[StepResult, Any]:
         forward = framework.forward(margin_fn, params, batch)
         result, cotangents = run(forward, config, framework, gamma=gamma, rng=rng)
-        return result, framework.pack(params, forward.pullback(cotangents))
+        return result, framework.pack(forward, forward.pullback(cotangents))
 
     return step
 
@@ -118,12 +118,10 @@ def run(
     g = forward.pullback(_on_outputs(-pull, forward.outputs, xp), names)
     g = {name: backend.all_reduce(g[name], "mean") for name in names}
     grad_norm = factor * _tree_norm([backend.norm(at_least_float32(x, xp)) for x in g.values() if _numel(x)], xp)
-    _require_finite(margins, grad_norm, g, xp)
 
     # 3. The perturbation, one parameter at a time.
-    if config.direction == "gaussian":
-        g = backend.normal(names, forward.parameters, rng)
-    perturbation = _Perturbation(forward, g, config, backend)
+    direction = g if config.direction == "pessimistic" else backend.normal(names, forward.parameters, rng)
+    perturbation = _Perturbation(forward, direction, config, backend)
 
     # 4. The margins at the anchor.
     if config.anchor == "first_order":
@@ -134,8 +132,6 @@ def run(
         moved = forward.at(perturbation.move, names)
         anchor_margins = margins_of(tuple(stop_gradient(at_least_float32(output, xp)) for output in moved))
         radius, changed = perturbation.applied()
-        perturbation.check_rounding(radius, changed, names)
-        _require_finite_anchor(anchor_margins, config.rho, xp)
         gaps = margins - anchor_margins
 
     # 5. The loss, and its derivative by each output.
@@ -145,6 +141,10 @@ def run(
     cotangents = _on_outputs(-weights / n, forward.outputs, xp)
     if config.sft_weight:
         loss, cotangents = _add_sft(loss, cotangents, values, config.sft_weight, xp)
+    if is_concrete(loss):  # the first look at a value: a lazy framework has been lazy so far
+        _require_finite(margins, grad_norm, g, xp)
+        _require_finite_margins(anchor_margins, f"the anchor forward; rho={config.rho} moves the weights too far", xp)
+        perturbation.check_rounding(radius, changed, names)
     result = StepResult(
         loss=loss,
         margins=margins,
@@ -240,7 +240,7 @@ class _Perturbation:
 
     def check_rounding(self, radius: Array, changed: Array, names: list[str]) -> None:
         """Raise when the perturbation was lost to rounding altogether, warn when a good part of it was."""
-        if not is_concrete(radius) or self._config.rho == 0 or float(self._scaled_norm) == 0:
+        if self._config.rho == 0 or self._config.anchor == "first_order" or float(self._scaled_norm) == 0:
             return
         way_out = 'use anchor="first_order", which rounds nothing, or keep the weights in float32'
         rho = self._config.rho
@@ -294,7 +294,7 @@ def _require_finite(margins: Array, grad_norm: Array, g: dict[str, Array], xp: N
 
     Asked after the ranks were reduced, so that all ranks raise together.
     """
-    if not is_concrete(grad_norm) or bool(xp.isfinite(grad_norm)):
+    if bool(xp.isfinite(grad_norm)):
         return
     _require_finite_margins(margins, "the clean forward; look at these pairs' tokens and labels", xp)
     name = next((name for name, x in g.items() if not bool(xp.all(xp.isfinite(x)))), "a parameter")
@@ -304,16 +304,9 @@ def _require_finite(margins: Array, grad_norm: Array, g: dict[str, Array], xp: N
     )
 
 
-def _require_finite_anchor(anchor_margins: Array, rho: float, xp: Namespace) -> None:
-    if is_concrete(anchor_margins):
-        _require_finite_margins(
-            anchor_margins, f"the anchor forward; rho={rho} moves the weights too far, lower it", xp
-        )
-
-
 def _require_finite_margins(margins: Array, where: str, xp: Namespace) -> None:
-    bad = [i for i in range(margins.shape[0]) if not bool(xp.isfinite(margins[i]))]
-    if bad:
+    if not bool(xp.all(xp.isfinite(margins))):
+        bad = [i for i in range(margins.shape[0]) if not bool(xp.isfinite(margins[i]))]
         raise FloatingPointError(f"the margins of pairs {bad} are not finite in {where}")
 
 

@@ -5,6 +5,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small arrays; pytest-xdist uses the cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_X64", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # a mesh without a cluster
 os.environ.setdefault(
     "MLX_DISABLE_COMPILE", "1"
 )  # one g++ call for each fused kernel; the compiled path has its own test

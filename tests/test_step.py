@@ -28,7 +28,7 @@ def take_step(
     """A step of the backend on `arrays`: (result as NumPy, gradients by name, the parameters)."""
     gamma = options.pop("gamma", None)
     pair = options.pop("pair", True)
-    rng = options.pop("rng", None)
+    rng = options.pop("rng", models.generator(backend, 0))
     number = gamma if isinstance(gamma, float) else 0.25
     config = gapo.GAPOConfig(gamma=number, **options)
     step = gapo.value_and_grad(models.make_margin_fn(backend, pair=pair), config, backend=backend.name)
@@ -55,9 +55,9 @@ def assert_same(
 def cases(draw: st.DrawFn) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
     """Weights, a batch and the options of a step."""
     seed = draw(st.integers(0, 2**16))
-    pairs = draw(st.integers(1, 4))
+    pairs = draw(st.sampled_from([1, 3]))  # few shapes: JAX compiles for each
     arrays = models.make_params(layers=draw(st.integers(1, 2)), tied=draw(st.booleans()), seed=seed)
-    batch = models.make_batch(pairs=pairs, seq=draw(st.integers(3, 7)), seed=seed)
+    batch = models.make_batch(pairs=pairs, seq=draw(st.sampled_from([3, 6])), seed=seed)
     per_pair = st.lists(st.floats(-1, 1), min_size=pairs, max_size=pairs).map(np.array)
     options = {
         "beta": draw(st.floats(0.1, 10)),

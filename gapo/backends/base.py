@@ -65,8 +65,8 @@ class Backend(Protocol):
     def normal(self, names: Iterable[str], parameters: dict[str, Array], rng: Any) -> dict[str, Array]:
         """A standard normal draw for each named parameter, float32 or wider, equal on all ranks."""
 
-    def pack(self, params: Any, grads: dict[str, Array]) -> Any:
-        """Gradients by name in the form the framework's optimisers take."""
+    def pack(self, forward: Any, grads: dict[str, Array]) -> Any:
+        """Gradients by name in the form the framework's optimisers take; `forward` is the one they came from."""
 
 
 def outputs_of(returned: Any) -> tuple[Array, ...]:

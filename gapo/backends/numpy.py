@@ -90,7 +90,7 @@ class NumpyBackend:
         generator = np.random.default_rng(rng)
         return {name: generator.standard_normal(parameters[name].shape) for name in names}
 
-    def pack(self, params: Any, grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def pack(self, forward: Any, grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return grads
 
 

@@ -125,7 +125,7 @@ class TorchBackend:
             draws[name] = torch.randn(p.shape, generator=rng, dtype=dtype, device=rng.device).to(p.device)
         return draws
 
-    def pack(self, params: Any, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    def pack(self, forward: Any, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         return grads
 
 

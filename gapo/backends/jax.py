@@ -1,0 +1,119 @@
+"""JAX: pure functions over pytrees; every verb can stand under `jax.jit`, on one device or on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gapo import geometry
+from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.selection import HEAD_NAME
+from gapo.step import StepResult
+
+jax.tree_util.register_dataclass(StepResult)  # so that it can leave a jitted function
+
+
+class JaxForward:
+    """The clean forward of `margin_fn` with its linearisation: one `jax.vjp`, pulled back twice."""
+
+    def __init__(self, margin_fn: MarginFn, params: Any, batch: Any, axis_name: str | None) -> None:
+        leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
+        self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+        self._leaves = [jnp.asarray(leaf) for _, leaf in leaves]
+        floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in self._leaves]
+        self.parameters: dict[str, Any] = {
+            name: _varying(leaf, axis_name)
+            for name, leaf, is_floating in zip(self._names, self._leaves, floating, strict=True)
+            if is_floating
+        }
+        self.head = [name for name in self.parameters if HEAD_NAME.search(name)]
+        self._margin_fn, self._batch = margin_fn, batch
+        self.outputs, self._vjp = jax.vjp(self._run, self.parameters)
+
+    def _run(self, parameters: dict[str, Array]) -> tuple[Array, ...]:
+        leaves = [parameters.get(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)]
+        return outputs_of(self._margin_fn(jax.tree_util.tree_unflatten(self._tree, leaves), self._batch))
+
+    def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
+        (grads,) = self._vjp(tuple(cotangents))
+        return {name: grads[name] for name in (self.parameters if names is None else names)}
+
+    def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Array, ...]:
+        moved = {name: move(name, self.parameters[name]) for name in names}
+        return self._run({**self.parameters, **moved})
+
+    def directional(self, delta: LeafRule, names: Iterable[str]) -> Array:
+        # The pullback is linear in its cotangents, and its transpose is J: no second linearisation, no third forward.
+        push = jax.linear_transpose(self._vjp, self.outputs)
+        tangents = {name: jnp.zeros_like(theta) for name, theta in self.parameters.items()}
+        for name in names:
+            theta = self.parameters[name]
+            tangents[name] = delta(name, theta).astype(theta.dtype)
+        (along,) = push((tangents,))
+        return along[0] if len(along) == 1 else along[0] - along[1]
+
+    def pack(self, grads: dict[str, Array]) -> Any:
+        """`grads` as a tree like the parameters; a leaf that is no floating array gets what `jax.grad` gives it."""
+        none = jax.dtypes.float0
+        leaves = [
+            grads[name] if name in grads else np.zeros(leaf.shape, none)
+            for name, leaf in zip(self._names, self._leaves, strict=True)
+        ]
+        return jax.tree_util.tree_unflatten(self._tree, leaves)
+
+
+class JaxBackend:
+    """The `Backend` verbs on JAX.
+
+    Under `jit` with sharded arrays the ranks need no word: the arrays are global. In `shard_map` and `pmap`,
+    `axis_name` names the data axis whose members share one anchor.
+    """
+
+    xp = jnp
+
+    def __init__(self, axis_name: str | None = None) -> None:
+        self._axis_name = axis_name
+
+    def forward(self, margin_fn: MarginFn, params: Any, batch: Any) -> JaxForward:
+        return JaxForward(margin_fn, params, batch, self._axis_name)
+
+    def norm(self, x: Array) -> Array:
+        return geometry.norm(x, jnp)
+
+    def all_reduce(self, x: Array, op: str) -> Array:
+        if self._axis_name is None:
+            return x
+        reduce = {"mean": jax.lax.pmean, "max": jax.lax.pmax, "sum": jax.lax.psum}[op]
+        return reduce(x, self._axis_name)
+
+    def normal(self, names: Iterable[str], parameters: dict[str, Array], rng: Any) -> dict[str, Array]:
+        if rng is None:
+            raise ValueError(
+                'direction="gaussian" draws random numbers: call step(params, batch, rng=jax.random.key(seed))'
+            )
+        draws = {}
+        for i, name in enumerate(names):
+            theta = parameters[name]
+            dtype = jnp.promote_types(theta.dtype, jnp.float32)
+            draws[name] = jax.random.normal(jax.random.fold_in(rng, i), theta.shape, dtype)
+        return draws
+
+    def pack(self, forward: JaxForward, grads: dict[str, Array]) -> Any:
+        return forward.pack(grads)
+
+
+def _varying(x: Array, axis_name: str | None) -> Array:
+    """`x` as varying over the axis, so that its gradient is this member's own: an invariant one's is summed by JAX."""
+    if axis_name is None or not hasattr(jax.lax, "pcast") or axis_name in jax.typeof(x).vma:
+        return x
+    return jax.lax.pcast(x, axis_name, to="varying")
+
+
+def make_backend(axis_name: str | None = None) -> JaxBackend:
+    """The JAX backend; `axis_name` is the data axis of a surrounding `shard_map` or `pmap`, if there is one."""
+    return JaxBackend(axis_name)
