@@ -59,7 +59,7 @@ def sequence_logps(
         )
     targets = labels[:, 1:]
     counted = targets != ignore_index
-    if is_concrete(labels):
+    if is_concrete(counted):  # under jit even what is made of constants is traced
         _check_labels(targets, counted, int(logits.shape[2]), ignore_index, xp)
     token_logps = _token_logps(at_least_float32(logits[:, :-1, :], xp), xp.where(counted, targets, 0 * targets), xp)
     total = xp.sum(xp.where(counted, token_logps, xp.zeros_like(token_logps)), axis=-1)

@@ -27,13 +27,15 @@ class JaxForward:
         self._leaves = [jnp.asarray(leaf) for _, leaf in leaves]
         floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in self._leaves]
         self.parameters: dict[str, Any] = {
-            name: _varying(leaf, axis_name)
+            name: leaf
             for name, leaf, is_floating in zip(self._names, self._leaves, floating, strict=True)
             if is_floating
         }
         self.head = [name for name in self.parameters if HEAD_NAME.search(name)]
         self._margin_fn, self._batch = margin_fn, batch
-        self.outputs, self._vjp = jax.vjp(self._run, self.parameters)
+        # Differentiated as varying, the gradient is this member's own; JAX sums that of an invariant parameter.
+        self._varying = {name: _varying(leaf, axis_name) for name, leaf in self.parameters.items()}
+        self.outputs, self._vjp = jax.vjp(self._run, self._varying)
 
     def _run(self, parameters: dict[str, Array]) -> tuple[Array, ...]:
         leaves = [parameters.get(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)]
@@ -50,10 +52,10 @@ class JaxForward:
     def directional(self, delta: LeafRule, names: Iterable[str]) -> Array:
         # The pullback is linear in its cotangents, and its transpose is J: no second linearisation, no third forward.
         push = jax.linear_transpose(self._vjp, self.outputs)
-        tangents = {name: jnp.zeros_like(theta) for name, theta in self.parameters.items()}
+        tangents = {name: jnp.zeros_like(theta) for name, theta in self._varying.items()}
         for name in names:
             theta = self.parameters[name]
-            tangents[name] = delta(name, theta).astype(theta.dtype)
+            tangents[name] += delta(name, theta).astype(theta.dtype)
         (along,) = push((tangents,))
         return along[0] if len(along) == 1 else along[0] - along[1]
 
@@ -108,10 +110,12 @@ class JaxBackend:
 
 
 def _varying(x: Array, axis_name: str | None) -> Array:
-    """`x` as varying over the axis, so that its gradient is this member's own: an invariant one's is summed by JAX."""
-    if axis_name is None or not hasattr(jax.lax, "pcast") or axis_name in jax.typeof(x).vma:
+    """`x` as varying over the mesh axis, where it is not yet."""
+    if axis_name is None or not hasattr(jax.lax, "pcast"):
         return x
-    return jax.lax.pcast(x, axis_name, to="varying")
+    kind: Any = jax.typeof(x)
+    varies = kind.mat.varying if hasattr(kind, "mat") else kind.vma  # its name before JAX 0.10
+    return x if axis_name in varies else jax.lax.pcast(x, axis_name, to="varying")
 
 
 def make_backend(axis_name: str | None = None) -> JaxBackend:

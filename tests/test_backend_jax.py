@@ -1,0 +1,177 @@
+"""What only JAX has: jit without recompilation, flops, a mesh, checkpointed models, bfloat16, donated buffers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from frameworks import LIBRARIES
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gapo
+
+JAX = LIBRARIES["jax"]
+CONFIG = gapo.GAPOConfig(rho=0.3)
+
+
+def margin_fn(params: dict[str, Any], batch: dict[str, Any]) -> tuple[Any, Any]:
+    """The tiny transformer on arrays that may be traced."""
+    return tuple(
+        gapo.sequence_logps(models.logits(params, batch[f"{side}_input_ids"], jnp), batch[f"{side}_labels"])
+        for side in ("chosen", "rejected")
+    )
+
+
+def problem(dtype: str = "float32", **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights and a batch as JAX arrays; 8 pairs, to be sharded."""
+    sizes = {"layers": 2, "width": 16, "vocab": 32}
+    params = {name: jnp.asarray(x, dtype) for name, x in models.make_params(**sizes, **options).items()}
+    batch = {name: jnp.asarray(x) for name, x in models.make_batch(pairs=8, seq=12, vocab=32).items()}
+    return params, batch
+
+
+def step(config: gapo.GAPOConfig = CONFIG, fn: Any = margin_fn, **options: Any) -> Any:
+    return gapo.value_and_grad(fn, config, backend="jax", **options)
+
+
+def assert_close(found: Any, expected: Any, rtol: float = 1e-5) -> None:
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_jit_equals_eager_and_compiles_once(anchor: str) -> None:
+    params, batch = problem("float64")
+    taken = step(gapo.GAPOConfig(rho=0.3, anchor=anchor))
+    traces = []
+
+    @jax.jit
+    def jitted(params: Any, batch: Any, gamma: Any) -> Any:
+        traces.append(1)
+        return taken(params, batch, gamma=gamma)
+
+    expected = taken(params, batch, gamma=jnp.full(8, 0.25))
+    assert_close(jitted(params, batch, jnp.full(8, 0.25)), expected, 1e-9)
+    for shift in (0.1, 0.2):
+        result, grads = jitted(jax.tree.map(lambda x: x + shift, params), batch, jnp.full(8, shift))  # noqa: B023
+    assert traces == [1]
+    assert isinstance(result, gapo.StepResult)
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+
+
+def flops(fn: Any, *args: Any) -> float:
+    cost = jax.jit(fn).lower(*args).compile().cost_analysis()
+    return float((cost[0] if isinstance(cost, list) else cost)["flops"])
+
+
+@pytest.mark.parametrize(("anchor", "bar"), [("exact", 2.1), ("first_order", 2.4)])
+def test_no_third_forward(anchor: str, bar: float) -> None:
+    params, batch = problem()
+    params = {name: jnp.concatenate([x] * 4, 0) if "embed" in name else x for name, x in params.items()}
+
+    def simpo(params: Any, batch: Any) -> Any:
+        def loss(p: Any) -> Any:
+            chosen, rejected = margin_fn(p, batch)
+            return jnp.mean(jax.nn.softplus(-(2.5 * (chosen - rejected) - 0.25)))
+
+        return jax.value_and_grad(loss)(params)
+
+    base = flops(simpo, params, batch)
+    assert flops(step(gapo.GAPOConfig(anchor=anchor)), params, batch) / base < bar
+    # A second clean forward and backward, behind a barrier that keeps XLA from merging it with the first, is seen.
+    more = flops(lambda p, b: (simpo(p, b), step()(jax.lax.optimization_barrier(p), b)), params, batch)
+    assert more / base > 2.7
+
+
+def test_a_mesh_equals_one_device() -> None:
+    params, batch = problem()
+    expected = jax.jit(step())(params, batch)
+    devices = np.array(jax.devices())
+    assert len(devices) == 8
+    for shape in ((8, 1), (4, 2), (1, 8)):
+        mesh = Mesh(devices.reshape(shape), ("data", "model"))
+        rows = NamedSharding(mesh, P("data"))
+        columns = {name: NamedSharding(mesh, P(None, "model") if x.ndim == 2 else P()) for name, x in params.items()}
+        placed = {name: jax.device_put(x, columns[name]) for name, x in params.items()}
+        result, grads = jax.jit(step(), out_shardings=(None, columns))(placed, jax.device_put(batch, rows))
+        assert_close((result, grads), expected, 2e-5)
+        assert all(grads[name].sharding.is_equivalent_to(columns[name], x.ndim) for name, x in params.items())
+
+
+def test_members_of_an_axis_share_one_anchor() -> None:
+    params, batch = problem("float64")
+    expected, grads = step()(params, batch)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    taken = step(axis_name="data")
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P("data"), P(), P()))
+    def sharded(params: Any, batch: Any) -> Any:
+        result, grads = taken(params, batch)
+        return result.anchor_gaps, result.radius, jax.lax.pmean(grads, "data")
+
+    gaps, radius, mean = sharded(params, batch)
+    assert_close(gaps, expected.anchor_gaps, 1e-9)
+    assert_close(mean, grads, 1e-9)
+    assert float(radius) == pytest.approx(0.3)
+
+
+def test_checkpointed_models() -> None:
+    params, batch = problem("float64")
+    for anchor in ("exact", "first_order"):
+        config = gapo.GAPOConfig(rho=0.3, anchor=anchor)
+        found = jax.jit(step(config, jax.checkpoint(margin_fn)))(params, batch)
+        assert_close(found, step(config)(params, batch), 1e-9)
+
+
+def test_bfloat16_weights_have_a_float32_delta() -> None:
+    params, batch = problem("bfloat16")
+    with pytest.warns(RuntimeWarning, match="round the perturbation away"):
+        result, grads = step(gapo.GAPOConfig(rho=0.02))(params, batch)
+    assert 0 < float(result.changed_fraction) < 0.5
+    assert result.anchor_gaps.dtype == result.weights.dtype == jnp.float32
+    assert all(g.dtype == jnp.bfloat16 for g in grads.values())
+    result, _ = jax.jit(step(gapo.GAPOConfig(rho=0.02, anchor="first_order")))(params, batch)
+    assert float(result.radius) == pytest.approx(0.02, rel=1e-4)
+    assert float(result.changed_fraction) == 1
+
+
+def test_donated_buffers() -> None:
+    params, batch = problem()
+    expected = step()(params, batch)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(params: Any, batch: Any) -> Any:
+        result, grads = step()(params, batch)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), result
+
+    before = jax.tree.map(jnp.copy, params)
+    new, result = update(params, batch)
+    assert_close(result, expected[0], 1e-4)
+    assert_close(new, jax.tree.map(lambda p, g: p - 0.1 * g, before, expected[1]), 1e-4)
+
+
+def test_leaves_that_are_no_floats_stay_out() -> None:
+    params, batch = problem()
+    tree = {"weights": params, "steps": jnp.asarray(3)}
+    result, grads = step(fn=lambda p, b: margin_fn(p["weights"], b))(tree, batch)
+    assert jax.tree.structure(grads) == jax.tree.structure(tree)
+    assert grads["steps"].dtype == jax.dtypes.float0
+    assert_close(grads["weights"], step()(params, batch)[1])
+    assert np.isfinite(float(result.loss))
+
+
+def test_gaussian_needs_a_key() -> None:
+    params, batch = problem()
+    gaussian = step(gapo.GAPOConfig(direction="gaussian"))
+    with pytest.raises(ValueError, match=r'direction="gaussian" draws random numbers: call .*rng=jax.random.key'):
+        gaussian(params, batch)
+    keys = jax.random.split(jax.random.key(0), 2)
+    gaps = [jax.jit(lambda key: gaussian(params, batch, rng=key)[0].anchor_gaps)(key) for key in keys]
+    assert float(jnp.abs(gaps[0] - gaps[1]).max()) > 0
