@@ -19,9 +19,14 @@ jax.tree_util.register_dataclass(StepResult)  # so that it can leave a jitted fu
 
 
 class JaxForward:
-    """The clean forward of `margin_fn` with its linearisation: one `jax.vjp`, pulled back twice."""
+    """The clean forward of `margin_fn` with its linearisation: one `jax.vjp`, pulled back twice.
 
-    def __init__(self, margin_fn: MarginFn, params: Any, batch: Any, axis_name: str | None) -> None:
+    With `has_aux`, `margin_fn` returns (outputs, aux), and the clean forward's `aux` stands here afterwards.
+    """
+
+    def __init__(
+        self, margin_fn: MarginFn, params: Any, batch: Any, axis_name: str | None = None, has_aux: bool = False
+    ) -> None:
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
         self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
         self._leaves = [jnp.asarray(leaf) for _, leaf in leaves]
@@ -32,14 +37,16 @@ class JaxForward:
             if is_floating
         }
         self.head = [name for name in self.parameters if HEAD_NAME.search(name)]
-        self._margin_fn, self._batch = margin_fn, batch
+        self._margin_fn, self._batch, self._has_aux = margin_fn, batch, has_aux
         # Differentiated as varying, the gradient is this member's own; JAX sums that of an invariant parameter.
         self._varying = {name: _varying(leaf, axis_name) for name, leaf in self.parameters.items()}
-        self.outputs, self._vjp = jax.vjp(self._run, self._varying)
+        self.outputs, self._vjp, self.aux = jax.vjp(self._run, self._varying, has_aux=True)
 
-    def _run(self, parameters: dict[str, Array]) -> tuple[Array, ...]:
+    def _run(self, parameters: dict[str, Array]) -> tuple[tuple[Array, ...], Any]:
         leaves = [parameters.get(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)]
-        return outputs_of(self._margin_fn(jax.tree_util.tree_unflatten(self._tree, leaves), self._batch))
+        returned = self._margin_fn(jax.tree_util.tree_unflatten(self._tree, leaves), self._batch)
+        outputs, aux = returned if self._has_aux else (returned, None)
+        return outputs_of(outputs), aux
 
     def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
         (grads,) = self._vjp(tuple(cotangents))
@@ -47,7 +54,7 @@ class JaxForward:
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Array, ...]:
         moved = {name: move(name, self.parameters[name]) for name in names}
-        return self._run({**self.parameters, **moved})
+        return self._run({**self.parameters, **moved})[0]
 
     def directional(self, delta: LeafRule, names: Iterable[str]) -> Array:
         # The pullback is linear in its cotangents, and its transpose is J: no second linearisation, no third forward.

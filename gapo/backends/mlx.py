@@ -30,7 +30,10 @@ class MlxForward:
         self.parameters: dict[str, Any] = {name: x for name, x in flat if mx.issubdtype(x.dtype, mx.floating)}
         self.head = [name for name in self.parameters if HEAD_NAME.search(name)]
         self._random_state = mx.array(_random_state())
-        self.outputs = outputs_of(margin_fn(module, batch))
+        try:
+            self.outputs = outputs_of(margin_fn(module, batch))
+        finally:  # mlx-lm's grad_checkpoint leaves arrays of its own in the module
+            module.update(tree_unflatten(list(self.parameters.items())))
 
     def _run(self, names: list[str], values: Sequence[mx.array]) -> list[mx.array]:
         """The outputs with `values` in place of the named parameters, and the random numbers of the clean forward."""

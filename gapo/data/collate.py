@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
 
 from gapo.data.tokenize import IGNORE_INDEX
 
+PARTS = ("input_ids", "attention_mask", "labels")
 TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
 
@@ -59,14 +61,15 @@ def batches(
     *,
     pad_token_id: int,
     seed: int = 0,
-    epochs: int = 1,
+    epochs: int | None = 1,
     drop_last: bool = False,
     skip: int = 0,
     pad_to_multiple_of: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Collated batches, shuffled anew each epoch: the same ones for the same seed, whatever the backend.
 
-    Each batch also holds "index" (N,), the rows it was made of. The first `skip` batches are passed over, to resume.
+    Each batch also holds "index" (N,), the rows it was made of. The first `skip` batches are passed over, to resume;
+    `epochs` None goes on for ever.
 
     Raises:
         ValueError: `batch_size` is not positive, or greater than the data with `drop_last`.
@@ -74,7 +77,7 @@ def batches(
     if batch_size < 1 or (drop_last and batch_size > len(tokenized)):
         raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
     made = 0
-    for epoch in range(epochs):
+    for epoch in count() if epochs is None else range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(tokenized))
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import gapo
+from gapo.data.collate import PARTS
 from gapo.data.tokenize import IGNORE_INDEX
 
-KEYS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "attention_mask", "labels"))
+KEYS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in PARTS)
 TRL_KEYS = ("input_ids", "attention_mask", "completion_mask")
 
 
@@ -26,7 +27,7 @@ def stack_pairs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         ValueError: chosen and rejected are of unequal number or length.
     """
     if all(key in batch for key in KEYS):
-        for part in ("input_ids", "attention_mask", "labels"):
+        for part in PARTS:
             shapes = [tuple(batch[f"{side}_{part}"].shape) for side in ("chosen", "rejected")]
             if shapes[0][0] != shapes[1][0]:
                 raise ValueError(f"chosen and rejected must hold the same number of rows; {part} are {shapes}")

@@ -1,0 +1,151 @@
+"""GAPO in Flax: a training step for NNX modules, and for Linen with `TrainState`; optax does the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import gapo
+from gapo.backends.jax import JaxBackend, JaxForward
+from gapo.config import GAPOConfig
+from gapo.data.collate import PARTS
+from gapo.metrics import reward_metrics, step_metrics
+from gapo.step import StepResult, probe_losses, run
+
+Metrics = dict[str, jax.Array]
+# `logits_fn(model, input_ids, attention_mask) -> (batch, seq, vocab)`; for Linen the model is the tree of parameters.
+LogitsFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def make_train_step(
+    logits_fn: LogitsFn | None = None,
+    config: GAPOConfig | None = None,
+    *,
+    wrt: Any = nnx.Param,
+    axis_name: str | None = None,
+) -> Callable[..., Any]:
+    """A jitted GAPO training step.
+
+    For NNX: `train_step(model, optimizer, batch, *, gamma=None, rng=None) -> (metrics, result)`, which updates `model`
+    and `optimizer` in place. For Linen: `train_step(state, batch, *, gamma=None, rng=None) -> (state, metrics,
+    result)`. Accumulate gradients with `optax.MultiSteps`; place arrays on a mesh and the step runs there.
+
+    Args:
+        logits_fn: `logits_fn(model, input_ids, attention_mask)` gives logits (batch, seq, vocab). None calls an NNX
+            model with `input_ids`, and a Linen one as `state.apply_fn({"params": params}, input_ids)`: right for causal
+            models whose padding stands on the right.
+        config: settings of the step; None for the defaults.
+        wrt: which NNX variables train, as the optimizer was told: `nnx.Param`, or `nnx.LoRAParam`.
+        axis_name: data axis of a surrounding `shard_map`, whose members share one anchor. Its caller averages nothing.
+
+    Returns:
+        `train_step`. `batch` is what `gapo.data.collate_pairs` makes:
+        {chosen,rejected}_{input_ids,attention_mask,labels}, each (N, seq). `metrics` are scalars under TRL's keys and
+        "gapo/"; `result` is the `gapo.StepResult`. `gamma` and `rng` are as in `gapo.value_and_grad`.
+
+    Source: method document, "The step".
+    """
+    config = GAPOConfig() if config is None else config
+    backend = JaxBackend(axis_name)
+
+    def gradients(forward: JaxForward, gamma: Any, rng: Any) -> tuple[StepResult, Metrics, Any]:
+        result, cotangents = run(forward, config, backend, gamma=gamma, rng=rng)
+        grads = {name: backend.all_reduce(g, "mean") for name, g in forward.pullback(cotangents).items()}
+        return result, step_metrics(result, config), forward.pack(grads)
+
+    @nnx.jit
+    def nnx_step(model: Any, optimizer: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Metrics, StepResult]:
+        graph, params, rest = nnx.split(model, wrt, ...)
+
+        def margin_fn(p: Any, b: Any) -> Any:
+            merged = nnx.merge(graph, p, rest, copy=True)  # the same random state each time: the same dropout masks
+            logps = pair_logps(lambda ids, mask: (logits_fn or _call)(merged, ids, mask), b)
+            return logps, nnx.state(merged, nnx.filterlib.Not(wrt))
+
+        forward = JaxForward(margin_fn, params, batch, axis_name, has_aux=True)
+        result, metrics, grads = gradients(forward, gamma, rng)
+        nnx.update(model, forward.aux)
+        optimizer.update(model, grads)
+        return metrics, result
+
+    @jax.jit
+    def linen_step(state: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Any, Metrics, StepResult]:
+        def margin_fn(p: Any, b: Any) -> Any:
+            fn = logits_fn or (lambda params, ids, _: state.apply_fn({"params": params}, ids))
+            return pair_logps(lambda ids, mask: fn(p, ids, mask), b)
+
+        result, metrics, grads = gradients(JaxForward(margin_fn, state.params, batch, axis_name), gamma, rng)
+        return state.apply_gradients(grads=grads), metrics, result
+
+    def train_step(*args: Any, gamma: Any = None, rng: Any = None) -> Any:
+        if len(args) == 3 and isinstance(args[0], nnx.Module) and isinstance(args[1], nnx.Optimizer):
+            return nnx_step(args[0], args[1], _arrays(args[2]), gamma, rng)
+        if len(args) == 2 and hasattr(args[0], "apply_gradients"):
+            return linen_step(args[0], _arrays(args[1]), gamma, rng)
+        kinds = ", ".join(type(x).__name__ for x in args)
+        raise TypeError(
+            f"train_step takes (nnx.Module, nnx.Optimizer, batch), or (TrainState, batch) with Linen; got ({kinds})"
+        )
+
+    return train_step
+
+
+def make_eval_step(logits_fn: LogitsFn | None = None, config: GAPOConfig | None = None) -> Callable[..., Metrics]:
+    """A jitted evaluation: `eval_step(model_or_state, batch) -> metrics`, without an anchor.
+
+    Args:
+        logits_fn, config: as in `make_train_step`.
+
+    Returns:
+        `eval_step`: the mean probe loss under "loss", and the rewards under TRL's keys (method document, step 6).
+    """
+    config = GAPOConfig() if config is None else config
+
+    def measure(logits: Callable[..., jax.Array], batch: Any) -> Metrics:
+        chosen, rejected = pair_logps(logits, batch)
+        return {
+            "loss": jnp.mean(probe_losses(chosen - rejected, config, jnp)),
+            **reward_metrics(chosen, rejected, config),
+        }
+
+    @nnx.jit
+    def nnx_step(model: Any, batch: Any) -> Metrics:
+        return measure(lambda ids, mask: (logits_fn or _call)(model, ids, mask), batch)
+
+    @jax.jit
+    def linen_step(state: Any, batch: Any) -> Metrics:
+        fn = logits_fn or (lambda params, ids, _: state.apply_fn({"params": params}, ids))
+        return measure(lambda ids, mask: fn(state.params, ids, mask), batch)
+
+    def eval_step(model: Any, batch: Any) -> Metrics:
+        return (nnx_step if isinstance(model, nnx.Module) else linen_step)(model, _arrays(batch))
+
+    return eval_step
+
+
+def pair_logps(logits: Callable[..., jax.Array], batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """(chosen_logps, rejected_logps), each (N,), from one call of `logits(input_ids, attention_mask)`."""
+    ids, mask, labels = (jnp.concatenate([batch[f"chosen_{p}"], batch[f"rejected_{p}"]]) for p in PARTS)
+    logps = gapo.sequence_logps(logits(ids, mask), labels)
+    half = logps.shape[0] // 2
+    return logps[:half], logps[half:]
+
+
+def _call(model: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    return model(input_ids)
+
+
+def _arrays(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The columns of `batch` that the step reads; KeyError naming what is missing."""
+    wanted = [f"{side}_{part}" for side in ("chosen", "rejected") for part in PARTS]
+    missing = [name for name in wanted if name not in batch]
+    if missing:
+        raise KeyError(f"a batch of pairs needs {', '.join(wanted)}; {missing[0]!r} is missing, got {', '.join(batch)}")
+    return {name: jnp.asarray(batch[name]) for name in wanted}
+
+
+__all__ = ["make_eval_step", "make_train_step", "pair_logps"]
