@@ -163,6 +163,82 @@ def test_an_unfinished_run_with_other_settings_is_refused(
     assert "holds an unfinished run with other settings (rho: 0.2 -> 0.7)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("loss", ["gapo", "simpo"])
+def test_the_same_yaml_on_every_backend(finished: Path, tmp_path: Path, loss: str) -> None:
+    """The same pairs, tokenizer and tiny model: all agree before; JAX and MLX share the order and stay near."""
+    model = str(finished / "run" / "model")
+    options = {"model": model, "loss": loss, "accumulation": 2, "weight_decay": 0.1}
+    summaries = {}
+    for backend in ("torch", "jax", "mlx"):
+        folder = tmp_path / backend
+        folder.mkdir()
+        assert train(folder, backend=backend, **options) == 0
+        summaries[backend] = json.loads((folder / "run" / "summary.json").read_text())
+        assert "Reward accuracy" in (folder / "run" / "report.html").read_text()
+    for backend in ("jax", "mlx"):
+        for name, value in summaries["torch"]["before"].items():
+            assert summaries[backend]["before"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), (backend, name)
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+        after = [summaries[backend]["after"][name] for backend in ("jax", "mlx")]
+        assert after[0] == pytest.approx(after[1], rel=1e-3, abs=2e-4), name
+        assert after[0] != pytest.approx(summaries["jax"]["before"][name], rel=1e-4), name
+    # What JAX and MLX saved loads in PyTorch, and says the same there.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gapo.adapters.hf import PreferenceCollator
+    from gapo.adapters.hf.margins import pair_logps
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = data.generate_pairs(200, seed=0, split="test")
+    for backend in ("jax", "mlx"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / backend / "run" / "model", dtype=torch.float32)
+        with torch.no_grad():
+            chosen, _ = pair_logps(loaded, PreferenceCollator(tokenizer, max_length=64)(rows))
+        assert float(chosen.mean()) == pytest.approx(summaries[backend]["after"]["eval_logps/chosen"], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_other_backends_resume_too(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    from gapo.experiments import loop
+
+    options = {"model": str(finished / "run" / "model"), "backend": backend}
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    assert train(tmp_path / "whole", **options) == 0
+    plain = loop.step_row
+
+    def interrupted(step: int, *args: Any) -> Any:
+        if step == 4:
+            raise KeyboardInterrupt
+        return plain(step, *args)
+
+    monkeypatch.setattr(loop, "step_row", interrupted)
+    assert train(tmp_path / "cut", **options) == 130
+    monkeypatch.undo()
+    assert train(tmp_path / "cut", **options) == 0
+    for name in ("steps.jsonl", "metrics.jsonl"):
+        rows = [files.read_lines(tmp_path / folder / "run" / name) for folder in ("whole", "cut")]
+        assert rows[0] == rows[1], name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "jax", "lora_r": 2}, "lora_r=2 needs backend torch; backend jax knows 0"),
+        ({"backend": "mlx", "bf16": True}, "bf16=True needs backend torch"),
+        ({"backend": "jax", "scheduler": "polynomial"}, "scheduler must be one of 'cosine', 'linear', 'constant'"),
+    ],
+)
+def test_what_other_backends_cannot(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], message: str
+) -> None:
+    assert train(tmp_path, model=str(finished / "run" / "model"), **options) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_simpo_and_lora_and_files(finished: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}? ", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)]
     data.write_rows(tmp_path / "pairs.jsonl", [*rows, {"prompt": "x", "chosen": "", "rejected": "y"}])

@@ -14,7 +14,7 @@ from gapo.backends.jax import JaxBackend, JaxForward
 from gapo.config import GAPOConfig
 from gapo.data.collate import PARTS
 from gapo.metrics import reward_metrics, step_metrics
-from gapo.step import StepResult, probe_losses, run
+from gapo.step import StepResult, probe_losses, require_objective, run, run_probe
 
 Metrics = dict[str, jax.Array]
 # `logits_fn(model, input_ids, attention_mask) -> (batch, seq, vocab)`; for Linen the model is the tree of parameters.
@@ -25,6 +25,7 @@ def make_train_step(
     logits_fn: LogitsFn | None = None,
     config: GAPOConfig | None = None,
     *,
+    objective: str = "gapo",
     wrt: Any = nnx.Param,
     axis_name: str | None = None,
 ) -> Callable[..., Any]:
@@ -39,26 +40,34 @@ def make_train_step(
             model with `input_ids`, and a Linen one as `state.apply_fn({"params": params}, input_ids)`: right for causal
             models whose padding stands on the right.
         config: settings of the step; None for the defaults.
+        objective: "gapo", or "simpo" for the control on the probe loss, whose `result` is None.
         wrt: which NNX variables train, as the optimizer was told: `nnx.Param`, or `nnx.LoRAParam`.
         axis_name: data axis of a surrounding `shard_map`, whose members share one anchor. Its caller averages nothing.
 
     Returns:
-        `train_step`. `batch` is what `gapo.data.collate_pairs` makes:
-        {chosen,rejected}_{input_ids,attention_mask,labels}, each (N, seq). `metrics` are scalars under TRL's keys and
-        "gapo/"; `result` is the `gapo.StepResult`. `gamma` and `rng` are as in `gapo.value_and_grad`.
+        `train_step`. `batch` is what `gapo.data.collate_pairs` makes: each (N, seq),
+        {chosen,rejected}_{input_ids,attention_mask,labels}. `metrics` are scalars: "loss", TRL's keys and "gapo/";
+        `result` is the `gapo.StepResult`. `gamma` and `rng` are as in `gapo.value_and_grad`.
 
     Source: method document, "The step".
     """
     config = GAPOConfig() if config is None else config
     backend = JaxBackend(axis_name)
+    require_objective(objective)
 
-    def gradients(forward: JaxForward, gamma: Any, rng: Any) -> tuple[StepResult, Metrics, Any]:
-        result, cotangents = run(forward, config, backend, gamma=gamma, rng=rng)
+    def gradients(forward: JaxForward, gamma: Any, rng: Any) -> tuple[StepResult | None, Metrics, Any]:
+        if objective == "gapo":
+            result, cotangents = run(forward, config, backend, gamma=gamma, rng=rng)
+            metrics = {"loss": result.loss, **step_metrics(result, config)}
+        else:
+            loss, cotangents = run_probe(forward, config, backend, gamma=gamma)
+            chosen, rejected = forward.outputs
+            result, metrics = None, {"loss": loss, **reward_metrics(chosen, rejected, config)}
         grads = {name: backend.all_reduce(g, "mean") for name, g in forward.pullback(cotangents).items()}
-        return result, step_metrics(result, config), forward.pack(grads)
+        return result, metrics, forward.pack(grads)
 
     @nnx.jit
-    def nnx_step(model: Any, optimizer: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Metrics, StepResult]:
+    def nnx_step(model: Any, optimizer: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Metrics, StepResult | None]:
         graph, params, rest = nnx.split(model, wrt, ...)
 
         def margin_fn(p: Any, b: Any) -> Any:
@@ -73,7 +82,7 @@ def make_train_step(
         return metrics, result
 
     @jax.jit
-    def linen_step(state: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Any, Metrics, StepResult]:
+    def linen_step(state: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Any, Metrics, StepResult | None]:
         def margin_fn(p: Any, b: Any) -> Any:
             fn = logits_fn or (lambda params, ids, _: state.apply_fn({"params": params}, ids))
             return pair_logps(lambda ids, mask: fn(p, ids, mask), b)

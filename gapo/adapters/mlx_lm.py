@@ -20,7 +20,7 @@ from gapo.config import GAPOConfig
 from gapo.data import batches, read_pairs, tokenize_pair
 from gapo.data.collate import TOKENIZED
 from gapo.metrics import reward_metrics, step_metrics
-from gapo.step import probe_losses, run
+from gapo.step import StepResult, probe_losses, require_objective, run
 
 # Metrics stand in the module, whose state mlx-lm's compiled step hands out; "_" keeps them from the parameters.
 # Training and evaluation have a place each, since the compiled step writes its outputs back by position.
@@ -28,7 +28,12 @@ _TRAIN, _VALID = "_gapo_train", "_gapo_valid"
 _PAD_TO = 32
 
 
-def make_loss(config: GAPOConfig | None = None) -> Callable[..., tuple[mx.array, mx.array]]:
+def make_loss(
+    config: GAPOConfig | None = None,
+    *,
+    objective: str = "gapo",
+    on_step: Callable[[StepResult], None] | None = None,
+) -> Callable[..., tuple[mx.array, mx.array]]:
     """A loss for `mlx_lm.tuner.trainer.train` and `evaluate`: `loss(model, *batch) -> (scalar, count)`.
 
     In training (`model.training`) it is the GAPO step of the batch, and the count its answers' tokens. In evaluation it
@@ -36,21 +41,26 @@ def make_loss(config: GAPOConfig | None = None) -> Callable[..., tuple[mx.array,
 
     Args:
         config: settings of the step; None for the defaults.
+        objective: "gapo", or "simpo" for the control on the probe loss.
+        on_step: called with each step's result; not under `mx.compile`, which would call it once.
 
     Raises:
-        ValueError: from the loss: dropout together with mlx-lm's `grad_checkpoint`, whose gradients are wrong for any
-            loss, since the recomputed forward draws other masks.
+        ValueError: an unknown objective. From the loss: dropout together with mlx-lm's `grad_checkpoint`, whose
+            gradients are wrong for any loss, since the recomputed forward draws other masks.
 
     Source: method document, "The step".
     """
     config = GAPOConfig() if config is None else config
     backend = MlxBackend()
+    require_objective(objective)
 
     def loss(model: nn.Module, ids: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
-        if not model.training:
+        if not model.training or objective == "simpo":
             chosen, rejected = pair_logps(model, (ids, labels))
-            model[_VALID] = reward_metrics(chosen, rejected, config)
-            return mx.mean(probe_losses(chosen - rejected, config, mx)), mx.array(len(chosen))
+            metrics = reward_metrics(mx.stop_gradient(chosen), mx.stop_gradient(rejected), config)
+            model[_TRAIN if model.training else _VALID] = metrics
+            count = mx.sum(labels != -100) if model.training else mx.array(len(chosen))
+            return mx.mean(probe_losses(chosen - rejected, config, mx)), count
         _refuse_checkpointed_dropout(model)
         # `trainable_parameters` are the tracers of the caller's gradient here: the clean forward is the one it goes
         # back through, and the step's cotangents, constants to it, make the loss's gradient the step's.
@@ -59,6 +69,8 @@ def make_loss(config: GAPOConfig | None = None) -> Callable[..., tuple[mx.array,
         pulls = [mx.sum(mx.stop_gradient(c) * y) for c, y in zip(cotangents, forward.outputs, strict=True)]
         pull = pulls[0] + pulls[1]
         model[_TRAIN] = {name: mx.stop_gradient(value) for name, value in step_metrics(result, config).items()}
+        if on_step is not None:
+            on_step(result)
         value = mx.stop_gradient(result.loss) + (pull - mx.stop_gradient(pull))
         return value, mx.sum(labels != -100)
 

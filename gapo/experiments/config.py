@@ -95,7 +95,7 @@ class TrainConfig:
     lora_alpha: int = 16
     lora_targets: str | None = None
     loss: Literal["gapo", "simpo"] = "gapo"
-    backend: Literal["torch"] = "torch"
+    backend: Literal["torch", "jax", "mlx"] = "torch"
     output_dir: str = "runs/gapo"
     overwrite: bool = False
     resume: bool = True

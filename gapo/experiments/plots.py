@@ -112,7 +112,8 @@ def flipped_histogram(steps: Sequence[Row]) -> str:
         edges = np.histogram_bin_edges(columns["weights"][late], bins=_BINS)
         for value, label, colour in ((0, "clean pairs", BLUE), (1, "flipped pairs", ORANGE)):
             chosen = columns["weights"][late & (columns["is_flipped"] == value)]
-            axes.hist(chosen, bins=edges, density=True, histtype="stepfilled", alpha=0.5, color=colour, label=label)
+            if len(chosen):
+                axes.hist(chosen, bins=edges, density=True, histtype="stepfilled", alpha=0.5, color=colour, label=label)
 
     return figure("Weights in the last quarter of the run", "weight", "density", draw)
 

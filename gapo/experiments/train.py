@@ -6,7 +6,6 @@ import importlib
 import json
 import platform
 import time
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,11 @@ from gapo.config import GAPOConfig
 from gapo.data import Pairs, flip_pairs, generate_pairs, read_pairs
 from gapo.experiments.config import ConfigError, TrainConfig, as_dict
 from gapo.experiments.files import write_text
+from gapo.experiments.records import RunData
 from gapo.experiments.report import write_report
 from gapo.experiments.tiny import tiny_model
 
 _VERSIONS = ("torch", "transformers", "accelerate", "peft", "jax", "flax", "mlx", "mlx-lm", "numpy", "tokenizers")
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The pairs of a run: training pairs with "is_flipped", and held-out ones as they came."""
-
-    train: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
-    summary: str
 
 
 def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import (
     AutoModelForCausalLM,
@@ -18,13 +18,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator
 from gapo.config import GAPOConfig
-from gapo.data import tokenize_pair
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, read_lines
+from gapo.experiments.records import RunData, step_row, tokenize_rows
 from gapo.step import StepResult
-
-if TYPE_CHECKING:
-    from gapo.experiments.train import RunData
 
 
 def run(
@@ -41,10 +38,7 @@ def run(
         ) from error
     collator = PreferenceCollator(tokenizer, max_length=config.max_length)
     flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped",))
-    train_rows, held_out = (
-        [{**row, **tokenize_pair(row, tokenizer, max_length=config.max_length)} for row in rows]
-        for rows in (data.train, data.held_out)
-    )
+    train_rows, held_out = tokenize_rows(config, data, tokenizer)
     checkpoints = folder / "checkpoints"
     if config.overwrite:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -178,11 +172,7 @@ class _Recorder(TrainerCallback):
     def on_step(self, result: StepResult | None, batch: dict[str, Any]) -> None:
         """One line for a micro-batch, in the order of its pairs."""
         if result is not None:
-            row = {
-                name: [round(v, 5) for v in getattr(result, name).tolist()]
-                for name in ("margins", "anchor_gaps", "weights")
-            }
-            self._steps.write({"step": self._step, **row, "is_flipped": batch["is_flipped"].int().tolist()})
+            self._steps.write(step_row(self._step, result, batch["is_flipped"].tolist()))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         row = {"step": state.global_step, **(logs or {})}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from gapo.adapters.hf.margins import pair_logps, stack_pairs
+from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch import TorchBackend, TorchForward
 from gapo.metrics import combine, reward_metrics, step_metrics
 from gapo.step import StepResult, probe_losses, run
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OBJECTIVES = ("gapo", "simpo")
 _REPLACED = ("compute_loss", "prediction_step", "evaluation_loop", "log")
 
 
@@ -188,4 +187,4 @@ def _disable_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
     return changed
 
 
-__all__ = ["OBJECTIVES", "Attachment", "stack_pairs"]
+__all__ = ["Attachment"]

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from gapo.adapters.hf.attachment import OBJECTIVES, Attachment
+from gapo.adapters.hf.attachment import Attachment
 from gapo.config import GAPOConfig
-from gapo.step import StepResult
+from gapo.step import StepResult, require_objective
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +51,8 @@ class GAPOCallback(TrainerCallback):
     ) -> None:
         if config is not None and not isinstance(config, GAPOConfig):
             raise TypeError(f"config must be a gapo.GAPOConfig, got {type(config).__name__}")
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}")
         self.config = GAPOConfig() if config is None else config
-        self.objective = objective
+        self.objective = require_objective(objective)
         self.on_step = on_step
         self.disable_dropout = disable_dropout
         self._attachment: Attachment | None = None

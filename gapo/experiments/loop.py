@@ -1,0 +1,178 @@
+"""The training loop of `gapo train` where no library's own is at hand: JAX and MLX.
+
+Pairs, their order, schedule, evaluation, logs and checkpoints stand here once; a framework brings a `Trainee`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import array_api_compat.numpy as xp
+import numpy as np
+from tqdm.auto import tqdm
+
+from gapo.config import GAPOConfig
+from gapo.data import batches
+from gapo.data.collate import collate_pairs
+from gapo.experiments.config import ConfigError, TrainConfig
+from gapo.experiments.files import JsonLines, read_lines
+from gapo.experiments.records import RunData, step_row, tokenize_rows
+from gapo.metrics import combine, reward_metrics
+from gapo.step import StepResult, probe_losses
+
+_SCHEDULES = ("cosine", "linear", "constant")
+_TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+
+
+class Trainee(Protocol):
+    """A model and its optimiser in some framework."""
+
+    def train_step(
+        self, batch: Mapping[str, np.ndarray], learning_rate: float
+    ) -> tuple[Mapping[str, Any], StepResult | None]:
+        """One micro-batch: metrics, and the step's result where there is an anchor."""
+
+    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(chosen_logps, rejected_logps) of a batch, each (N,)."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Weights and optimiser state by name."""
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Back to what `state` gave."""
+
+    def save(self, folder: Path) -> None:
+        """The model and its tokenizer, as `save_pretrained` would leave them."""
+
+
+def require_supported(config: TrainConfig) -> None:
+    """Raise ConfigError for settings that only `backend: torch` knows."""
+    for name, default in _TORCH_ONLY.items():
+        if getattr(config, name) != default:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} needs backend torch; backend {config.backend} knows {default!r}"
+            )
+    if config.scheduler not in _SCHEDULES:
+        raise ConfigError(
+            f"scheduler must be one of {', '.join(map(repr, _SCHEDULES))} for backend {config.backend}, "
+            f"got {config.scheduler!r}"
+        )
+
+
+def train(
+    trainee: Trainee, config: TrainConfig, step: GAPOConfig, data: RunData, tokenizer: Any, folder: Path
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
+    train_rows, held_out = tokenize_rows(config, data, tokenizer)
+    per_epoch = math.ceil(len(train_rows) / (config.batch_size * config.accumulation))
+    total = config.max_steps if config.max_steps > 0 else max(1, int(config.epochs * per_epoch))
+    every = config.eval_steps or max(1, total // 10)
+    checkpoint = folder / "checkpoints" / "state.safetensors"
+    if config.overwrite:
+        checkpoint.unlink(missing_ok=True)
+    done = _restore(trainee, checkpoint) if config.resume else 0
+    metrics_log, steps_log = (
+        JsonLines(folder / name, until_step=done or -1) for name in ("metrics.jsonl", "steps.jsonl")
+    )
+    pad = tokenizer.pad_token_id
+    stream = batches(
+        train_rows, config.batch_size, pad_token_id=pad, seed=config.seed, epochs=None, skip=done * config.accumulation
+    )
+    evaluations = [row for row in read_lines(folder / "metrics.jsonl") if "eval_loss" in row]
+    window: dict[str, list[float]] = {}
+
+    def measure(at: int, bar: Any) -> None:
+        row = {"step": at, **evaluate(trainee, held_out, config, step, pad)}
+        metrics_log.write(row)
+        evaluations.append(row)
+        bar.write(
+            f"step {at}: held-out reward accuracy {row['eval_rewards/accuracies']:.4f}, "
+            f"margin {row['eval_rewards/margins']:.3f}, loss {row['eval_loss']:.4f}"
+        )
+
+    try:
+        with tqdm(total=total, initial=done, desc=f"training on {config.backend}") as bar:
+            if not done:
+                measure(0, bar)
+            for now in range(done + 1, total + 1):
+                rate = learning_rate(config, now - 1, total)
+                for _ in range(config.accumulation):
+                    batch = next(stream)
+                    metrics, result = trainee.train_step(batch, rate)
+                    for name, value in metrics.items():
+                        window.setdefault(name, []).append(float(value))
+                    if result is not None:
+                        flipped = [train_rows[i]["is_flipped"] for i in batch["index"]]
+                        steps_log.write(step_row(now, result, flipped))
+                bar.update()
+                if now % config.logging_steps == 0:
+                    means = {name: combine(name, values) for name, values in window.items()}
+                    metrics_log.write({"step": now, "learning_rate": rate, **means})
+                    window.clear()
+                if now % every == 0 or now == total:
+                    measure(now, bar)
+                if now % (config.save_steps or every) == 0 or now == total:
+                    _save(trainee, checkpoint, now)
+    finally:
+        metrics_log.close()
+        steps_log.close()
+    trainee.save(folder / "model")
+    return evaluations[0], evaluations[-1]
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Learning rate of the step numbered from 0: a linear warm-up, then the scheduler, as transformers has them."""
+    warmup = round(config.warmup_ratio * total)
+    if step < warmup:
+        return config.learning_rate * step / max(1, warmup)
+    progress = (step - warmup) / max(1, total - warmup)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return config.learning_rate * shape[config.scheduler]
+
+
+def evaluate(
+    trainee: Trainee, rows: list[dict[str, Any]], config: TrainConfig, step: GAPOConfig, pad_token_id: int
+) -> dict[str, float]:
+    """The probe loss and TRL's reward metrics of `rows` under "eval_", without an anchor (method document, step 6)."""
+    size = 4 * config.batch_size
+    sides = [
+        trainee.logps(collate_pairs(rows[i : i + size], pad_token_id=pad_token_id, pad_to_multiple_of=32))
+        for i in range(0, len(rows), size)
+    ]
+    chosen, rejected = (np.concatenate(side) for side in zip(*sides, strict=True))
+    metrics = {"loss": probe_losses(chosen - rejected, step, xp).mean(), **reward_metrics(chosen, rejected, step)}
+    return {f"eval_{name}": float(value) for name, value in metrics.items()}
+
+
+def _save(trainee: Trainee, path: Path, step: int) -> None:
+    """Everything needed to go on, in one file, whole or not at all."""
+    from safetensors.numpy import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    try:
+        save_file(trainee.state(), partial, metadata={"step": json.dumps(step)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _restore(trainee: Trainee, path: Path) -> int:
+    """Put `trainee` back to the checkpoint, if there is one; the steps it had done."""
+    if not path.exists():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        trainee.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        return int(json.loads(file.metadata()["step"]))
+
+
+def named(prefix: str, leaves: Iterable[Any]) -> dict[str, np.ndarray]:
+    """`leaves` as contiguous NumPy arrays under numbered names."""
+    return {f"{prefix}.{i:05d}": np.ascontiguousarray(leaf) for i, leaf in enumerate(leaves)}
