@@ -16,7 +16,8 @@ def reward_metrics(chosen_logps: Array, rejected_logps: Array, config: GAPOConfi
     """TRL's metrics of a batch of pairs: the implicit rewards are beta times the length-normalised log-probabilities.
 
     Args:
-        chosen_logps, rejected_logps: (N,) nats per token.
+        chosen_logps: (N,) nats per token.
+        rejected_logps: (N,) likewise.
         config: its `beta`.
 
     Returns:

@@ -9,6 +9,7 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from gapo.adapters.hf.margins import pair_logps
+from gapo.data import generate_pairs, write_rows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,31 +22,63 @@ def examples() -> dict[str, str]:
     for title, code in BLOCKS:
         heading = title or heading
         if code:
-            found[heading] = code
+            found[heading if heading not in found else f"{heading} (more)"] = code
     return found
 
 
-def given(heading: str, folder: Path) -> dict[str, Any]:
+def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the example under `heading` takes for given."""
     if "Trainer" in heading:
         arguments = TrainingArguments(str(folder), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
         names = {"Trainer": Trainer, "args": arguments, "pairs": hf_models.pairs(8)}
         return {**names, "model": hf_models.make("llama"), "tokenizer": hf_models.tokenizer()}
+    if "Flax" in heading:
+        import optax
+        from flax import nnx
+        from test_flax import batch, nnx_problem
+
+        model, optimizer = nnx_problem(optax.adam(1e-3))
+        return {"model": model, "optimizer": optimizer, "batches": [batch(0), batch(1)], "nnx": nnx}
+    if "MLX" in heading:
+        import mlx.optimizers as optim
+        import mlx_lm
+        from mlx_lm.tuner.trainer import TrainingArgs, train
+
+        hf_models.make("llama").save_pretrained(folder / "model")
+        hf_models.tokenizer().save_pretrained(folder / "model")
+        model, tokenizer = mlx_lm.load(str(folder / "model"))
+        (folder / "pairs").mkdir()
+        for name in ("train", "valid"):
+            write_rows(folder / "pairs" / f"{name}.jsonl", generate_pairs(8))
+        monkeypatch.chdir(folder)
+        args = TrainingArgs(batch_size=4, iters=1, max_seq_length=2048)
+        return {"model": model, "tokenizer": tokenizer, "train": train, "args": args, "optimizer": optim.SGD(0.1)}
+    if "(more)" in heading:
+        import jax
+        import test_backend_jax
+        import test_backend_mlx
+
+        import gapo
+
+        params, batch = test_backend_jax.problem()
+        mlx_names = {"mlx_model": test_backend_mlx.mixer(), "mlx_batch": test_backend_mlx.BATCH}
+        names = {"gapo": gapo, "jax": jax, "params": params, "batch": batch, **mlx_names}
+        return {**names, "margin_fn": test_backend_jax.margin_fn, "mlx_margin_fn": test_backend_mlx.margin_fn}
     if "own loop" in heading:
         return {"model": hf_models.make("llama"), "batch": hf_models.batch(), "margin_fn": pair_logps}
     return {}
 
 
 @pytest.mark.parametrize("heading", examples())
-def test_example(heading: str, tmp_path: Path) -> None:
-    names = given(heading, tmp_path)
+def test_example(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = given(heading, tmp_path, monkeypatch)
     exec(compile(examples()[heading], f"README.md: {heading}", "exec"), names)
     if "trainer" in names:
         assert names["trainer"].state.global_step == 1
 
 
 def test_the_readme_says_which_gapo_it_is() -> None:
-    assert len(examples()) >= 3
+    assert len(examples()) >= 6
     for number in ("2602.04909", "2503.20194", "2510.21830"):
         assert number in README
     for path in re.findall(r"\]\((?!http)([^)]+)\)", README):

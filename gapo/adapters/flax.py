@@ -107,7 +107,8 @@ def make_eval_step(logits_fn: LogitsFn | None = None, config: GAPOConfig | None 
     """A jitted evaluation: `eval_step(model_or_state, batch) -> metrics`, without an anchor.
 
     Args:
-        logits_fn, config: as in `make_train_step`.
+        logits_fn: as in `make_train_step`.
+        config: as in `make_train_step`.
 
     Returns:
         `eval_step`: the mean probe loss under "loss", and the rewards under TRL's keys (method document, step 6).

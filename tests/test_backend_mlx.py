@@ -1,0 +1,173 @@
+"""What only MLX has: lazy evaluation, mx.compile, bfloat16, LoRA over a quantised base, shared dropout masks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import models
+import numpy as np
+import pytest
+from frameworks import LIBRARIES
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear
+
+import gapo
+
+MLX = LIBRARIES["mlx"]
+
+
+class Mixer(nn.Module):
+    """A running mean of what came before, and an MLP."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 64)
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.dropout = nn.Dropout(dropout)
+        self.lm_head = nn.Linear(64, 32)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        x = self.embed(ids)
+        x = x + mx.cumsum(x, 1) / mx.arange(1, ids.shape[1] + 1)[None, :, None].astype(x.dtype)
+        return self.lm_head(x + self.down(self.dropout(mx.tanh(self.up(x)))))
+
+
+def margin_fn(model: nn.Module, batch: dict[str, np.ndarray]) -> tuple[mx.array, mx.array]:
+    chosen, rejected = (
+        gapo.sequence_logps(model(mx.array(batch[f"{side}_input_ids"])), mx.array(batch[f"{side}_labels"]))
+        for side in ("chosen", "rejected")
+    )
+    return chosen, rejected
+
+
+def mixer(**options: Any) -> Mixer:
+    mx.random.seed(0)
+    model = Mixer(**options)
+    mx.eval(model.parameters())
+    return model
+
+
+BATCH = models.make_batch(pairs=4, seq=9, vocab=32)
+
+
+def take_step(model: nn.Module, **options: Any) -> Any:
+    return gapo.value_and_grad(margin_fn, gapo.GAPOConfig(**options), backend="mlx")(model, BATCH)
+
+
+def test_values_are_read_only_once_all_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, order = mixer(), []
+    evaluate = mx.eval
+
+    def watched(x: mx.array) -> None:
+        order.append("labels" if len(x.shape) == 2 else "model")
+        evaluate(x)
+
+    def forward(module: nn.Module, batch: Any) -> Any:
+        order.append("forward")
+        return margin_fn(module, batch)
+
+    monkeypatch.setattr(mx, "eval", watched)
+    gapo.value_and_grad(forward, backend="mlx")(model, BATCH)
+    # sequence_logps reads the labels, which are data; the step reads one value, behind clean, probe and anchor forward.
+    assert [what for what in order if what != "labels"] == ["forward"] * 3 + ["model", "forward"]
+
+
+def test_bfloat16_weights() -> None:
+    model = mixer()
+    model.set_dtype(mx.bfloat16)
+    with pytest.warns(RuntimeWarning, match="round the perturbation away"):
+        result, grads = take_step(model, rho=0.02)
+    assert 0 < float(result.changed_fraction) < 0.5
+    assert result.anchor_gaps.dtype == result.weights.dtype == mx.float32
+    assert all(g.dtype == mx.bfloat16 for _, g in tree_flatten(grads))
+    with pytest.raises(ValueError, match=r'changed none .* Use anchor="first_order"'):
+        take_step(model, rho=1e-6)
+    result, _ = take_step(model, rho=1e-6, anchor="first_order")
+    assert float(mx.abs(result.anchor_gaps).max()) > 0
+
+
+def test_lora_over_a_quantised_base() -> None:
+    model = mixer()
+    nn.quantize(model, group_size=64, bits=8, class_predicate=lambda path, m: isinstance(m, nn.Linear))
+    model.freeze()
+    model.up = LoRALinear.from_base(model.up, r=4, dropout=0.0)
+    model.up.lora_b = 0.1 * mx.random.normal(model.up.lora_b.shape)
+    result, grads = take_step(model, rho=0.3)
+    assert sorted(name for name, _ in tree_flatten(grads)) == ["up.lora_a", "up.lora_b"]
+    assert float(result.radius) == pytest.approx(0.3, rel=1e-4)
+    assert float(mx.abs(result.anchor_gaps).max()) > 1e-4
+
+
+def test_dropout_masks_are_shared() -> None:
+    model = mixer(dropout=0.5).train()
+    result, _ = take_step(model, rho=0.0)
+    np.testing.assert_array_equal(np.array(result.anchor_gaps), 0)
+    # The stream goes on as if the clean forward alone had drawn from it.
+    mx.random.seed(3)
+    margin_fn(model, BATCH)
+    expected = mx.random.uniform()
+    mx.random.seed(3)
+    again, _ = take_step(model, rho=0.1)
+    assert float(mx.random.uniform()) == float(expected)
+    assert float(mx.abs(again.margins - take_step(model, rho=0.1)[0].margins).max()) > 1e-4
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("forward", [1, 2, 3, 4])
+def test_weights_come_back_after_an_exception(error: type[BaseException], forward: int) -> None:
+    model = mixer()
+    before = {name: np.array(x) for name, x in tree_flatten(model.parameters())}
+    calls = []
+
+    def fails(module: nn.Module, batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == forward:
+            raise error("in a forward")
+        return margin_fn(module, batch)
+
+    with pytest.raises(error, match="in a forward"):
+        gapo.value_and_grad(fails, gapo.GAPOConfig(rho=0.5), backend="mlx")(model, BATCH)
+    for name, x in tree_flatten(model.parameters()):
+        np.testing.assert_array_equal(np.array(x), before[name])
+
+
+def test_params_must_be_a_module() -> None:
+    with pytest.raises(TypeError, match=r'params must be an mlx.nn.Module for backend="mlx", got dict'):
+        gapo.value_and_grad(margin_fn, backend="mlx")({}, BATCH)
+
+
+def test_compiled_equals_eager() -> None:
+    """mx.compile for real, in a process where it is not disabled; no value is read while it traces."""
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_backend_mlx as t, mlx.core as mx, gapo, numpy as np
+from mlx.utils import tree_flatten
+mx.enable_compile()
+model = t.mixer()
+step = gapo.value_and_grad(t.margin_fn, gapo.GAPOConfig(rho=0.3), backend="mlx")
+def outputs():
+    result, grads = step(model, t.BATCH)
+    return result.loss, result.anchor_gaps, result.weights, grads
+eager = outputs()
+traces = []
+def counted():
+    traces.append(1)
+    return outputs()
+compiled = mx.compile(counted, inputs=model.state, outputs=model.state)
+for _ in range(2):
+    found = compiled()
+    for (name, a), (_, b) in zip(tree_flatten(eager), tree_flatten(found)):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5, err_msg=name)
+assert traces == [1]
+print("compiled equals eager")
+"""
+    environment = {**os.environ, "MLX_DISABLE_COMPILE": ""}
+    del environment["MLX_DISABLE_COMPILE"]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "compiled equals eager" in done.stdout, done.stderr
