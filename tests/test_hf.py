@@ -136,7 +136,9 @@ def test_gradient_is_the_oracles_also_under_accumulation(tmp_path: Path, side: s
         max_grad_norm=0.0,
         max_steps=1,
     )
-    trainer.data_collator = PreferenceCollator(hf_models.tokenizer(), max_length=64, padding_side=side)
+    collator = PreferenceCollator(hf_models.tokenizer(), max_length=64, padding_side=side)
+    # "labels" in a batch makes a Trainer divide by their number instead of by the steps.
+    trainer.data_collator = lambda rows: (lambda batch: {**batch, "labels": batch["chosen_labels"]})(collator(rows))
     order: list[Any] = []
     callback_of(trainer).on_step = lambda result, batch: order.append(batch)
     found = first_gradient(trainer)

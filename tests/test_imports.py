@@ -63,6 +63,29 @@ def test_imports_run_one_way() -> None:
             assert not re.search(r"^\s*(from|import) (torch|jax|mlx|numpy)\b", text, re.MULTILINE), path
 
 
+@pytest.mark.parametrize(
+    ("adapter", "library", "extra"),
+    [
+        ("hf", "transformers", "hf"),
+        ("flax", "flax", "flax"),
+        ("mlx_lm", "mlx_lm", "mlx-lm"),
+        ("mlx_lm", "mlx", "mlx-lm"),
+    ],
+)
+def test_an_absent_library_names_the_extra(adapter: str, library: str, extra: str) -> None:
+    code = f"""
+import sys
+sys.modules[{library!r}] = None
+try:
+    import gapo.adapters.{adapter}
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f'which is not installed: pip install "gapo[{extra}]"' in done.stdout
+    assert library in done.stdout
+
+
 def test_links_at_the_top() -> None:
     for name in ("backends", "adapters"):
         link = ROOT / name

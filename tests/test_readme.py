@@ -77,6 +77,15 @@ def test_example(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert names["trainer"].state.global_step == 1
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_page_of_the_docs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page run one after another."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    names = {"folder": tmp_path, **given(page.replace("flax", "Flax").replace("mlx", "MLX"), tmp_path, monkeypatch)}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
 def test_the_readme_says_which_gapo_it_is() -> None:
     assert len(examples()) >= 6
     for number in ("2602.04909", "2503.20194", "2510.21830"):

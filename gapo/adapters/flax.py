@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
 import gapo
+from gapo.adapters import missing
+
+try:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+except ModuleNotFoundError as error:
+    raise missing("flax", error) from error
+
 from gapo.backends.jax import JaxBackend, JaxForward
 from gapo.config import GAPOConfig
 from gapo.data.collate import PARTS

@@ -9,12 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-from mlx import nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.callbacks import TrainingCallback
-
 import gapo
+from gapo.adapters import missing
+
+try:
+    import mlx.core as mx
+    from mlx import nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from mlx_lm.tuner.callbacks import TrainingCallback
+except ModuleNotFoundError as error:
+    raise missing("mlx-lm", error) from error
+
 from gapo.backends.mlx import MlxBackend, MlxForward
 from gapo.config import GAPOConfig
 from gapo.data import batches, read_pairs, tokenize_pair
