@@ -94,7 +94,7 @@ def value_and_grad(
     framework = get_backend(backend, **options)
 
     def step(params: Any, batch: Any, *, gamma: Any = None, rng: Any = None) -> tuple[StepResult, Any]:
-        forward = framework.forward(margin_fn, params, batch)
+        forward = framework.forward(margin_fn, params, batch, config)
         result, cotangents = run(forward, config, framework, gamma=gamma, rng=rng)
         return result, framework.pack(forward, forward.pullback(cotangents))
 

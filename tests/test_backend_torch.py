@@ -13,7 +13,7 @@ from torch import nn
 
 import gapo
 from gapo.adapters.hf.margins import pair_logps
-from gapo.backends.torch import TorchBackend, TorchForward
+from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.head import head_parameters
 from gapo.step import run
 
@@ -69,7 +69,7 @@ def test_weights_come_back_after_an_exception(error: type[BaseException], where:
                     raise error("while moving")
                 return super().norm(x)
 
-        forward = TorchForward(pair_logps, model, hf_models.batch())
+        forward = Failing().forward(pair_logps, model, hf_models.batch(), config)
         with pytest.raises(error, match="while moving"):
             run(forward, config, Failing())
         assert len(calls) == 25 > len(forward.parameters)
@@ -82,17 +82,23 @@ def test_a_gradient_that_is_not_finite_names_the_parameter() -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     dict(model.named_parameters())[name].register_hook(lambda g: g * float("nan"))
     with pytest.raises(FloatingPointError, match=f"probe gradient of '{name}' is not finite; no weight was changed"):
-        take_step(model, hf_models.batch())
+        gapo.value_and_grad(pair_logps, backend="torch", one_pass=False)(model, hf_models.batch())
     assert_untouched(model, before)
 
 
-def test_two_forwards_and_two_backwards() -> None:
+@pytest.mark.parametrize(
+    ("one_pass", "anchor", "forwards", "backwards"),
+    [(False, "exact", 2, 2), (True, "exact", 2, 1), (True, "first_order", 1, 1)],
+)
+def test_how_often_it_runs(one_pass: bool, anchor: str, forwards: int, backwards: int) -> None:
     model, counts = hf_models.make("llama"), {"forward": 0, "backward": 0}
+    step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(anchor=anchor), backend="torch", one_pass=one_pass)
+    step(model, hf_models.batch())  # the first step of a model is compared with autograd
     layer = model.model.layers[0]
     layer.register_forward_hook(lambda *_: counts.__setitem__("forward", counts["forward"] + 1))
     layer.register_full_backward_hook(lambda *_: counts.__setitem__("backward", counts["backward"] + 1))
-    take_step(model, hf_models.batch())
-    assert counts == {"forward": 2, "backward": 2}
+    step(model, hf_models.batch())
+    assert counts == {"forward": forwards, "backward": backwards}
 
 
 def test_bfloat16_weights_warn_or_refuse() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from gapo._namespace import Array, Namespace
+from gapo.config import GAPOConfig
 
 # What `margin_fn(params, batch)` returns: margins (N,), or (chosen_logps, rejected_logps), each (N,).
 MarginFn = Callable[[Any, Any], Any]
@@ -53,8 +54,11 @@ class Backend(Protocol):
     def xp(self) -> Namespace:
         """The framework's Array-API namespace."""
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any) -> Forward:
-        """Run the clean forward so that it can be pulled back: automatic differentiation is each framework's own."""
+    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> Forward:
+        """Run the clean forward so that it can be pulled back: automatic differentiation is each framework's own.
+
+        `config` tells what will be asked of it, so that a backend can choose its way.
+        """
 
     def norm(self, x: Array) -> Array:
         """Euclidean norm of one array: `geometry.norm`, or the framework's fused kernel where it is as safe."""

@@ -12,6 +12,7 @@ from jax import Array
 
 from gapo import geometry
 from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
 from gapo.step import StepResult
 
@@ -88,7 +89,7 @@ class JaxBackend:
     def __init__(self, axis_name: str | None = None) -> None:
         self._axis_name = axis_name
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any) -> JaxForward:
+    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> JaxForward:
         return JaxForward(margin_fn, params, batch, self._axis_name)
 
     def norm(self, x: Array) -> Array:

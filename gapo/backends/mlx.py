@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from gapo import geometry
 from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
 
 
@@ -81,7 +82,7 @@ class MlxBackend:
     def __init__(self, group: Any = None) -> None:
         self._group = mx.distributed.init() if group is None else group
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any) -> MlxForward:
+    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> MlxForward:
         return MlxForward(margin_fn, params, batch)
 
     def norm(self, x: mx.array) -> mx.array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from gapo import geometry
 from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
 
 _STEP = np.finfo(np.float64).eps ** (1 / 3)  # balances truncation (h^2) against rounding (eps / h)
@@ -77,7 +78,7 @@ class NumpyBackend:
 
     xp = xp
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any) -> NumpyForward:
+    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> NumpyForward:
         return NumpyForward(margin_fn, params, batch)
 
     def norm(self, x: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from gapo.adapters.hf.margins import pair_logps
-from gapo.backends.torch import TorchBackend, TorchForward
+from gapo.backends.torch import TorchBackend
 from gapo.metrics import combine, reward_metrics, step_metrics
 from gapo.step import StepResult, probe_losses, run
 
@@ -90,16 +90,14 @@ class Attachment:
             # The clean forward goes through DDP, which prepares its reduction; the anchor's has no backward to prepare.
             return pair_logps(model if torch.is_grad_enabled() else bare, batch)
 
-        forward = TorchForward(margin_fn, bare, inputs)
+        forward = self._backend.forward(margin_fn, bare, inputs, self._config)
         result, cotangents = run(forward, self._config, self._backend)
         if float(result.radius) == 0 and self._config.rho > 0:
             self._tell(
                 "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is "
                 "0); it ends with the first update. With adaptive=False it does not happen"
             )
-        # A scalar with the value of the loss and the derivatives of the step: backward() goes the Trainer's own way.
-        pull = sum(torch.sum(c * output) for c, output in zip(cotangents, forward.outputs, strict=True))
-        return result.loss + (pull - pull.detach()), result  # type: ignore[union-attr]
+        return forward.as_loss(result.loss, cotangents), result
 
     def _anchor_pairs(self, result: StepResult) -> int:
         """How many pairs share an anchor: those of the micro-batch, over all ranks."""

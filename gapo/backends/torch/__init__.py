@@ -1,5 +1,7 @@
 """PyTorch: any `nn.Module`, on CUDA or CPU."""
 
-from gapo.backends.torch.backend import TorchBackend, TorchForward, make_backend
+from gapo.backends.torch.backend import TorchBackend, make_backend
+from gapo.backends.torch.forward import TorchForward
+from gapo.backends.torch.onepass import OnePassForward
 
-__all__ = ["TorchBackend", "TorchForward", "make_backend"]
+__all__ = ["OnePassForward", "TorchBackend", "TorchForward", "make_backend"]

@@ -1,9 +1,8 @@
-"""The `Backend` verbs on PyTorch: the autograd graph of one clean forward, used for the probe and for the update."""
+"""The `Backend` verbs on PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -12,93 +11,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gapo import geometry
-from gapo.backends.base import LeafRule, MarginFn, outputs_of
-from gapo.backends.torch.head import head_parameters
-
-
-class TorchForward:
-    """The clean forward of a module and its autograd graph."""
-
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(module).__name__}')
-        self._margin_fn, self._module, self._batch = margin_fn, module, batch
-        self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.head = head_parameters(module, self.parameters)
-        self._random_state = _RandomState(module)
-        with torch.enable_grad():
-            self.outputs = outputs_of(margin_fn(module, batch))
-        for output in self.outputs:
-            if self.parameters and not output.requires_grad:
-                raise ValueError(
-                    "the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad"
-                )
-
-    def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        wanted = list(self.parameters if names is None else names)
-        grads = torch.autograd.grad(
-            self.outputs,
-            [self.parameters[name] for name in wanted],
-            grad_outputs=list(cotangents),
-            retain_graph=names is not None,
-            materialize_grads=True,
-        )
-        return dict(zip(wanted, grads, strict=True))
-
-    def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
-        # `.data` is written in place: storages stay where they are (views, buckets, CUDA graphs), and the version
-        # counter does not move, so that the clean graph stays valid. theta returns from a clone, bit for bit.
-        saved: dict[str, Tensor] = {}
-        try:
-            with torch.no_grad(), self._random_state.replayed():
-                for name in names:
-                    theta = self.parameters[name].data
-                    saved[name] = theta.clone()
-                    theta.copy_(move(name, theta))
-                torch.clear_autocast_cache()  # low-precision copies of theta would hide the anchor
-                return outputs_of(self._margin_fn(self._module, self._batch))
-        finally:
-            for name, theta in saved.items():
-                self.parameters[name].data.copy_(theta)
-            torch.clear_autocast_cache()
-
-    def directional(self, delta: LeafRule, names: Iterable[str]) -> Tensor:
-        # One backward for each pair: slow, and right for every module.
-        names = list(names)
-        deltas = [delta(name, self.parameters[name].detach()) for name in names]
-        along = []
-        for i in range(self.outputs[0].shape[0]):
-            one = torch.zeros_like(self.outputs[0])
-            one[i] = 1
-            grads = self.pullback((one,) if len(self.outputs) == 1 else (one, -one), names).values()
-            along.append(sum(torch.sum(g * d) for g, d in zip(grads, deltas, strict=True)))
-        return torch.stack(along)  # type: ignore[arg-type]
-
-
-class _RandomState:
-    """The random state before the clean forward, so that the anchor forward draws the same dropout masks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
-        self._cpu = torch.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Draw from the kept state; afterwards the stream goes on from where it was."""
-        with torch.random.fork_rng(devices=self._devices):
-            torch.set_rng_state(self._cpu)
-            for device, state in zip(self._devices, self._cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield
+from gapo.backends.base import MarginFn
+from gapo.backends.torch.forward import TorchForward
+from gapo.backends.torch.onepass import OnePassForward
+from gapo.config import GAPOConfig
 
 
 class TorchBackend:
-    """The `Backend` verbs on PyTorch. Ranks are those of `torch.distributed`'s default group, if initialised."""
+    """The `Backend` verbs on PyTorch. Ranks are those of `torch.distributed`'s default group, if initialised.
+
+    With `one_pass` the backward runs once, where a model's layers allow it (`onepass`); else it runs twice.
+    """
 
     xp = xp
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any) -> TorchForward:
+    def __init__(self, one_pass: bool = True) -> None:
+        self._one_pass = one_pass
+
+    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> TorchForward:
+        if not isinstance(params, nn.Module):
+            raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(params).__name__}')
+        # The SFT term weighs the rows of a pair differently, and float16's gradient scaler must see the backward.
+        float16 = any(
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
+            for kind in ("cuda", "cpu")
+        )
+        if self._one_pass and not config.sft_weight and not float16:
+            return OnePassForward(margin_fn, params, batch)
         return TorchForward(margin_fn, params, batch)
 
     def norm(self, x: Tensor) -> Tensor:
@@ -129,6 +68,6 @@ class TorchBackend:
         return grads
 
 
-def make_backend() -> TorchBackend:
-    """The PyTorch backend."""
-    return TorchBackend()
+def make_backend(one_pass: bool = True) -> TorchBackend:
+    """The PyTorch backend; `one_pass=False` always propagates twice, which is slower and asks nothing of the layers."""
+    return TorchBackend(one_pass)

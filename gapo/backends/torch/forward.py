@@ -1,0 +1,93 @@
+"""The clean forward in PyTorch: one autograd graph, pulled back twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.backends.torch.head import head_parameters
+
+
+class TorchForward:
+    """The clean forward of a module and its autograd graph."""
+
+    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
+        self._margin_fn, self._module, self._batch = margin_fn, module, batch
+        self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.head = head_parameters(module, self.parameters)
+        self._random_state = _RandomState(module)
+        with torch.enable_grad():
+            self.outputs = outputs_of(margin_fn(module, batch))
+        for output in self.outputs:
+            if self.parameters and not output.requires_grad:
+                raise ValueError(
+                    "the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad"
+                )
+
+    def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        wanted = list(self.parameters if names is None else names)
+        grads = torch.autograd.grad(
+            self.outputs,
+            [self.parameters[name] for name in wanted],
+            grad_outputs=list(cotangents),
+            retain_graph=names is not None,
+            materialize_grads=True,
+        )
+        return dict(zip(wanted, grads, strict=True))
+
+    def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
+        """A scalar of this value whose `backward()` gives the pullback of `cotangents`: the way of training loops."""
+        pull = torch.stack([torch.sum(c * y) for c, y in zip(cotangents, self.outputs, strict=True)]).sum()
+        return value + (pull - pull.detach())
+
+    def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
+        # `.data` is written in place: storages stay where they are (views, buckets, CUDA graphs), and the version
+        # counter does not move, so that the clean graph stays valid. theta returns from a clone, bit for bit.
+        saved: dict[str, Tensor] = {}
+        try:
+            with torch.no_grad(), self._random_state.replayed():
+                for name in names:
+                    theta = self.parameters[name].data
+                    saved[name] = theta.clone()
+                    theta.copy_(move(name, theta))
+                torch.clear_autocast_cache()  # low-precision copies of theta would hide the anchor
+                return outputs_of(self._margin_fn(self._module, self._batch))
+        finally:
+            for name, theta in saved.items():
+                self.parameters[name].data.copy_(theta)
+            torch.clear_autocast_cache()
+
+    def directional(self, delta: LeafRule, names: Iterable[str]) -> Tensor:
+        # One backward for each pair: slow, and right for every module.
+        names = list(names)
+        deltas = [delta(name, self.parameters[name].detach()) for name in names]
+        along = []
+        for i in range(self.outputs[0].shape[0]):
+            one = torch.zeros_like(self.outputs[0])
+            one[i] = 1
+            grads = self.pullback((one,) if len(self.outputs) == 1 else (one, -one), names).values()
+            along.append(sum(torch.sum(g * d) for g, d in zip(grads, deltas, strict=True)))
+        return torch.stack(along)  # type: ignore[arg-type]
+
+
+class _RandomState:
+    """The random state before the clean forward, so that the anchor forward draws the same dropout masks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw from the kept state; afterwards the stream goes on from where it was."""
+        with torch.random.fork_rng(devices=self._devices):
+            torch.set_rng_state(self._cpu)
+            for device, state in zip(self._devices, self._cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield

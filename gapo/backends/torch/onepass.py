@@ -1,0 +1,217 @@
+"""The one-pass forward: a single backward, of input gradients alone, serves the probe, the gaps and the update.
+
+Each layer that owns trainable parameters gets an identity node behind it, where the backward hands over the gradient of
+its output beside the input it saved. From these two come, pair by pair, the layer's weight gradients (`rules`). The
+weighted sum of the second pullback then needs no second propagation, and the first-order gap no perturbed forward.
+
+Whether a model's rows really belong to pairs as assumed (row r to pair r mod N) and whether its layers see to all uses
+of their parameters is not taken on trust: the first step of a model is compared with autograd's own gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gapo.backends.base import LeafRule, MarginFn
+from gapo.backends.torch.forward import TorchForward
+from gapo.backends.torch.rules import PairGrads, Rule, rule_for
+
+logger = logging.getLogger(__name__)
+
+# What the first step of a model found, by module and by what was run on it.
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
+
+
+class OnePassForward(TorchForward):
+    """A clean forward that keeps what its backward passes through.
+
+    It is a `TorchForward` all the same: where a layer has no rule, or the comparison fails, autograd does the work.
+    """
+
+    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
+        self._parts: dict[str, list[PairGrads]] = defaultdict(list)
+        self._collected = False
+        self._root = torch.zeros((), requires_grad=True)  # what the backward is asked for: it lies behind every layer
+        self._handles: list[RemovableHandle] = []
+        self._key = (
+            getattr(margin_fn, "__code__", margin_fn),
+            tuple(n for n, p in module.named_parameters() if p.requires_grad),
+        )
+        self.one_pass = _verdicts.get(module, {}).get(self._key, True)
+        if self.one_pass:
+            self._tap_layers(module)
+        try:
+            super().__init__(margin_fn, module, batch)
+        except BaseException:
+            self._untap()
+            raise
+
+    def _tap_layers(self, module: nn.Module) -> None:
+        owners = [m for m in module.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+        rules = {id(m): rule for m in owners if (rule := rule_for(m)) is not None}
+        without = sorted({type(m).__name__ for m in owners if id(m) not in rules})
+        if without:
+            self._give_up(module, f"no rule for layers of type {', '.join(without)}")
+            return
+        names = {id(p): name for name, p in module.named_parameters()}
+        for layer in owners:
+            own = {part: names[id(p)] for part, p in layer.named_parameters(recurse=False) if p.requires_grad}
+            self._handles.append(layer.register_forward_hook(self._tap(rules[id(layer)], own)))
+        # The hooks must outlive the forward: a checkpointed layer runs again in the backward. They go with this object.
+        weakref.finalize(self, _remove, self._handles)
+
+    def _tap(self, rule: Rule, own: dict[str, str]) -> Any:
+        forward = weakref.ref(self)
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            alive = forward()
+            if alive is None or not torch.is_grad_enabled():
+                return None
+
+            def collect(a: Tensor, g: Tensor) -> None:
+                if not alive._collected:  # the backward may run again, to compare
+                    alive._collect(layer, rule, own, a, g)
+
+            return _Tap.apply(output, alive._root, args[0], collect)
+
+        return hook
+
+    def _collect(self, layer: nn.Module, rule: Rule, own: dict[str, str], a: Tensor, g: Tensor) -> None:
+        """Keep what the rule makes of one layer's A and G; rows are (blocks, N), such as chosen ones, then rejected."""
+        pairs = self.outputs[0].shape[0]
+        a = a.detach()
+        a = a[..., None] if isinstance(layer, nn.Embedding) else a
+        if (
+            a.shape[0] == 1 and g.shape[0] == 1 and pairs > 1
+        ):  # positions, the same for every row: autograd adds the rows
+            raise _NotByPairs(f"{type(layer).__name__} runs once for all rows")
+        if a.shape[0] % pairs or a.shape[:-1] != g.shape[:-1]:
+            raise _NotByPairs(
+                f"{type(layer).__name__} sees {tuple(a.shape)}, whose rows are not those of {pairs} pairs"
+            )
+        a, g = (x.reshape(-1, pairs, x[0, ..., 0].numel(), x.shape[-1]) for x in (a, g))
+        with torch.no_grad():
+            for part, grads in rule(layer, a, g):
+                self._parts[own[part]].append(grads)
+
+    def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        if self.one_pass and not self._collected:
+            self._propagate(cotangents)
+        if not self.one_pass:
+            return super().pullback(cotangents, names)
+        weights = cotangents[0].to(torch.float32 if cotangents[0].dtype != torch.float64 else torch.float64)
+        return {name: self._weighted(name, weights) for name in (self.parameters if names is None else names)}
+
+    def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
+        if not self.one_pass:
+            return super().as_loss(value, cotangents)
+        grads = self.pullback(cotangents)
+        self._parts.clear()
+        return _Deposit.apply(value, list(grads.values()), *self.parameters.values())
+
+    def _propagate(self, cotangents: Sequence[Tensor]) -> None:
+        """The one backward, seeded with dM_i; on a model's first step also autograd's own, to compare."""
+        known = self._key in _verdicts.get(self._module, {})
+        seeds = [torch.ones_like(output) * sign for output, sign in zip(self.outputs, (1, -1), strict=False)]
+        try:
+            torch.autograd.grad(self.outputs, self._root, seeds, retain_graph=not known, allow_unused=True)
+            self._collected = True
+            if not known:
+                self._compare(cotangents)
+        except _NotByPairs as reason:
+            self._give_up(self._module, str(reason))
+        except BaseException:
+            self._untap()
+            raise
+        if self.one_pass:
+            self._untap()
+
+    def _compare(self, cotangents: Sequence[Tensor]) -> None:
+        expected = super().pullback(cotangents, list(self.parameters))
+        found = self.pullback(cotangents)
+        scale = torch.stack([x.float().norm() for x in expected.values()]).norm()
+        error = torch.stack([(found[name] - x).float().norm() for name, x in expected.items()]).norm()
+        coarse = any(x.dtype in (torch.float16, torch.bfloat16) for x in (*expected.values(), *self.outputs))
+        coarse = coarse or torch.is_autocast_enabled(self.outputs[0].device.type)
+        if bool(torch.isfinite(scale)) and float(error) > (0.05 if coarse else 1e-3) * float(scale):
+            self._give_up(self._module, f"its gradients differ from autograd's by {float(error / scale):.1%}")
+        elif bool(torch.isfinite(scale)) and float(scale) > 0:
+            _verdicts.setdefault(self._module, {})[self._key] = True
+
+    def _give_up(self, module: nn.Module, reason: str) -> None:
+        self.one_pass = False
+        self._parts.clear()
+        _verdicts.setdefault(module, {})[self._key] = False
+        logger.warning(
+            "the one-pass step does not apply to this model (%s): the slower step is used, which propagates twice, and "
+            'for anchor="first_order" once for each pair',
+            reason,
+        )
+
+    def _weighted(self, name: str, weights: Tensor) -> Tensor:
+        theta = self.parameters[name]
+        total: Tensor | None = None
+        for part in self._parts.get(name, ()):
+            gradient = part.weighted(weights).to(theta.dtype)
+            total = gradient if total is None else total + gradient
+        return torch.zeros_like(theta) if total is None else total
+
+    def directional(self, delta: LeafRule, names: Iterable[str]) -> Tensor:
+        if not self.one_pass:
+            return super().directional(delta, names)
+        along = torch.zeros_like(self.outputs[0], dtype=torch.float32, requires_grad=False)
+        along = along.double() if self.outputs[0].dtype == torch.float64 else along
+        for name in names:
+            moved = delta(name, self.parameters[name].detach())
+            for part in self._parts.get(name, ()):
+                along = along + part.along(moved)
+        return along.detach()
+
+    def _untap(self) -> None:
+        _remove(self._handles)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward hands the gradient of its output over, beside the input that was saved."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, root: Tensor, a: Tensor, collect: Any) -> Tensor:
+        ctx.save_for_backward(a)  # as saved, so that a checkpointed layer's comes from its second run
+        ctx.collect = collect
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        ctx.collect(*ctx.saved_tensors, g)
+        return g, None, None, None
+
+
+class _Deposit(torch.autograd.Function):
+    """A scalar whose backward gives each parameter the gradient that was computed for it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.grads = grads
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        grads, ctx.grads = ctx.grads, None
+        return None, None, *(g.mul_(scale) for g in grads)
+
+
+class _NotByPairs(Exception):
+    """A layer's rows cannot be told apart by pair."""
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
