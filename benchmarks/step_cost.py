@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-import resource
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -107,8 +107,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     model, batch = make_model(options), make_batch(options)
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     flops = {}
+    in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **kwargs: 2 * a[0] * a[1] * a[2] * b[2]}
     for name, way in WAYS.items():
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
             way(model, batch)
         flops[name] = counter.get_total_flops()
     deadline = time.monotonic() + options.seconds
@@ -121,6 +122,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             seconds[name].append(time.perf_counter() - began)
         print(f"\r{len(seconds['simpo'])} rounds", end="", flush=True)
     print()
+    peaks = {name: peak_memory(model, batch, way, options.device) for name, way in WAYS.items()}
     size = sum(p.numel() for p in model.parameters())
     shared = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU",
@@ -148,10 +150,26 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "ratio_75": round(high, 3),
                 "seconds": round(median(seconds[name]), 4),
                 "flop_ratio": round(flops[name] / flops["simpo"], 3),
+                "peak_mib": round(peaks[name]),
+                "peak_ratio": round(peaks[name] / peaks["simpo"], 3),
                 **shared,
             }
         )
     return rows
+
+
+def peak_memory(model: torch.nn.Module, batch: dict[str, torch.Tensor], way: Step, device: str) -> float:
+    """MiB of tensors at the peak of a step, the weights among them, as PyTorch's allocator counts them."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        way(model, batch)
+        return torch.cuda.max_memory_allocated() / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        way(model, batch)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return (weights + max(accumulate(sizes))) / 2**20
 
 
 def synchronise(device: str) -> None:
@@ -184,9 +202,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['way']:<18} {row['ratio']:.2f} x SimPO ({row['ratio_25']:.2f} to {row['ratio_75']:.2f}), "
-            f"flops {row['flop_ratio']:.2f} x"
+            f"flops {row['flop_ratio']:.2f} x, peak memory {row['peak_ratio']:.2f} x ({row['peak_mib']} MiB)"
         )
-    print(f"peak resident memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         new = not options.output.exists()

@@ -73,6 +73,15 @@ class Backend(Protocol):
         """Gradients by name in the form the framework's optimisers take; `forward` is the one they came from."""
 
 
+def by_pairs(margin_fn: MarginFn) -> MarginFn:
+    """Declare that row r of whatever a layer receives belongs to pair r mod N: rejected rows stand behind chosen ones.
+
+    The PyTorch backend then trusts it; without the declaration it compares gradients at a model's first step.
+    """
+    margin_fn.by_pairs = True  # type: ignore[attr-defined]
+    return margin_fn
+
+
 def outputs_of(returned: Any) -> tuple[Array, ...]:
     """What a `margin_fn` returned, as one or two (N,) arrays. Raises TypeError or ValueError naming what came."""
     outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)

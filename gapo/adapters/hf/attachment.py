@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from gapo.adapters.hf.margins import pair_logps
+from gapo.backends.base import by_pairs
 from gapo.backends.torch import TorchBackend
 from gapo.metrics import combine, reward_metrics, step_metrics
 from gapo.step import StepResult, probe_losses, run
@@ -86,6 +87,7 @@ class Attachment:
     def _step(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, StepResult]:
         bare = self.trainer.accelerator.unwrap_model(model)
 
+        @by_pairs
         def margin_fn(_: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
             # The clean forward goes through DDP, which prepares its reduction; the anchor's has no backward to prepare.
             return pair_logps(model if torch.is_grad_enabled() else bare, batch)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gapo
+from gapo.backends.base import by_pairs
 from gapo.data.collate import PARTS
 from gapo.data.tokenize import IGNORE_INDEX
 
@@ -47,6 +48,7 @@ def stack_pairs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     )
 
 
+@by_pairs
 def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(chosen_logps, rejected_logps), each (N,), nats per token, of a causal language model on a batch of pairs.
 

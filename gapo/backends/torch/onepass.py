@@ -4,15 +4,16 @@ Each layer that owns trainable parameters gets an identity node behind it, where
 its output beside the input it saved. From these two come, pair by pair, the layer's weight gradients (`rules`). The
 weighted sum of the second pullback then needs no second propagation, and the first-order gap no perturbed forward.
 
-Whether a model's rows really belong to pairs as assumed (row r to pair r mod N) and whether its layers see to all uses
-of their parameters is not taken on trust: the first step of a model is compared with autograd's own gradients.
+Two things are not taken on trust at a model's first step. That its layers see to every use of their parameters is read
+off autograd's graph. That row r belongs to pair r mod N is what a `by_pairs` margin function declares; for any other,
+and where the graph leaves a doubt, the gradients are compared with autograd's own.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ class OnePassForward(TorchForward):
     def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
         self._parts: dict[str, list[PairGrads]] = defaultdict(list)
         self._collected = False
+        self._uses: Counter[str] = Counter()  # of each parameter, by layers with a rule
+        self._declared = bool(getattr(margin_fn, "by_pairs", False))
         self._root = torch.zeros((), requires_grad=True)  # what the backward is asked for: it lies behind every layer
         self._handles: list[RemovableHandle] = []
         self._key = (
@@ -76,6 +79,8 @@ class OnePassForward(TorchForward):
             if alive is None or not torch.is_grad_enabled():
                 return None
 
+            alive._uses.update(own.values())
+
             def collect(a: Tensor, g: Tensor) -> None:
                 if not alive._collected:  # the backward may run again, to compare
                     alive._collect(layer, rule, own, a, g)
@@ -108,18 +113,24 @@ class OnePassForward(TorchForward):
         if not self.one_pass:
             return super().pullback(cotangents, names)
         weights = cotangents[0].to(torch.float32 if cotangents[0].dtype != torch.float64 else torch.float64)
-        return {name: self._weighted(name, weights) for name in (self.parameters if names is None else names)}
+        grads = {}
+        for name in self.parameters if names is None else names:
+            grads[name] = self._weighted(name, weights)
+            if names is None:  # spent: what is no longer needed goes as soon as it can
+                self._parts.pop(name, None)
+        return grads
 
     def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
         if not self.one_pass:
             return super().as_loss(value, cotangents)
         grads = self.pullback(cotangents)
-        self._parts.clear()
         return _Deposit.apply(value, list(grads.values()), *self.parameters.values())
 
     def _propagate(self, cotangents: Sequence[Tensor]) -> None:
-        """The one backward, seeded with dM_i; on a model's first step also autograd's own, to compare."""
+        """The one backward, seeded with dM_i; where there is a doubt also autograd's own, to compare."""
         known = self._key in _verdicts.get(self._module, {})
+        if not known and self._declared and _uses(self.outputs, self.parameters) == self._uses:
+            known = _verdicts.setdefault(self._module, {})[self._key] = True
         seeds = [torch.ones_like(output) * sign for output, sign in zip(self.outputs, (1, -1), strict=False)]
         try:
             torch.autograd.grad(self.outputs, self._root, seeds, retain_graph=not known, allow_unused=True)
@@ -136,7 +147,7 @@ class OnePassForward(TorchForward):
 
     def _compare(self, cotangents: Sequence[Tensor]) -> None:
         expected = super().pullback(cotangents, list(self.parameters))
-        found = self.pullback(cotangents)
+        found = self.pullback(cotangents, list(self.parameters))
         scale = torch.stack([x.float().norm() for x in expected.values()]).norm()
         error = torch.stack([(found[name] - x).float().norm() for name, x in expected.items()]).norm()
         coarse = any(x.dtype in (torch.float16, torch.bfloat16) for x in (*expected.values(), *self.outputs))
@@ -210,6 +221,24 @@ class _Deposit(torch.autograd.Function):
 
 class _NotByPairs(Exception):
     """A layer's rows cannot be told apart by pair."""
+
+
+def _uses(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> Counter[str]:
+    """How often each parameter enters the graph behind `outputs`."""
+    names = {id(p): name for name, p in parameters.items()}
+    found: Counter[str] = Counter()
+    stack = [output.grad_fn for output in outputs]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        for parent, _ in node.next_functions if node is not None else ():
+            name = names.get(id(getattr(parent, "variable", None)))
+            if name is not None:
+                found[name] += 1
+            elif parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return found
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
