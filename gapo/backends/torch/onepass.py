@@ -72,17 +72,17 @@ class OnePassForward(TorchForward):
         weakref.finalize(self, _remove, self._handles)
 
     def _tap(self, rule: Rule, own: dict[str, str]) -> Any:
+        # Held weakly: the graph hangs on this object's outputs, and a cycle through it would never be collected.
         forward = weakref.ref(self)
 
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             alive = forward()
             if alive is None or not torch.is_grad_enabled():
                 return None
-
             alive._uses.update(own.values())
 
             def collect(a: Tensor, g: Tensor) -> None:
-                if not alive._collected:  # the backward may run again, to compare
+                if (alive := forward()) is not None and not alive._collected:  # it may run again, to compare
                     alive._collect(layer, rule, own, a, g)
 
             return _Tap.apply(output, alive._root, args[0], collect)

@@ -1,0 +1,269 @@
+"""The one-pass step against the two-pass one: the same numbers on every layer, the slower way where it does not fit."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import gapo
+from gapo.adapters.hf.margins import pair_logps
+from gapo.backends.base import by_pairs
+from gapo.backends.torch.rules import Explicit, Outer, rule_for
+
+VOCAB = hf_models.VOCAB
+
+
+class Net(nn.Module):
+    """A causal model of the layers that have rules, arranged as the options say."""
+
+    def __init__(
+        self, *, depth: int = 1, width: int = 8, tied: bool = False, bias: bool = True, norm: str = "rms"
+    ) -> None:
+        super().__init__()
+        make_norm = {"rms": nn.RMSNorm, "layer": nn.LayerNorm, "layer-plain": lambda w: nn.LayerNorm(w, bias=False)}[
+            norm
+        ]
+        self.embed = nn.Embedding(VOCAB, width, padding_idx=0)
+        self.norms = nn.ModuleList(make_norm(width) for _ in range(depth))
+        self.ups = nn.ModuleList(nn.Linear(width, 3 * width, bias=bias) for _ in range(depth))
+        self.downs = nn.ModuleList(Conv1D(width, 3 * width) for _ in range(depth))
+        self.lm_head = nn.Linear(width, VOCAB, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.3)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
+            x = x + x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]
+            x = x + down(torch.tanh(up(norm(x))))
+        return x
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return _Output(self.lm_head(self.hidden(input_ids)))
+
+
+class _Output:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+def both(model: nn.Module, batch: Any, fn: Any = pair_logps, **options: Any) -> tuple[Any, Any]:
+    """(result, gradients) of the one-pass and of the two-pass step; the one-pass one at its second step."""
+    steps = [
+        gapo.value_and_grad(fn, gapo.GAPOConfig(**{"rho": 0.3, **options}), backend="torch", one_pass=one_pass)
+        for one_pass in (True, False)
+    ]
+    steps[0](model, batch)
+    return steps[0](model, batch), steps[1](model, batch)
+
+
+def assert_same(found: Any, expected: Any, tol: float = 1e-9) -> None:
+    (result, grads), (other, others) = found, expected
+    for name in ("loss", "margins", "anchor_gaps", "weights", "grad_norm", "radius"):
+        torch.testing.assert_close(getattr(result, name), getattr(other, name), rtol=tol, atol=tol)
+    assert set(grads) == set(others)
+    for name, g in others.items():
+        assert float((grads[name].double() - g.double()).norm()) <= tol * (1 + float(g.double().norm())), name
+
+
+def backwards_of(model: Any, batch: Any, fn: Any = pair_logps) -> float:
+    """How often the backward comes through a layer for each clean forward of it: 1 in one pass."""
+    step = gapo.value_and_grad(fn, backend="torch")
+    step(model, batch)
+    layer, forwards, backwards = model.downs[0], [], []
+    handles = [
+        layer.register_forward_hook(lambda *_: forwards.append(1) if torch.is_grad_enabled() else None),
+        layer.register_full_backward_hook(lambda *_: backwards.append(1)),
+    ]
+    step(model, batch)
+    for handle in handles:
+        handle.remove()
+    return len(backwards) / len(forwards)
+
+
+@settings(max_examples=25)
+@given(
+    depth=st.integers(0, 3),
+    width=st.sampled_from([4, 8, 12]),
+    tied=st.booleans(),
+    bias=st.booleans(),
+    norm=st.sampled_from(["rms", "layer", "layer-plain"]),
+    pairs=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    side=st.sampled_from(["left", "right"]),
+    anchor=st.sampled_from(["exact", "first_order"]),
+    perturb=st.sampled_from(["backbone", "all"]),
+    frozen=st.booleans(),
+)
+def test_equals_the_two_pass_step(depth, width, tied, bias, norm, pairs, seed, side, anchor, perturb, frozen):
+    torch.manual_seed(seed)
+    model = Net(depth=depth, width=width, tied=tied, bias=bias, norm=norm).double()
+    perturb = "all" if tied and depth == 0 else perturb  # else nothing is left to perturb
+    if frozen and depth > 1:
+        model.norms.requires_grad_(False)
+        model.ups[0].requires_grad_(False)
+    batch = hf_models.batch(pairs, seed=seed, side=side)
+    assert_same(*both(model, batch, anchor=anchor, perturb=perturb))
+
+
+@pytest.mark.parametrize("kind", [*hf_models.KINDS, "lora"])
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_models_people_tune(kind: str, anchor: str) -> None:
+    model = (hf_models.lora("llama") if kind == "lora" else hf_models.make(kind)).double()
+    # Llama's norm computes in float32 whatever the weights are.
+    tol = 1e-6 if kind in ("llama", "lora") else 1e-9
+    assert_same(*both(model, hf_models.batch(), anchor=anchor, adaptive=kind != "lora"), tol)
+
+
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_bfloat16_is_the_same_within_rounding(anchor: str) -> None:
+    model = Net(depth=2).to(torch.bfloat16)
+    (result, grads), (other, others) = both(model, hf_models.batch(), anchor=anchor, rho=2.0)
+    torch.testing.assert_close(result.anchor_gaps, other.anchor_gaps, rtol=0.1, atol=0.05)
+    flat = [torch.cat([g[n].float().ravel() for n in others]) for g in (grads, others)]
+    assert float((flat[0] - flat[1]).norm() / flat[1].norm()) < 0.05
+    assert all(g.dtype == torch.bfloat16 for g in grads.values())
+
+
+def test_first_order_propagates_once_and_forwards_once() -> None:
+    model = Net(depth=2)
+    assert backwards_of(model, hf_models.batch()) == 1
+
+
+def test_both_forms_of_a_matrix_gradient() -> None:
+    for tokens, form in ((1, Outer), (50, Explicit)):
+        for layer in (nn.Linear(5, 7).double(), Conv1D(7, 5).double()):
+            a = torch.randn(2, 3, tokens, 5, dtype=torch.float64)
+            g = torch.randn(2, 3, tokens, 7, dtype=torch.float64)
+            parts = dict(rule_for(layer)(layer, a, g))
+            assert isinstance(parts["weight"], form)
+            weights, delta = torch.randn(3).double(), torch.randn_like(layer.weight)
+            out = layer(a)
+            by_pair = [torch.autograd.grad(out[:, i], layer.weight, g[:, i], retain_graph=True)[0] for i in range(3)]
+            torch.testing.assert_close(parts["weight"].weighted(weights), sum(w * d for w, d in zip(weights, by_pair)))  # noqa: B905
+            along = torch.stack([(d * delta).sum() for d in by_pair])
+            torch.testing.assert_close(parts["weight"].along(delta), along)
+
+
+class Scale(nn.Module):
+    """A layer of a type that no rule knows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Untold(Net):
+    """Uses the embedding's weight without its layer: a layer's hook does not see that."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return _Output(nn.functional.linear(self.hidden(input_ids), self.embed.weight) + 0 * self.lm_head.weight.sum())
+
+
+class Mixing(Net):
+    """Normalises over the batch: pairs interact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.BatchNorm1d(8)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return self.mix(super().hidden(ids).mT).mT
+
+
+def unknown() -> nn.Module:
+    model = Net()
+    model.norms[0] = Scale(8)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (unknown, "no rule for layers of type Scale"),
+        (Untold, "its gradients differ from autograd's"),
+        (Mixing, "no rule for layers of type BatchNorm1d"),
+    ],
+)
+def test_the_slower_way_where_it_does_not_fit(make: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = make().double(), hf_models.batch()
+    for anchor in ("exact", "first_order"):
+        with caplog.at_level(logging.WARNING, logger="gapo"):
+            assert_same(*both(model, batch, anchor=anchor))
+    told = [record.message for record in caplog.records]
+    assert len(told) == 1, told
+    assert reason in told[0]
+    assert backwards_of(model, batch) == 2
+
+
+def separate(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected answers in a forward each."""
+    sides = []
+    for side in ("chosen", "rejected"):
+        logits = model(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"]).logits
+        sides.append(gapo.sequence_logps(logits, batch[f"{side}_labels"]))
+    return sides[0], sides[1]
+
+
+def interleaved(model: Any, batch: Any) -> Tensor:
+    """Rows chosen 0, rejected 0, chosen 1, ...: not the order that is assumed."""
+    ids, mask, labels = (
+        torch.stack([batch[f"{side}_{part}"] for side in ("chosen", "rejected")], 1).flatten(0, 1)
+        for part in ("input_ids", "attention_mask", "labels")
+    )
+    logps = gapo.sequence_logps(model(ids, mask).logits, labels)
+    return logps[::2] - logps[1::2]
+
+
+@pytest.mark.parametrize(("fn", "backwards"), [(separate, 1), (interleaved, 2)])
+def test_margin_functions_of_ones_own(fn: Any, backwards: int) -> None:
+    model, batch = Net().double(), hf_models.batch()
+    assert_same(*both(model, batch, fn, anchor="first_order"))
+    assert backwards_of(model, batch, fn) == backwards
+
+
+def test_the_declaration_is_trusted_and_the_graph_read_all_the_same() -> None:
+    batch = hf_models.batch()
+    wrong = by_pairs(lambda model, b: interleaved(model, b))
+    found, expected = both(Net().double(), batch, wrong, anchor="first_order")
+    with pytest.raises(AssertionError):  # a false declaration gives false gaps: it is trusted
+        assert_same(found, expected)
+    assert_same(*both(Untold().double(), batch, pair_logps))  # what the graph shows is not
+
+
+def test_nothing_stays_behind() -> None:
+    model, batch = Net(depth=2), hf_models.batch()
+    gapo.value_and_grad(pair_logps, backend="torch")(model, batch)
+    fails = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(perturb="nowhere"), backend="torch")
+    with pytest.raises(ValueError, match="selects none"):
+        fails(model, batch)
+    with pytest.raises(KeyError):
+        gapo.value_and_grad(pair_logps, backend="torch")(model, {})
+    gc.collect()
+    assert all(not m._forward_hooks for m in model.modules())
+
+
+def test_sft_and_float16_take_the_two_pass_step() -> None:
+    model, batch = Net().double(), hf_models.batch()
+    assert_same(*both(model, batch, sft_weight=0.5))
+    from gapo.backends.torch import OnePassForward, TorchBackend
+
+    backend = TorchBackend()
+    assert not isinstance(backend.forward(pair_logps, model, batch, gapo.GAPOConfig(sft_weight=0.5)), OnePassForward)
+    with torch.autocast("cpu", dtype=torch.float16):
+        forward = backend.forward(pair_logps, Net(), batch, gapo.GAPOConfig())
+    assert not isinstance(forward, OnePassForward)
