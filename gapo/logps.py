@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gapo._namespace import (
     Array,
     Namespace,
     at_least_float32,
     is_concrete,
+    library,
     namespace,
     require_floating,
     stop_gradient,
 )
+
+# A framework's own kernel for log-softmax at the targets, put here by its backend: less memory, the same numbers.
+KERNELS: dict[str, Callable[[Array, Array], Array]] = {}
 
 
 def sequence_logps(
@@ -61,7 +67,7 @@ def sequence_logps(
     counted = targets != ignore_index
     if is_concrete(counted):  # under jit even what is made of constants is traced
         _check_labels(targets, counted, int(logits.shape[2]), ignore_index, xp)
-    token_logps = _token_logps(at_least_float32(logits[:, :-1, :], xp), xp.where(counted, targets, 0 * targets), xp)
+    token_logps = _token_logps(logits[:, :-1, :], xp.where(counted, targets, 0 * targets), xp)
     total = xp.sum(xp.where(counted, token_logps, xp.zeros_like(token_logps)), axis=-1)
     tokens = xp.sum(xp.astype(counted, total.dtype), axis=-1)
     # 0 / 0 under tracing: an empty response is NaN whether averaged or not, never a silent 0
@@ -69,7 +75,11 @@ def sequence_logps(
 
 
 def _token_logps(logits: Array, targets: Array, xp: Namespace) -> Array:
-    """(batch, seq): log-softmax of `logits` (batch, seq, vocab) at `targets` (batch, seq)."""
+    """(batch, seq): log-softmax of `logits` (batch, seq, vocab) at `targets` (batch, seq), float32 or wider."""
+    kernel = KERNELS.get(library(logits) or "")
+    if kernel is not None and is_concrete(logits):
+        return kernel(logits, targets)
+    logits = at_least_float32(logits, xp)
     picked = xp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
     if hasattr(xp, "logsumexp"):  # PyTorch and MLX have a fused one, which keeps no copy of the logits
         return picked - xp.logsumexp(logits, -1)

@@ -236,6 +236,54 @@ def test_margin_fn_without_a_gradient_is_an_error() -> None:
         gapo.value_and_grad(detached, backend="torch")({}, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_log_probs_in_chunks_are_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gapo.backends.torch import token_logps as kernel
+
+    monkeypatch.setitem(kernel._CHUNK, "cpu", 40)  # several chunks in a row, the last one shorter
+    logits = torch.randn(2, 7, 13).to(dtype).requires_grad_()
+    targets = torch.randint(0, 13, (2, 7))
+    upstream = torch.randn(2, 7)
+    found = kernel.token_logps(logits, targets)
+    wide = logits.double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype != torch.bfloat16 else {"rtol": 1e-2, "atol": 1e-2}
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), wide, rtol=1e-5, atol=1e-5)
+    ours, expected = (torch.autograd.grad((x * upstream).sum(), logits, retain_graph=True)[0] for x in (found, wide))
+    torch.testing.assert_close(ours, expected, **tolerance)
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: kernel.token_logps(x, targets).sum())(logits.detach()),
+        torch.autograd.grad(wide.sum(), logits)[0],
+        **tolerance,
+    )
+
+
+def test_logits_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor that log-probs of bfloat16 logits make is their gradient, in bfloat16."""
+    sizes: list[int] = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out._base is None:
+                sizes.append(out.numel() * out.element_size())
+            return out
+
+    from gapo.backends.torch import token_logps as kernel
+
+    monkeypatch.setitem(kernel._CHUNK, "cpu", 1000)
+    logits = torch.randn(4, 30, 500, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 500, (4, 30))
+    with Sizes():
+        gapo.sequence_logps(logits, labels).sum().backward()
+    assert max(sizes) == logits.numel() * 2
+    monkeypatch.setattr(gapo.logps, "KERNELS", {})
+    sizes.clear()
+    with Sizes():
+        gapo.sequence_logps(logits, labels).sum().backward()
+    assert max(sizes) > logits.numel() * 2  # without the kernel there are float32 copies
+
+
 def test_the_core_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(gapo.loss, fullgraph=True, backend="eager")
     logps = [torch.randn(4) for _ in range(4)]

@@ -17,9 +17,17 @@ from transformers.pytorch_utils import Conv1D
 import gapo
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.base import by_pairs
+from gapo.backends.torch import OnePassForward, TorchBackend
 from gapo.backends.torch.rules import Explicit, Outer, rule_for
 
 VOCAB = hf_models.VOCAB
+
+
+class OneMoreRMSNorm(nn.RMSNorm):
+    """Gemma's: the weight is what is added to 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight)
 
 
 class Net(nn.Module):
@@ -29,9 +37,12 @@ class Net(nn.Module):
         self, *, depth: int = 1, width: int = 8, tied: bool = False, bias: bool = True, norm: str = "rms"
     ) -> None:
         super().__init__()
-        make_norm = {"rms": nn.RMSNorm, "layer": nn.LayerNorm, "layer-plain": lambda w: nn.LayerNorm(w, bias=False)}[
-            norm
-        ]
+        make_norm = {
+            "gemma": OneMoreRMSNorm,
+            "rms": nn.RMSNorm,
+            "layer": nn.LayerNorm,
+            "layer-plain": lambda w: nn.LayerNorm(w, bias=False),
+        }[norm]
         self.embed = nn.Embedding(VOCAB, width, padding_idx=0)
         self.norms = nn.ModuleList(make_norm(width) for _ in range(depth))
         self.ups = nn.ModuleList(nn.Linear(width, 3 * width, bias=bias) for _ in range(depth))
@@ -98,7 +109,7 @@ def backwards_of(model: Any, batch: Any, fn: Any = pair_logps) -> float:
     width=st.sampled_from([4, 8, 12]),
     tied=st.booleans(),
     bias=st.booleans(),
-    norm=st.sampled_from(["rms", "layer", "layer-plain"]),
+    norm=st.sampled_from(["rms", "layer", "layer-plain", "gemma"]),
     pairs=st.integers(1, 4),
     seed=st.integers(0, 99),
     side=st.sampled_from(["left", "right"]),
@@ -254,14 +265,13 @@ def test_nothing_stays_behind() -> None:
     with pytest.raises(KeyError):
         gapo.value_and_grad(pair_logps, backend="torch")(model, {})
     gc.collect()
+    assert [x for x in gc.get_objects() if type(x) is OnePassForward] == []
     assert all(not m._forward_hooks for m in model.modules())
 
 
 def test_sft_and_float16_take_the_two_pass_step() -> None:
     model, batch = Net().double(), hf_models.batch()
     assert_same(*both(model, batch, sft_weight=0.5))
-    from gapo.backends.torch import OnePassForward, TorchBackend
-
     backend = TorchBackend()
     assert not isinstance(backend.forward(pair_logps, model, batch, gapo.GAPOConfig(sft_weight=0.5)), OnePassForward)
     with torch.autocast("cpu", dtype=torch.float16):

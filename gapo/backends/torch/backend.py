@@ -14,6 +14,7 @@ from gapo import geometry
 from gapo.backends.base import MarginFn
 from gapo.backends.torch.forward import TorchForward
 from gapo.backends.torch.onepass import OnePassForward
+from gapo.backends.torch.token_logps import token_logps  # noqa: F401  (takes its place in gapo.logps)
 from gapo.config import GAPOConfig
 
 

@@ -112,12 +112,14 @@ def _embedding(module: Any, a: Tensor, g: Tensor) -> Parts:
 
 
 def _norm(module: Any, a: Tensor, g: Tensor) -> Parts:
-    # Linear in its weight, whatever is added to that: the derivative is what a weight of 1 gives beyond a weight of 0.
+    # Linear in its weight, or, as Gemma's, in 1 + weight: the derivative is what a weight of 1 gives beyond one of 0.
     if module.weight.requires_grad:
         weight = module.weight.detach()
         bias = {"bias": torch.zeros_like(weight)} if isinstance(getattr(module, "bias", None), Tensor) else {}
         unit = functional_call(module, {"weight": torch.ones_like(weight), **bias}, (a,))
-        unit = unit - functional_call(module, {"weight": torch.zeros_like(weight), **bias}, (a,))
+        zero = {"weight": torch.zeros_like(weight), **bias}
+        if bool(functional_call(module, zero, (a[:1, :1, :1],)).any()):
+            unit = unit - functional_call(module, zero, (a,))
         yield "weight", Explicit((g * unit).sum((0, 2)))
     if isinstance(getattr(module, "bias", None), Tensor) and module.bias.requires_grad:
         yield "bias", Explicit(g.sum((0, 2)))
