@@ -196,6 +196,14 @@ class Mixing(Net):
         return self.mix(super().hidden(ids).mT).mT
 
 
+class Flat(Net):
+    """Flattens tokens in front of a layer, as experts do: rows are no longer answers."""
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = super().hidden(ids)
+        return self.norms[0](x.flatten(0, 1)).unflatten(0, ids.shape)
+
+
 def unknown() -> nn.Module:
     model = Net()
     model.norms[0] = Scale(8)
@@ -208,6 +216,7 @@ def unknown() -> nn.Module:
         (unknown, "no rule for layers of type Scale"),
         (Untold, "its gradients differ from autograd's"),
         (Mixing, "no rule for layers of type BatchNorm1d"),
+        (Flat, "RMSNorm receives (66, 8): not one row for each answer of 3 pairs"),
     ],
 )
 def test_the_slower_way_where_it_does_not_fit(make: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:

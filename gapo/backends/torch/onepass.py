@@ -40,6 +40,7 @@ class OnePassForward(TorchForward):
     def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
         self._parts: dict[str, list[PairGrads]] = defaultdict(list)
         self._collected = False
+        self._seen: set[tuple[str, tuple[int, ...]]] = set()  # types of layers, and the shapes that they received
         self._uses: Counter[str] = Counter()  # of each parameter, by layers with a rule
         self._declared = bool(getattr(margin_fn, "by_pairs", False))
         self._root = torch.zeros((), requires_grad=True)  # what the backward is asked for: it lies behind every layer
@@ -56,6 +57,8 @@ class OnePassForward(TorchForward):
         except BaseException:
             self._untap()
             raise
+        if self.one_pass and (odd := self._not_by_rows()):
+            self._give_up(module, odd)
 
     def _tap_layers(self, module: nn.Module) -> None:
         owners = [m for m in module.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
@@ -80,6 +83,8 @@ class OnePassForward(TorchForward):
             if alive is None or not torch.is_grad_enabled():
                 return None
             alive._uses.update(own.values())
+            kind, shape = type(layer).__name__, tuple(args[0].shape)
+            alive._seen.add((kind, (*shape, 1) if isinstance(layer, nn.Embedding) else shape))
 
             def collect(a: Tensor, g: Tensor) -> None:
                 if (alive := forward()) is not None and not alive._collected:  # it may run again, to compare
@@ -89,19 +94,18 @@ class OnePassForward(TorchForward):
 
         return hook
 
-    def _collect(self, layer: nn.Module, rule: Rule, own: dict[str, str], a: Tensor, g: Tensor) -> None:
-        """Keep what the rule makes of one layer's A and G; rows are (blocks, N), such as chosen ones, then rejected."""
+    def _not_by_rows(self) -> str | None:
+        """What is wrong where a layer did not get one row of tokens for each answer: (N or 2N, seq, ...)."""
         pairs = self.outputs[0].shape[0]
-        a = a.detach()
-        a = a[..., None] if isinstance(layer, nn.Embedding) else a
-        if (
-            a.shape[0] == 1 and g.shape[0] == 1 and pairs > 1
-        ):  # positions, the same for every row: autograd adds the rows
-            raise _NotByPairs(f"{type(layer).__name__} runs once for all rows")
-        if a.shape[0] % pairs or a.shape[:-1] != g.shape[:-1]:
-            raise _NotByPairs(
-                f"{type(layer).__name__} sees {tuple(a.shape)}, whose rows are not those of {pairs} pairs"
-            )
+        for kind, shape in sorted(self._seen):
+            if len(shape) < 3 or shape[0] not in (pairs, 2 * pairs):
+                return f"{kind} receives {shape}: not one row for each answer of {pairs} pairs"
+        return None
+
+    def _collect(self, layer: nn.Module, rule: Rule, own: dict[str, str], a: Tensor, g: Tensor) -> None:
+        """Keep what the rule makes of one layer's A and G; rows are (blocks, N): chosen ones, then rejected."""
+        pairs = self.outputs[0].shape[0]
+        a = a.detach()[..., None] if isinstance(layer, nn.Embedding) else a.detach()
         a, g = (x.reshape(-1, pairs, x[0, ..., 0].numel(), x.shape[-1]) for x in (a, g))
         with torch.no_grad():
             for part, grads in rule(layer, a, g):
@@ -137,13 +141,9 @@ class OnePassForward(TorchForward):
             self._collected = True
             if not known:
                 self._compare(cotangents)
-        except _NotByPairs as reason:
-            self._give_up(self._module, str(reason))
-        except BaseException:
-            self._untap()
-            raise
-        if self.one_pass:
-            self._untap()
+        finally:
+            if self.one_pass:
+                self._untap()
 
     def _compare(self, cotangents: Sequence[Tensor]) -> None:
         expected = super().pullback(cotangents, list(self.parameters))
@@ -217,10 +217,6 @@ class _Deposit(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> Any:
         grads, ctx.grads = ctx.grads, None
         return None, None, *(g.mul_(scale) for g in grads)
-
-
-class _NotByPairs(Exception):
-    """A layer's rows cannot be told apart by pair."""
 
 
 def _uses(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> Counter[str]:
