@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -105,23 +106,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     from torch.utils.flop_counter import FlopCounterMode
 
     model, batch = make_model(options), make_batch(options)
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     flops = {}
     in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **kwargs: 2 * a[0] * a[1] * a[2] * b[2]}
     for name, way in WAYS.items():
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
             way(model, batch)
         flops[name] = counter.get_total_flops()
-    deadline = time.monotonic() + options.seconds
-    while time.monotonic() < deadline or len(seconds["simpo"]) < 3:
-        for name, way in WAYS.items():
-            synchronise(options.device)
-            began = time.perf_counter()
-            way(model, batch)
-            synchronise(options.device)
-            seconds[name].append(time.perf_counter() - began)
-        print(f"\r{len(seconds['simpo'])} rounds", end="", flush=True)
-    print()
+    seconds = time_ways(model, batch, options.device, options.seconds)
     peaks = {name: peak_memory(model, batch, way, options.device) for name, way in WAYS.items()}
     size = sum(p.numel() for p in model.parameters())
     shared = {
@@ -158,6 +149,41 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def growth(options: argparse.Namespace) -> None:
+    """How time grows with each size: the slope of log seconds over log size, and the ratio to SimPO at each."""
+    sizes = {"pairs": (2, 4, 8), "tokens": (128, 256, 512), "depth": (4, 8, 16), "width": (128, 256, 512)}
+    for name, values in sizes.items():
+        medians: dict[str, list[float]] = {way: [] for way in WAYS}
+        for value in values:
+            changed = argparse.Namespace(**{**vars(options), name: value})
+            seconds = time_ways(make_model(changed), make_batch(changed), options.device, options.seconds / 12)
+            for way in WAYS:
+                medians[way].append(median(seconds[way]))
+        print(f"{name} {' '.join(map(str, values))}")
+        for way in WAYS:
+            slope = np.polyfit(np.log(values), np.log(medians[way]), 1)[0]
+            ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(medians[way], medians["simpo"], strict=True))
+            print(f"  {way:<18} slope {slope:.2f}, ratio to SimPO {ratios}")
+
+
+def time_ways(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], device: str, budget: float
+) -> dict[str, list[float]]:
+    """Seconds of each way, round by round, for `budget` seconds and at least three rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for way in WAYS.values():
+        way(model, batch)
+    deadline = time.monotonic() + budget
+    while time.monotonic() < deadline or len(seconds["simpo"]) < 3:
+        for name, way in WAYS.items():
+            synchronise(device)
+            began = time.perf_counter()
+            way(model, batch)
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
 def peak_memory(model: torch.nn.Module, batch: dict[str, torch.Tensor], way: Step, device: str) -> float:
     """MiB of tensors at the peak of a step, the weights among them, as PyTorch's allocator counts them."""
     if device == "cuda":
@@ -170,6 +196,23 @@ def peak_memory(model: torch.nn.Module, batch: dict[str, torch.Tensor], way: Ste
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return (weights + max(accumulate(sizes))) / 2**20
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Ratios to SimPO's step as bars, with their quartiles, beside the ratios of flops."""
+    from gapo.experiments import plots
+
+    def bars(axes: Any) -> None:
+        at = np.arange(len(rows))
+        ratios = np.array([row["ratio"] for row in rows])
+        spread = np.abs([[row["ratio"] - row["ratio_25"], row["ratio_75"] - row["ratio"]] for row in rows]).T
+        axes.bar(at - 0.2, ratios, 0.4, yerr=spread, color=plots.BLUE, label="time (median, quartiles)")
+        axes.bar(at + 0.2, [row["flop_ratio"] for row in rows], 0.4, color=plots.ORANGE, label="flops")
+        axes.set_xticks(at, [row["way"] for row in rows])
+
+    svg = plots.figure("Cost of a step", "", "ratio to SimPO's", bars)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(svg.replace("currentColor", "#777777"), encoding="utf-8")
 
 
 def synchronise(device: str) -> None:
@@ -197,13 +240,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     parser.add_argument("--seconds", type=float, default=120, help="how long to measure")
     parser.add_argument("--output", type=Path, help="CSV file to append the rows to")
+    parser.add_argument("--growth", action="store_true", help="how time grows with each size, instead")
+    parser.add_argument("--plot", type=Path, help="SVG file to draw the ratios in")
     options = parser.parse_args()
+    if options.growth:
+        growth(options)
+        return
     rows = measure(options)
     for row in rows:
         print(
             f"{row['way']:<18} {row['ratio']:.2f} x SimPO ({row['ratio_25']:.2f} to {row['ratio_75']:.2f}), "
             f"flops {row['flop_ratio']:.2f} x, peak memory {row['peak_ratio']:.2f} x ({row['peak_mib']} MiB)"
         )
+    if options.plot is not None:
+        draw(rows, options.plot)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         new = not options.output.exists()

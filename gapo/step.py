@@ -130,7 +130,8 @@ def run(
     if config.anchor == "first_order":
         gaps = -at_least_float32(forward.directional(perturbation.delta, names), xp)
         anchor_margins = margins - gaps
-        radius, changed = perturbation.ideal_radius(), xp.ones_like(grad_norm)
+        radius = perturbation.ideal_radius()
+        changed = 0 * grad_norm + 1  # 1.0, but no constant: `mx.compile` loses one that ends up in its state
     else:
         moved = forward.at(perturbation.move, names)
         anchor_margins = margins_of(tuple(stop_gradient(at_least_float32(output, xp)) for output in moved))

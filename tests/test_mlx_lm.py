@@ -100,7 +100,14 @@ def test_the_models_agree_with_pytorch(folder: Path) -> None:
         np.testing.assert_allclose(np.array(getattr(here, name)), getattr(there, name).numpy(), rtol=1e-3, atol=2e-5)
 
 
-def run(model: nn.Module, tmp_path: Path, iters: int = 4, callback: Any = None, **options: Any) -> Any:
+def run(
+    model: nn.Module,
+    tmp_path: Path,
+    iters: int = 4,
+    callback: Any = None,
+    config: gapo.GAPOConfig = CONFIG,
+    **options: Any,
+) -> Any:
     optimizer = optim.SGD(options.pop("learning_rate", 0.1))
     args = TrainingArgs(
         batch_size=4,
@@ -113,7 +120,7 @@ def run(model: nn.Module, tmp_path: Path, iters: int = 4, callback: Any = None, 
     )
     callback = adapter.MetricsCallback(model) if callback is None else callback
     rows = hf_models.pairs(8), hf_models.pairs(8, seed=3)
-    loss = adapter.make_loss(CONFIG)
+    loss = adapter.make_loss(config)
     train(model, optimizer, *rows, args, loss=loss, iterate_batches=adapter.iterate_batches, training_callback=callback)
     return callback
 
@@ -186,21 +193,26 @@ def test_checkpointing_with_dropout_is_refused(folder: Path) -> None:
         adapter.loss(model.train(), *one_batch())
 
 
-def test_compiled_equals_eager(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_compiled_equals_eager(folder: Path, tmp_path: Path, anchor: str) -> None:
     """The one test with mx.compile on: mlx-lm's compiled step, in a process where it is not disabled."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_mlx_lm as t; from pathlib import Path
 import mlx.core as mx; mx.enable_compile()
 model = t.load(Path({str(folder)!r}))
-reports = t.run(model, Path({str(tmp_path)!r}), iters=3).train
+reports = t.run(model, Path({str(tmp_path)!r}), iters=3, config=t.gapo.GAPOConfig(rho=0.3, anchor={anchor!r})).train
 import json; print(json.dumps([[r["train_loss"], r["gapo/weight_min"]] for r in reports]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "MLX_DISABLE_COMPILE"}
     environment["CI"] = environment.get("CI", "")
     code = code.replace("import test_mlx_lm", "import os; import test_mlx_lm")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    plain = [[report["train_loss"], report["gapo/weight_min"]] for report in run(load(folder), tmp_path, iters=3).train]
+    config = gapo.GAPOConfig(rho=0.3, anchor=anchor)
+    plain = [
+        [report["train_loss"], report["gapo/weight_min"]]
+        for report in run(load(folder), tmp_path, iters=3, config=config).train
+    ]
     np.testing.assert_allclose(json.loads(done.stdout.strip().splitlines()[-1]), plain, rtol=1e-4)
 
 
