@@ -204,6 +204,13 @@ class Flat(Net):
         return self.norms[0](x.flatten(0, 1)).unflatten(0, ids.shape)
 
 
+class ByKeyword(Net):
+    """Calls a layer by keyword, where a hook does not see what it receives."""
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return self.norms[0](x=super().hidden(ids))
+
+
 def unknown() -> nn.Module:
     model = Net()
     model.norms[0] = Scale(8)
@@ -216,6 +223,7 @@ def unknown() -> nn.Module:
         (unknown, "no rule for layers of type Scale"),
         (Untold, "its gradients differ from autograd's"),
         (Mixing, "no rule for layers of type BatchNorm1d"),
+        (ByKeyword, "RMSNorm receives (): not one row for each answer of 3 pairs"),
         (Flat, "RMSNorm receives (66, 8): not one row for each answer of 3 pairs"),
     ],
 )

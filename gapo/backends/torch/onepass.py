@@ -83,11 +83,14 @@ class OnePassForward(TorchForward):
             if alive is None or not torch.is_grad_enabled():
                 return None
             alive._uses.update(own.values())
-            kind, shape = type(layer).__name__, tuple(args[0].shape)
-            alive._seen.add((kind, (*shape, 1) if isinstance(layer, nn.Embedding) else shape))
+            shape = tuple(args[0].shape) if args else ()  # called by keyword: what it received is not seen here
+            alive._seen.add((type(layer).__name__, (*shape, 1) if isinstance(layer, nn.Embedding) else shape))
+            if not args:
+                return None
 
             def collect(a: Tensor, g: Tensor) -> None:
-                if (alive := forward()) is not None and not alive._collected:  # it may run again, to compare
+                alive = forward()
+                if alive is not None and alive.one_pass and not alive._collected:  # it may run again, to compare
                     alive._collect(layer, rule, own, a, g)
 
             return _Tap.apply(output, alive._root, args[0], collect)
