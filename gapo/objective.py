@@ -80,9 +80,9 @@ def anchor_gap(
     *,
     backend: str | None = None,
 ) -> Array:
-    r"""Anchor Gap of each pair: how much its margin drops from the policy to the anchor.
+    """Anchor Gap of each pair: how much its margin drops from the policy to the anchor.
 
-    .. math:: \Gamma_i = M_i(\theta) - sg(M_i(\tilde\theta)), \quad M_i = \log\pi(y^+_i) - \log\pi(y^-_i)
+    `Gamma_i = M_i(theta) - sg(M_i(theta~))`, with `M_i = logp(y+_i) - logp(y-_i)` and sg the stop-gradient.
 
     Args:
         chosen_logps: (N,) length-normalised log-probability of each chosen response under the policy, nats per token.
@@ -125,9 +125,9 @@ def weights(
     label_smoothing: float = 0.0,
     backend: str | None = None,
 ) -> Array:
-    r"""Weight of each pair in the update: a large gap, a small weight.
+    """Weight of each pair in the update: a large gap, a small weight.
 
-    .. math:: w_i = \beta\,\sigma(\gamma - \beta\,\Gamma_i)
+    `w_i = beta * sigmoid(gamma - beta * Gamma_i)`
 
     The gradient of the mean loss is `-(1/N) sum_i w_i grad M_i`. The weights are not normalised.
 
@@ -171,9 +171,9 @@ def loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Array:
-    r"""The GAPO objective on log-probabilities under the policy and under the anchor.
+    """The GAPO objective on log-probabilities under the policy and under the anchor.
 
-    .. math:: L = -\frac1N \sum_i \log\sigma(\beta\,\Gamma_i - \gamma)
+    `L = -(1/N) sum_i log sigmoid(beta * Gamma_i - gamma)`
 
     Args:
         chosen_logps: (N,) length-normalised log-probability of each chosen response under the policy, nats per token.

@@ -418,13 +418,11 @@ def test_ddp_equals_one_process(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    script = Path(__file__).parent / "ddp_script.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    subprocess.run([*command, str(script), str(tmp_path / "two.pt"), "2"], check=True, capture_output=True, timeout=300)
-    subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "one.pt"), "4"], check=True, capture_output=True, timeout=300
-    )
+    script = str(Path(__file__).parent / "ddp_script.py")
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    for command, name, pairs in ((launched, "two.pt", "2"), ([sys.executable, script], "one.pt", "4")):
+        done = subprocess.run([*command, str(tmp_path / name), pairs], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
     two, one = (torch.load(tmp_path / name) for name in ("two.pt", "one.pt"))
     assert two["log"]["gapo/anchor_pairs"] == one["log"]["gapo/anchor_pairs"] == 4
     for name, value in one["weights"].items():
