@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 .PHONY: demo test lint bench docs clean
 
 demo: $(INSTALLED)  ## tune a small language model on noisy pairs; leaves runs/demo/report.html
-	$(BIN)/gapo train examples/demo.yaml --overwrite true
+	$(BIN)/gapo train examples/demo.yaml --overwrite
 
 test: $(INSTALLED)  ## all tests
 	$(BIN)/pytest -n auto

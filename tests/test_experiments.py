@@ -286,6 +286,8 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     path.write_text("rho: 0.1\nbatch_size: 3\n")
     run, step = parse([str(path), "--rho", "0.2", "--flip_mode=length"])
     assert (run.batch_size, run.flip_mode, step.rho) == (3, "length", 0.2)
+    run, step = parse([str(path), "--strict", "--bf16", "false", "--adaptive=false", "--overwrite"])
+    assert (run.strict, run.bf16, step.adaptive, run.overwrite) == (True, False, False, True)
     with pytest.raises(ConfigError, match=r"there is no configuration file 'gone\.yaml'"):
         parse(["gone.yaml"])
 

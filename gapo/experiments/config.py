@@ -161,6 +161,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
         if not Path(arguments[0]).is_file():
             raise ConfigError(f"there is no configuration file {arguments[0]!r}")
         arguments.insert(0, "--config")
+    arguments = _with_values(arguments)
     try:
         found = make_parser().parse_args(arguments)
         return (
@@ -169,6 +170,17 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
         )
     except (ArgumentError, ValueError) as error:
         raise ConfigError(_with_closest_key(" ".join(str(error).split()))) from error
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """`--strict` alone is `--strict true`; so for every switch."""
+    switches = {f"--{f.name}" for f in (*fields(TrainConfig), *fields(GAPOConfig)) if f.type in ("bool", bool)}
+    completed = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        completed.append(argument)
+        if argument in switches and following.startswith("--"):
+            completed.append("true")
+    return completed
 
 
 def known_keys() -> list[str]:
