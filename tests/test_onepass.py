@@ -298,3 +298,16 @@ def test_sft_and_float16_take_the_two_pass_step() -> None:
     with torch.autocast("cpu", dtype=torch.float16):
         forward = backend.forward(pair_logps, Net(), batch, gapo.GAPOConfig())
     assert not isinstance(forward, OnePassForward)
+
+
+@pytest.mark.parametrize("name", ["embed", "norms.0", "ups.0", "downs.0"])
+def test_hooks_of_others_on_a_layer(name: str) -> None:
+    model, calls = Net().double(), []
+
+    def double(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        calls.append(1)
+        return 2 * output.tanh()
+
+    model.get_submodule(name).register_forward_hook(double)
+    assert_same(*both(model, hf_models.batch()))
+    assert len(calls) == 6  # of three steps, a clean and an anchor forward each

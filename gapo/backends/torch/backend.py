@@ -38,8 +38,8 @@ class TorchBackend:
             for kind in ("cuda", "cpu")
         )
         if self._one_pass and not config.sft_weight and not float16:
-            return OnePassForward(margin_fn, params, batch)
-        return TorchForward(margin_fn, params, batch)
+            return OnePassForward(margin_fn, params, batch, config)
+        return TorchForward(margin_fn, params, batch, config)
 
     def norm(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64 or x.device.type == "mps":

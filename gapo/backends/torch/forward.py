@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.backends.torch.cut import cut_below
 from gapo.backends.torch.head import head_parameters
+from gapo.backends.torch.random_state import RandomState
+from gapo.config import GAPOConfig
+from gapo.selection import select
 
 
 class TorchForward:
     """The clean forward of a module and its autograd graph."""
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
+    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.head = head_parameters(module, self.parameters)
-        self._random_state = _RandomState(module)
-        with torch.enable_grad():
-            self.outputs = outputs_of(margin_fn(module, batch))
+        self._random_state = RandomState(module)
+        moved = select(self.parameters, self.head, config) if config.anchor == "exact" else ()
+        self._cut = cut_below(module, moved) if moved else None
+        with torch.enable_grad(), self._cut.kept() if self._cut else nullcontext():
+            self.outputs = self._run()
         for output in self.outputs:
             if self.parameters and not output.requires_grad:
                 raise ValueError(
                     "the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad"
                 )
+
+    def _run(self) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = outputs_of(self._margin_fn(self._module, self._batch))
+        return outputs
 
     def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         wanted = list(self.parameters if names is None else names)
@@ -56,7 +66,7 @@ class TorchForward:
                     saved[name] = theta.clone()
                     theta.copy_(move(name, theta))
                 torch.clear_autocast_cache()  # low-precision copies of theta would hide the anchor
-                return outputs_of(self._margin_fn(self._module, self._batch))
+                return self._cut.outputs(self._run, self._random_state) if self._cut else self._run()
         finally:
             for name, theta in saved.items():
                 self.parameters[name].data.copy_(theta)
@@ -73,21 +83,3 @@ class TorchForward:
             grads = self.pullback((one,) if len(self.outputs) == 1 else (one, -one), names).values()
             along.append(sum(torch.sum(g * d) for g, d in zip(grads, deltas, strict=True)))
         return torch.stack(along)  # type: ignore[arg-type]
-
-
-class _RandomState:
-    """The random state before the clean forward, so that the anchor forward draws the same dropout masks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
-        self._cpu = torch.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Draw from the kept state; afterwards the stream goes on from where it was."""
-        with torch.random.fork_rng(devices=self._devices):
-            torch.set_rng_state(self._cpu)
-            for device, state in zip(self._devices, self._cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield

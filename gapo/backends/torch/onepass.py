@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from gapo.backends.base import LeafRule, MarginFn
 from gapo.backends.torch.forward import TorchForward
 from gapo.backends.torch.rules import PairGrads, Rule, rule_for
+from gapo.config import GAPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class OnePassForward(TorchForward):
     It is a `TorchForward` all the same: where a layer has no rule, or the comparison fails, autograd does the work.
     """
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
+    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
         self._parts: dict[str, list[PairGrads]] = defaultdict(list)
         self._collected = False
         self._seen: set[tuple[str, tuple[int, ...]]] = set()  # types of layers, and the shapes that they received
@@ -53,7 +54,7 @@ class OnePassForward(TorchForward):
         if self.one_pass:
             self._tap_layers(module)
         try:
-            super().__init__(margin_fn, module, batch)
+            super().__init__(margin_fn, module, batch, config)
         except BaseException:
             self._untap()
             raise
@@ -70,7 +71,8 @@ class OnePassForward(TorchForward):
         names = {id(p): name for name, p in module.named_parameters()}
         for layer in owners:
             own = {part: names[id(p)] for part, p in layer.named_parameters(recurse=False) if p.requires_grad}
-            self._handles.append(layer.register_forward_hook(self._tap(rules[id(layer)], own)))
+            # First of the layer's hooks: what others make of its output is not the rule's affair.
+            self._handles.append(layer.register_forward_hook(self._tap(rules[id(layer)], own), prepend=True))
         # The hooks must outlive the forward: a checkpointed layer runs again in the backward. They go with this object.
         weakref.finalize(self, _remove, self._handles)
 
