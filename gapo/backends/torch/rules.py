@@ -134,7 +134,7 @@ def _norm(module: Any, a: Tensor, g: Tensor) -> Parts:
 def _computed(module: nn.Module, parameters: dict[str, Tensor], a: Tensor) -> Tensor:
     """What `module` makes of `a` with these parameters, without its hooks."""
     other = copy.copy(module)
-    other.__dict__["_parameters"] = parameters
+    other.__dict__["_parameters"] = {**module._parameters, **parameters}
     output: Tensor = type(module).forward(other, a)
     return output
 
