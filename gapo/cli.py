@@ -1,12 +1,12 @@
-"""The command line: `gapo train`, `gapo flip`."""
+"""The command line: `gapo COMMAND`, one module of `gapo.commands` for each."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import gapo
 
@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         if arguments[:1] and arguments[0] in _COMMANDS:
-            return _COMMANDS[arguments[0]][1](arguments[1:])
+            command = importlib.import_module(f"gapo.commands.{arguments[0]}")
+            return int(command.main(arguments[1:]))
         _parser().parse_args(arguments or ["--help"])
         return 0
     except KeyboardInterrupt:
@@ -38,66 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _train(arguments: list[str]) -> int:
-    try:
-        from gapo.experiments.config import ConfigError, make_parser, parse
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'gapo train needs {error.name}: pip install "gapo[cli]"', name=error.name) from error
-
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        make_parser().print_help()
-        return 0
-    try:
-        run, step = parse(arguments)
-    except ConfigError as error:
-        print(f"gapo train: error: {error}. See gapo train --help", file=sys.stderr)
-        return 2
-    from gapo.experiments.train import train
-
-    summary = train(run, step)
-    accuracy = "eval_rewards/accuracies"
-    print(f"reward accuracy on held-out pairs: {summary['before'][accuracy]:.4f} -> {summary['after'][accuracy]:.4f}")
-    print(f"report: {Path(run.output_dir) / 'report.html'}")
-    return 0
-
-
-def _flip(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="gapo flip",
-        description="Swap chosen and rejected in a known share of the pairs, and mark every row with is_flipped.",
-        epilog="example: gapo flip pairs.jsonl --rate 0.2 --output noisy.jsonl",
-    )
-    parser.add_argument("pairs", help="a file (.json, .jsonl, each also .gz, .csv, .parquet) or the name of a data set")
-    parser.add_argument("--mode", choices=("random", "length"), default="random", help="which pairs (default: random)")
-    parser.add_argument("--rate", type=float, default=0.2, help="share of all pairs to flip (default: 0.2)")
-    parser.add_argument(
-        "--favour", choices=("longer", "shorter"), default="longer", help="for length: what labels favour"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
-    parser.add_argument("--split", default="train", help="split of a data set (default: train)")
-    parser.add_argument("--strict", action="store_true", help="stop at the first bad row instead of leaving it out")
-    parser.add_argument("--output", required=True, help="file to write, .jsonl or .jsonl.gz")
-    options = parser.parse_args(arguments)
-    if not options.output.endswith((".jsonl", ".jsonl.gz")):
-        parser.error(f"--output must end in .jsonl or .jsonl.gz, got {options.output!r}")
-    from gapo.data import flip_pairs, read_pairs, write_rows
-
-    pairs = read_pairs(options.pairs, split=options.split, strict=options.strict)
-    rows = flip_pairs(pairs.rows, mode=options.mode, rate=options.rate, seed=options.seed, favour=options.favour)
-    write_rows(options.output, rows)
-    print(pairs.summary())
-    print(f"{sum(row['is_flipped'] for row in rows)} of {len(rows)} labels are flipped; written to {options.output}")
-    return 0
-
-
-_COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    "train": ("tune a language model on preference pairs, with a report", _train),
-    "flip": ("flip a known share of the labels, to study noise", _flip),
+_COMMANDS = {
+    "train": "tune a language model on preference pairs, with a report",
+    "flip": "flip a known share of the labels, to study noise",
 }
 
 
 def _parser() -> argparse.ArgumentParser:
-    commands = "\n".join(f"  {name:<8} {text}" for name, (text, _) in _COMMANDS.items())
+    commands = "\n".join(f"  {name:<8} {text}" for name, text in _COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="gapo",
         description="GAPO: robust preference tuning without a reference model (arXiv 2602.04909).",

@@ -9,6 +9,7 @@ from typing import Any
 from gapo.experiments import plots
 from gapo.experiments.files import read_lines, write_text
 from gapo.experiments.noise import pair_columns, weight_diagnostics
+from gapo.experiments.pages import render_page
 
 _MEASURES = {
     "eval_rewards/accuracies": "reward accuracy",
@@ -28,21 +29,16 @@ def write_report(folder: Path, summary: dict[str, Any]) -> Path:
 
 def render(folder: Path, summary: dict[str, Any]) -> str:
     """The page as text. All that came from users (names, data, settings) is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     steps = read_lines(folder / "steps.jsonl")
-    return environment.get_template("report.html.jinja").render(
+    return render_page(
+        "report.html.jinja",
         title=folder.name,
         summary=summary,
         measures=_MEASURES,
         flips=diagnostics(steps),
         data=(folder / "data.txt").read_text(encoding="utf-8"),
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        pictures=[Markup(svg) for svg in _pictures(read_lines(folder / "metrics.jsonl"), steps)],
+        pictures=_pictures(read_lines(folder / "metrics.jsonl"), steps),
     )
 
 

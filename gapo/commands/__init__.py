@@ -1,0 +1,1 @@
+"""One module for each command of `gapo`, each with `main(arguments) -> exit status`."""

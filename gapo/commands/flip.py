@@ -1,0 +1,36 @@
+"""`gapo flip`: flip a known share of the labels."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `gapo flip` with `arguments`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="gapo flip",
+        description="Swap chosen and rejected in a known share of the pairs, and mark every row with is_flipped.",
+        epilog="example: gapo flip pairs.jsonl --rate 0.2 --output noisy.jsonl",
+    )
+    parser.add_argument("pairs", help="a file (.json, .jsonl, each also .gz, .csv, .parquet) or the name of a data set")
+    parser.add_argument("--mode", choices=("random", "length"), default="random", help="which pairs (default: random)")
+    parser.add_argument("--rate", type=float, default=0.2, help="share of all pairs to flip (default: 0.2)")
+    parser.add_argument(
+        "--favour", choices=("longer", "shorter"), default="longer", help="for length: what labels favour"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    parser.add_argument("--split", default="train", help="split of a data set (default: train)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad row instead of leaving it out")
+    parser.add_argument("--output", required=True, help="file to write, .jsonl or .jsonl.gz")
+    options = parser.parse_args(arguments)
+    if not options.output.endswith((".jsonl", ".jsonl.gz")):
+        parser.error(f"--output must end in .jsonl or .jsonl.gz, got {options.output!r}")
+    from gapo.data import flip_pairs, read_pairs, write_rows
+
+    pairs = read_pairs(options.pairs, split=options.split, strict=options.strict)
+    rows = flip_pairs(pairs.rows, mode=options.mode, rate=options.rate, seed=options.seed, favour=options.favour)
+    write_rows(options.output, rows)
+    print(pairs.summary())
+    print(f"{sum(row['is_flipped'] for row in rows)} of {len(rows)} labels are flipped; written to {options.output}")
+    return 0

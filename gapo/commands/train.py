@@ -1,0 +1,31 @@
+"""`gapo train`: tune a language model on preference pairs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `gapo train` with `arguments`; returns the exit status."""
+    try:
+        from gapo.experiments.config import ConfigError, make_parser, parse
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'gapo train needs {error.name}: pip install "gapo[cli]"', name=error.name) from error
+
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        make_parser().print_help()
+        return 0
+    try:
+        run, step = parse(arguments)
+    except ConfigError as error:
+        print(f"gapo train: error: {error}. See gapo train --help", file=sys.stderr)
+        return 2
+    from gapo.experiments.train import train
+
+    summary = train(run, step)
+    accuracy = "eval_rewards/accuracies"
+    print(f"reward accuracy on held-out pairs: {summary['before'][accuracy]:.4f} -> {summary['after'][accuracy]:.4f}")
+    print(f"report: {Path(run.output_dir) / 'report.html'}")
+    return 0
