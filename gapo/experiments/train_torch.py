@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from gapo.adapters.hf import GAPOCallback, PreferenceCollator
+from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
 from gapo.config import GAPOConfig
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, read_lines
@@ -51,7 +51,7 @@ def run(
         train_dataset=train_rows,
         eval_dataset=held_out,
         data_collator=collator,
-        callbacks=[callback, recorder],
+        callbacks=[callback, recorder, *_drift(config)],
         processing_class=tokenizer,
     )
     trainer.train_collator = flipped
@@ -66,6 +66,19 @@ def run(
         recorder.close()
     trainer.save_model(str(folder / "model"))
     return _rewards(recorder.first_evaluation), after
+
+
+def _drift(config: TrainConfig) -> list[TrainerCallback]:
+    if not config.drift:
+        return []
+    return [
+        DriftCallback(
+            pairs=config.drift_pairs,
+            prompts=config.drift_prompts,
+            max_new_tokens=config.drift_max_new_tokens,
+            seed=config.seed,
+        )
+    ]
 
 
 def _load_model(config: TrainConfig, name: str) -> Any:

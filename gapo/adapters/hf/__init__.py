@@ -5,7 +5,8 @@ from gapo.adapters import missing
 try:
     from gapo.adapters.hf.callback import GAPOCallback
     from gapo.adapters.hf.collator import PreferenceCollator
+    from gapo.adapters.hf.drift import DriftCallback
 except ModuleNotFoundError as error:
     raise missing("hf", error) from error
 
-__all__ = ["GAPOCallback", "PreferenceCollator"]
+__all__ = ["DriftCallback", "GAPOCallback", "PreferenceCollator"]
