@@ -85,6 +85,10 @@ def _load_model(config: TrainConfig, name: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype="float32"
     )  # float32 weights: 16-bit ones round the anchor away
+    if getattr(model, "is_quantized", False) and not config.lora_r:
+        raise ConfigError(
+            f"model {name!r} is quantised, and such weights cannot be trained: train adapters, --lora_r 16"
+        )
     if config.lora_r:
         from peft import LoraConfig, get_peft_model
 
