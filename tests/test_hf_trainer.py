@@ -54,7 +54,7 @@ def saved(tmp_path: Path) -> Path:
 def test_from_a_path_to_a_model_that_loads_again(saved: Path, tmp_path: Path) -> None:
     trainer = GAPOTrainer(
         str(saved),
-        arguments(tmp_path / "run", eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2),
+        arguments(tmp_path / "run", eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=1),
         train_dataset=dataset(),
         eval_dataset={"held_out": dataset(4, 1), "more": dataset(4, 2)},
     )
@@ -69,7 +69,7 @@ def test_from_a_path_to_a_model_that_loads_again(saved: Path, tmp_path: Path) ->
     prompt = torch.tensor([[5, 6, 7]])
     assert loaded.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, 6)
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "arxiv.org/abs/2602.04909" in card
+    assert card.count("arxiv.org/abs/2602.04909") == 1  # also after the second checkpoint
     assert "rho 0.3" in card
     assert "- gapo" in card
 
@@ -139,6 +139,10 @@ def test_settings_are_the_cores_and_checked(tmp_path: Path) -> None:
         GAPOConfig(str(tmp_path), objective="dpo")
     with pytest.raises(TypeError, match=r"args must be a gapo.adapters.hf.GAPOConfig, got GAPOConfig"):
         GAPOTrainer(hf_models.make("llama"), gapo.GAPOConfig())  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="was not loaded by name, so its tokenizer is not known: give processing_class"
+    ):
+        GAPOTrainer(hf_models.make("llama"), arguments(tmp_path))
     with pytest.raises(ValueError, match="model_init_kwargs were given, but the model is loaded already"):
         GAPOTrainer(hf_models.make("llama"), GAPOConfig(str(tmp_path), model_init_kwargs={"dtype": "float32"}))
     model, tokenizer = hf_models.make("llama"), hf_models.tokenizer()

@@ -79,7 +79,12 @@ class GAPOTrainer(Trainer):
         elif args.model_init_kwargs:
             raise ValueError("model_init_kwargs were given, but the model is loaded already: give its path or id")
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            name = model.config._name_or_path
+            if not name:
+                raise ValueError(
+                    "the model was not loaded by name, so its tokenizer is not known: give processing_class"
+                )
+            processing_class = AutoTokenizer.from_pretrained(name)
         if peft_config is not None:
             model = _with_adapters(model, peft_config, args)
         if data_collator is None:
@@ -123,7 +128,7 @@ class GAPOTrainer(Trainer):
         card.data.tags = sorted({*(card.data.tags or []), *self._tag_names})
         config = self.args.step_config()
         settings = ", ".join(f"{name} {getattr(config, name)}" for name in ("beta", "gamma", "rho", "anchor"))
-        card.text += _CARD.format(settings=settings)
+        card.text = card.text.rstrip() + "\n" + _CARD.format(settings=settings)
         card.save(path)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
