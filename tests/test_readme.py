@@ -70,7 +70,8 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         names = {"gapo": gapo, "jax": jax, "params": params, "batch": batch, **mlx_names}
         return {**names, "margin_fn": test_backend_jax.margin_fn, "mlx_margin_fn": test_backend_mlx.margin_fn}
     if "own loop" in heading:
-        return {"model": hf_models.make("llama"), "batch": hf_models.batch(), "margin_fn": pair_logps}
+        names = {"model": hf_models.make("llama"), "batch": hf_models.batch(), "margin_fn": pair_logps}
+        return {**names, "batches": [hf_models.batch(seed=1), hf_models.batch(seed=2)]}
     return {}
 
 
@@ -87,8 +88,9 @@ def test_example(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_page_of_the_docs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run one after another."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-    subject = {"flax.md": "Flax", "mlx.md": "MLX", "trainer.md": "Trainer"}.get(page, page)
-    names = {"folder": tmp_path, **given(subject, tmp_path, monkeypatch)}
+    subject = {"flax.md": "Flax", "mlx.md": "MLX", "trainer.md": "Trainer", "index.md": "Trainer"}
+    subject |= dict.fromkeys(("loop.md", "choosing.md"), "own loop")
+    names = {"folder": tmp_path, **given(subject.get(page, page), tmp_path, monkeypatch)}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
 
