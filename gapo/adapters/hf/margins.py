@@ -77,9 +77,8 @@ def row_logits(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Te
     logits = getattr(outputs, "logits", None)
     if logits is None:
         raise ValueError(
-            f"the model's forward returns no logits ({type(outputs).__name__}); GAPO needs a causal language model, "
-            "and a Trainer that did not replace its forward (TRL's DPOTrainer does: use a plain Trainer with "
-            "PreferenceCollator)"
+            f"the model's forward returns no logits ({type(outputs).__name__}); GAPO needs a causal language model "
+            "whose forward returns them: switch a fused linear cross-entropy (Liger's) off, which leaves them out"
         )
     return logits, labels
 
