@@ -55,7 +55,19 @@ def continued_lora() -> Any:
     return model
 
 
-MODELS = {"full": lambda: hf_models.make("llama"), "lora": lambda: hf_models.lora("llama"), "continued": continued_lora}
+def lora_and_norm() -> Any:
+    """Fresh adapters, and a weight of the base that is trained beside them."""
+    model = hf_models.lora("llama")
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    return model
+
+
+MODELS = {
+    "full": lambda: hf_models.make("llama"),
+    "lora": lambda: hf_models.lora("llama"),
+    "continued": continued_lora,
+    "norm": lora_and_norm,
+}
 
 
 def held_out_of(trainer: Trainer) -> list[Any]:

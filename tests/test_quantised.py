@@ -40,16 +40,20 @@ KINDS = pytest.mark.parametrize("kind", QUANTISED)
 LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_wide_llama(path: Path) -> None:
     """A small Llama whose widths are whole blocks of 64, and its tokenizer, as `save_pretrained` leaves them."""
-    path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"vocab_size": hf_models.VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = transformers.LlamaConfig(**sizes, **ids, tie_word_embeddings=False)
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     hf_models.tokenizer().save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_wide_llama(path)
     return path
 
 
