@@ -15,16 +15,19 @@ import drift_script
 import hf_models
 import pytest
 import torch
+from test_experiments import Page, train
 from test_hf import make_trainer
 from transformers import Trainer
 
-from gapo import GAPOConfig
+from gapo import GAPOConfig, data
+from gapo.adapters import hf
 from gapo.adapters.hf import DriftCallback
 from gapo.adapters.hf.margins import stack_pairs
 from gapo.adapters.hf.responses import Responses, prompt_of
 from gapo.adapters.hf.starting import StartingPolicy
 from gapo.backends.torch import token_logps
 from gapo.backends.torch.token_kl import token_kl
+from gapo.experiments import files, train_torch
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 KEYS = {
@@ -306,6 +309,58 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="disk full"):
         StartingPolicy(tmp_path).keep(hf_models.make("llama"), 0, stack_pairs(hf_models.batch(1)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_with_gapo_trainer_and_its_tokenised_rows(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in hf_models.pairs(8)]
+    trainer = hf.GAPOTrainer(
+        hf_models.make("llama"),
+        hf.GAPOConfig(
+            str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, learning_rate=1e-2
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        eval_dataset=datasets.Dataset.from_list(rows[:3]),
+        processing_class=hf_models.tokenizer(),
+        callbacks=[DriftCallback(prompts=2, max_new_tokens=2)],
+    )
+    trainer.train()
+    assert [row["step"] for row in rows_of(trainer)] == [0, 2]
+    assert set(rows_of(trainer)[1]) >= KEYS
+    assert len(held_out_of(trainer)) == 3
+
+
+def test_gapo_train_draws_it_in_its_report_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    data.write_rows(pairs, data.generate_pairs(40))
+    options = {"pairs": str(pairs), "eval_fraction": 0.25, "drift": True, "drift_pairs": 3, "drift_prompts": 2}
+    options |= {"drift_max_new_tokens": 3, "flip_rate": 0.0}
+    plain = train_torch._Recorder.on_step
+
+    def interrupted(self: Any, result: Any, batch: Any) -> None:
+        plain(self, result, batch)
+        if self._step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_torch._Recorder, "on_step", interrupted)
+    assert train(tmp_path, **options) == 130
+    monkeypatch.undo()
+    assert train(tmp_path, **options) == 0
+    found = [row for row in files.read_lines(tmp_path / "run" / "metrics.jsonl") if "drift/kl" in row]
+    assert [row["step"] for row in found] == [0, 2, 4]
+    assert 0 < found[1]["drift/kl"] < found[2]["drift/kl"]
+    text = (tmp_path / "run" / "report.html").read_text()
+    page = Page(text)
+    assert page.links == []
+    assert page.counts["svg"] == 8  # three of drift beside five of the run
+    for title in ("KL to the starting policy", "Margins of two fixed samples", "Length of generated responses"):
+        assert text.count(f'aria-label="{title}"') == 1
+    assert f"At step 4 the policy's distribution over the next token was {found[2]['drift/kl']:.3g} nats" in text
+    assert train(tmp_path, backend="jax", overwrite=True, model=str(tmp_path / "run" / "model"), **options) == 1
+    assert "drift=True needs backend torch; backend jax knows False" in capsys.readouterr().err
 
 
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import gapo
 from gapo import GAPOConfig, cli, data
-from gapo.adapters.hf import DriftCallback, GAPOCallback
+from gapo.adapters import hf
+from gapo.adapters.hf import DriftCallback, GAPOCallback, GAPOTrainer
 from gapo.adapters.hf.margins import pair_logps
 from gapo.adapters.hf.quantised import stay_differentiable
 from gapo.backends.torch.onepass import OnePassForward
@@ -158,6 +159,37 @@ def test_an_evaluation_changes_no_step_after_it(folder: Path, tmp_path: Path, ki
     assert min(gaps) > 0
     for (name, p), (_, q) in zip(one.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+@KINDS
+def test_gapo_trainer_makes_a_quantised_model_ready(folder: Path, tmp_path: Path, kind: str) -> None:
+    """As peft prepares it: 16-bit parts widened, inputs that carry gradients for checkpointed layers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QUANTISED[kind], dtype=torch.bfloat16)
+    assert model.model.norm.weight.dtype == torch.bfloat16
+    before = frozen(model)
+    options = {"max_steps": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
+    options |= {"learning_rate": 1e-3, "warmup_steps": 0, "gradient_checkpointing": True, "bf16": False}
+    trainer = GAPOTrainer(
+        model,
+        hf.GAPOConfig(str(tmp_path), rho=0.3, **options),
+        train_dataset=hf_models.pairs(8),
+        eval_dataset=hf_models.pairs(4, seed=5),
+        processing_class=hf_models.tokenizer(),
+        peft_config=LORA,
+        callbacks=[DriftCallback(pairs=2, prompts=1, max_new_tokens=2)],
+    )
+    trainer.evaluate()
+    trainer.train()
+    assert trainer.model.get_base_model().model.norm.weight.dtype == torch.float32
+    after = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): x for name, x in frozen(trainer.model).items()
+    }
+    for name, value in before.items():
+        assert torch.equal(value.to(after[name].dtype), after[name]), name
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+    rows = trainer.state.log_history
+    assert [row["gapo/radius"] > 0 for row in rows if "gapo/radius" in row] == [False, True]
+    assert [row["step"] for row in rows if "drift/kl" in row] == [0, 2]
 
 
 def test_packing_is_held_off_while_training_and_refused_when_done(folder: Path, tmp_path: Path) -> None:
