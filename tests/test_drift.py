@@ -16,7 +16,7 @@ import hf_models
 import pytest
 import torch
 from test_experiments import Page, train
-from test_hf import make_trainer
+from test_hf import callback_of, make_trainer
 from transformers import Trainer
 
 from gapo import GAPOConfig, data
@@ -28,6 +28,9 @@ from gapo.adapters.hf.starting import StartingPolicy
 from gapo.backends.torch import token_logps
 from gapo.backends.torch.token_kl import token_kl
 from gapo.experiments import files, train_torch
+
+# peft 0.18, when it saves the adapters of a model that came from no folder.
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in")
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 KEYS = {
@@ -200,6 +203,29 @@ def test_the_steps_own_log_and_its_window_stay_whole(tmp_path: Path, logging_ste
     assert [step for step, *_ in runs[1]] == list(range(logging_steps, 5, logging_steps))
 
 
+def test_a_trainer_that_logs_a_window_of_its_own_keeps_it(tmp_path: Path) -> None:
+    """As TRL's trainers do: what they gathered goes with the next log, whatever it is."""
+
+    class Windowed(Trainer):
+        steps = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            return super().training_step(*args, **kwargs)
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            super().log({**logs, "steps_in_window": self.steps}, *args, **kwargs)
+            self.steps = 0
+
+    trainer = with_drift(tmp_path, logging_steps=4)
+    callback_of(trainer).detach()
+    trainer.__class__ = Windowed
+    callback_of(trainer).attach(trainer)
+    trainer.train()
+    assert [row["steps_in_window"] for row in trainer.state.log_history if "loss" in row] == [4]
+    assert not any("steps_in_window" in row for row in rows_of(trainer))
+
+
 def test_checkpoints_of_epochs_and_of_the_best_are_measured_once(tmp_path: Path) -> None:
     epochs = with_drift(tmp_path, max_steps=-1, num_train_epochs=2, save_strategy="epoch")
     epochs.train()
@@ -298,6 +324,19 @@ def test_what_it_needs_is_said(
     monkeypatch.setattr("gapo.adapters.hf.starting._free", lambda folder: 10)
     with pytest.raises(ValueError, match=r"takes 0\.00 GiB in .*, where 0\.00 GiB are free: give DriftCallback fewer"):
         with_drift(tmp_path).train()
+
+
+def test_the_sample_has_nothing_to_do_with_who_was_flipped(tmp_path: Path) -> None:
+    """Flips are drawn by a permutation too, and 0 is everybody's first seed."""
+    rows = data.flip_pairs(hf_models.pairs(200), rate=0.2, seed=0)
+    trainer = with_drift(tmp_path, rows=rows, max_steps=1, drift={"pairs": 50, "seed": 0, "prompts": 0})
+    flipped: list[bool] = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda drawn: flipped.extend(row["is_flipped"] for row in drawn) or collate(drawn)
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DriftCallback))
+    callback._sample("train", None, rows, trainer)
+    assert len(flipped) == 50
+    assert 3 <= sum(flipped) <= 18
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

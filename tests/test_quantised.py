@@ -26,6 +26,7 @@ from gapo.adapters.hf.quantised import stay_differentiable
 from gapo.backends.torch.onepass import OnePassForward
 
 require("bitsandbytes")
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in")  # peft 0.18, when it saves
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every layer that it computes in float16
 
 QUANTISED = {

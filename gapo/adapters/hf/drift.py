@@ -131,7 +131,9 @@ class DriftCallback(TrainerCallback):
                 f"DriftCallback draws its sample from the trainer's {where}, which must be a data set with a length "
                 f"and a pair in it; got {type(source).__name__}. Give pairs with DriftCallback({name}=...)"
             )
-        drawn = np.random.default_rng(self.seed).permutation(len(source))[: self.pairs]
+        # A stream of its own: whoever flipped or split by the same seed took the first of its plain permutation.
+        stream = np.random.SeedSequence(self.seed, spawn_key=(1,))
+        drawn = np.random.default_rng(stream).permutation(len(source))[: self.pairs]
         return [stack_pairs(trainer.data_collator([source[int(i)]])) for i in drawn]
 
     def _keep_start(self, trainer: Trainer) -> None:
@@ -161,7 +163,8 @@ class DriftCallback(TrainerCallback):
             metrics = self._of_pairs(trainer, "train") | self._of_pairs(trainer, "held_out")
             metrics |= self._of_responses(trainer)
         due = control.should_log
-        trainer.log({f"drift/{name}": value for name, value in metrics.items()})
+        # Not the log of a subclass, which may close a window of its own metrics (TRL's trainers do) in a row of ours.
+        Trainer.log(trainer, {f"drift/{name}": value for name, value in metrics.items()})
         control.should_log = due  # a log ticks it off, and the step's own is still to come
 
     def _of_pairs(self, trainer: Trainer, name: str) -> dict[str, float]:
