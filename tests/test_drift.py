@@ -15,7 +15,7 @@ import drift_script
 import hf_models
 import pytest
 import torch
-from test_experiments import Page, train
+from test_experiments import Page, interrupt_at_step_3, train
 from test_hf import callback_of, make_trainer
 from transformers import Trainer
 
@@ -27,7 +27,7 @@ from gapo.adapters.hf.responses import Responses, prompt_of
 from gapo.adapters.hf.starting import StartingPolicy
 from gapo.backends.torch import token_logps
 from gapo.backends.torch.token_kl import token_kl
-from gapo.experiments import files, train_torch
+from gapo.experiments import files
 
 # peft 0.18, when it saves the adapters of a model that came from no folder.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in")
@@ -377,14 +377,7 @@ def test_gapo_train_draws_it_in_its_report_and_goes_on(
     data.write_rows(pairs, data.generate_pairs(40))
     options = {"pairs": str(pairs), "eval_fraction": 0.25, "drift": True, "drift_pairs": 3, "drift_prompts": 2}
     options |= {"drift_max_new_tokens": 3, "flip_rate": 0.0}
-    plain = train_torch._Recorder.on_step
-
-    def interrupted(self: Any, result: Any, batch: Any) -> None:
-        plain(self, result, batch)
-        if self._step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_torch._Recorder, "on_step", interrupted)
+    interrupt_at_step_3(monkeypatch)
     assert train(tmp_path, **options) == 130
     monkeypatch.undo()
     assert train(tmp_path, **options) == 0

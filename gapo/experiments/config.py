@@ -127,7 +127,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = ("demo_size", "batch_size", "accumulation", "logging_steps", "epochs", "learning_rate", "max_length")
-        for name in positive:
+        for name in (*positive, "drift_pairs", "drift_max_new_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
         for name in ("flip_rate", "eval_fraction", "warmup_ratio"):

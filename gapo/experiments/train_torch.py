@@ -43,6 +43,7 @@ def run(
     if config.overwrite:
         shutil.rmtree(checkpoints, ignore_errors=True)
     last = get_last_checkpoint(str(checkpoints)) if config.resume and checkpoints.is_dir() else None
+    drift = _drift(config)
     recorder = _Recorder(folder, until_step=int(last.rsplit("-", 1)[1]) if last else -1)
     callback = GAPOCallback(step, objective=config.loss, on_step=recorder.on_step)
     trainer = _TrainerWithFlips(
@@ -51,7 +52,7 @@ def run(
         train_dataset=train_rows,
         eval_dataset=held_out,
         data_collator=collator,
-        callbacks=[callback, recorder, *_drift(config)],
+        callbacks=[callback, recorder, *drift],
         processing_class=tokenizer,
     )
     trainer.train_collator = flipped

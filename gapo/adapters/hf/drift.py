@@ -138,7 +138,7 @@ class DriftCallback(TrainerCallback):
 
     def _keep_start(self, trainer: Trainer) -> None:
         model, accelerator, sample = trainer.model, trainer.accelerator, self._samples["held_out"]
-        if accelerator.is_main_process:
+        if accelerator.is_local_main_process:
             self._starting.clear()
         accelerator.wait_for_everyone()
         first = _on(accelerator.device, sample[0])
@@ -176,24 +176,25 @@ class DriftCallback(TrainerCallback):
                 for i in _progress(trainer, indices, f"drift on {name.replace('_', '-')} pairs")
             ]
 
-        chosen, margins, kl = _over_ranks(trainer.accelerator, len(sample), measure).unbind(-1)
+        chosen, margins, kept, kl = _over_ranks(trainer.accelerator, len(sample), measure).unbind(-1)
         metrics = {
             f"{name}_chosen_logps": float(chosen.mean()),
             f"{name}_margin": float(margins.mean()),
             f"{name}_accuracy": float((margins > 0).double().mean()),
         }
-        if name == "held_out" and bool(kl.isfinite().all()):
+        if name == "held_out" and bool(kept.all()):
             metrics["kl"] = float(kl.sum()) / sum(_answer_tokens(rows) for rows in sample)
         elif name == "held_out":
             self._tell_that_no_start_is_kept()
         return metrics
 
     def _of_pair(self, model: nn.Module, name: str, index: int, rows: Rows) -> list[float]:
-        """Chosen log-probability, margin, and the KL's sum over the answers' tokens (held-out pairs only)."""
+        """Chosen log-probability and margin; for held-out pairs whether the start is kept, and the sum of the KL."""
         answers, logits, labels = answer_logits(model, rows)
         chosen, rejected = gapo.sequence_logps(logits, labels, backend="torch").tolist()
-        kl = float(self._starting.kl(model, index, rows, answers).sum()) if name == "held_out" else 0.0
-        return [chosen, chosen - rejected, kl]
+        kept = name == "held_out" and self._starting.has(index)
+        kl = float(self._starting.kl(model, index, rows, answers).sum()) if kept else 0.0
+        return [chosen, chosen - rejected, float(kept), kl]
 
     def _of_responses(self, trainer: Trainer) -> dict[str, float]:
         model, accelerator = trainer.model, trainer.accelerator

@@ -78,10 +78,12 @@ class StartingPolicy:
         finally:
             partial.unlink(missing_ok=True)
 
+    def has(self, index: int) -> bool:
+        """Whether `kl` can be asked of this pair."""
+        return (self._folder / _ADAPTERS).exists() or self._path(index).exists()
+
     def kl(self, model: nn.Module, index: int, rows: Rows, policy: list[Tensor]) -> Tensor:
         """(tokens,) KL of `policy`, the logits (tokens, vocab) of both answers, to the starting policy, in nats.
-
-        NaN where the starting policy was not kept.
 
         Raises:
             ValueError: what was kept is of another pair.
@@ -89,7 +91,7 @@ class StartingPolicy:
         if (self._folder / _ADAPTERS).exists():
             with adapters_off(model):
                 start = _answers(model, rows)
-        elif self._path(index).exists():
+        else:
             kept = load_file(self._path(index))
             if not torch.equal(kept["tokens"], _tokens(rows).cpu()):
                 raise ValueError(
@@ -97,8 +99,6 @@ class StartingPolicy:
                     "with the same pairs, seed and tokenizer as at the start, or begin in another output_dir"
                 )
             start = [kept["logps_0"], kept["logps_1"]]
-        else:
-            return torch.full((sum(len(answer) for answer in policy),), torch.nan)
         return torch.cat([token_kl(p, q) for p, q in zip(policy, start, strict=True)])
 
     def _path(self, index: int) -> Path:
