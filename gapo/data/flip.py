@@ -67,7 +67,7 @@ def evaluation_name(source: str | Path, split: str = "train") -> str | None:
 def _words(name: str) -> set[str]:
     """The words of a name, in small letters: "heldOut-pairs", "held_out_pairs" give "heldout" and "pairs"."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
-    return set(re.findall("[a-z]+", re.sub(r"(?<![a-z])(held|hold)[^a-z]out(?![a-z])", r"\1out", spaced)))
+    return set(re.findall("[a-z]+", re.sub(r"(held|hold)[^a-z]out(?![a-z])", r"\1out", spaced)))
 
 
 def _flip_favours(row: dict[str, Any], favour: str) -> bool:
