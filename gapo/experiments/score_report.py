@@ -39,7 +39,7 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
         _histogram("Anchor gaps", "nats per token", gap, labels),
         _histogram("Weights", "weight", weight, labels),
     ]
-    if "fifths" in detected:
+    if detected.get("fifths"):
         pictures.append(_fifths(detected["fifths"], detected["share"]))
     if len(checkpoints) > 1:
         pictures.append(_over_checkpoints(scores, checkpoints, flipped if labels is not None else None))
@@ -57,20 +57,18 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
 
 
 def flips(gap: np.ndarray, weight: np.ndarray, is_flipped: np.ndarray) -> dict[str, Any]:
-    """What gap and weight say of the flips: "share", "auroc_gap", "auroc_weight", and "fifths" of five pairs or more.
+    """What gap and weight say of the flips: "share", "auroc_gap", "auroc_weight", "fifths" (of five pairs or more).
 
     Empty where no pair, or every pair, is flipped. Arrays are (n,); the weights detect by being low.
     """
     if is_flipped.all() or not is_flipped.any():
         return {}
-    found: dict[str, Any] = {
+    return {
         "share": float(is_flipped.mean()),
         "auroc_gap": noise.auroc(gap, is_flipped),
         "auroc_weight": noise.auroc(-weight, is_flipped),
+        "fifths": noise.fifths(weight, is_flipped) if len(gap) >= noise.FIFTHS else None,
     }
-    if len(gap) >= noise.FIFTHS:
-        found["fifths"] = noise.fifths(weight, is_flipped)
-    return found
 
 
 def agreement(scores: Sequence[Row]) -> float | None:
