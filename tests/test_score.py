@@ -1,7 +1,6 @@
 """`gapo score` as a user runs it: the numbers, the files, interruptions."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -390,4 +389,3 @@ def test_in_python(folder: Path, tmp_path: Path) -> None:
         score.score(config, gapo.GAPOConfig(sft_weight=0.1))
     with pytest.raises(ValueError, match="pairs, output must be different files"):
         ScoreConfig(pairs="a.jsonl", output="./a.jsonl")
-    assert os.environ["OMP_NUM_THREADS"]

@@ -82,7 +82,7 @@ def test_most_brittle_first_and_what_users_wrote_is_escaped_and_cut() -> None:
     rows[18]["chosen"] = [{"role": "assistant", "content": evil}]
     text = score_report.render(rows, scored(), SETTINGS | {"pairs": evil, "models": [evil]}, evil)
     assert evil not in text
-    assert text.count("&lt;script&gt;") == 8  # title and pairs twice each, models, and of the pairs prompt, id and chosen
+    assert text.count("&lt;script&gt;") == 8  # title, pairs: twice; models; prompt, id and chosen
     assert "END" not in text
     assert "x…" in text
 

@@ -27,19 +27,9 @@ from gapo.experiments.train import versions
 
 logger = logging.getLogger(__name__)
 
-# Options that change where or how fast, but not what is measured.
-_FREE = (
-    "pairs",
-    "output",
-    "overwrite",
-    "select",
-    "select_output",
-    "strict",
-    "device",
-    "model",
-    "adapter",
-    "checkpoints",
-)
+# Options that change no score, or whose content is compared instead of their name.
+_NAMES = ("pairs", "output", "select_output", "model", "adapter", "checkpoints")
+_FREE = (*_NAMES, "overwrite", "select", "strict", "device")
 
 
 def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:

@@ -17,6 +17,7 @@ from gapo.experiments.tables import Row
 
 _SHOWN = 10
 _LETTERS = 240
+_MEASURES = ("gap", "weight", "margin")
 _GROUPS = ((False, "clean pairs", plots.BLUE), (True, "flipped pairs", plots.ORANGE))
 
 
@@ -27,17 +28,16 @@ def write_page(path: Path, pairs: Sequence[Row], scores: Sequence[Row], settings
 
 def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: str) -> str:
     """The page as text. All that came from users is escaped, long texts are cut."""
-    gap, weight = by_pair(scores, "gap"), by_pair(scores, "weight")
+    values = {name: by_pair(scores, name) for name in _MEASURES}
     known = np.array([pair.get("is_flipped") is not None for pair in pairs])
     flipped = np.array([bool(pair.get("is_flipped")) for pair in pairs])
     labels = flipped if known.all() and 0 < flipped.sum() < len(flipped) else None
-    detected = flips(gap[known], weight[known], flipped[known])
-    order = np.argsort(gap, kind="stable")
-    values = {"gap": gap, "weight": weight}
+    detected = flips({name: column[known] for name, column in values.items()}, flipped[known])
+    order = np.argsort(values["gap"], kind="stable")
     checkpoints = list(dict.fromkeys(score["checkpoint"] for score in scores))
     pictures = [
-        _histogram("Anchor gaps", "nats per token", gap, labels),
-        _histogram("Weights", "weight", weight, labels),
+        _histogram("Anchor gaps", "nats per token", values["gap"], labels),
+        _histogram("Weights", "weight", values["weight"], labels),
     ]
     if detected.get("fifths"):
         pictures.append(_fifths(detected["fifths"], detected["share"]))
@@ -56,18 +56,24 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
     )
 
 
-def flips(gap: np.ndarray, weight: np.ndarray, is_flipped: np.ndarray) -> dict[str, Any]:
-    """What gap and weight say of the flips: "share", "auroc_gap", "auroc_weight", "fifths" (of five pairs or more).
+def flips(measures: dict[str, np.ndarray], is_flipped: np.ndarray) -> dict[str, Any]:
+    """What the measures say of the flips; empty where no pair, or every pair, is flipped.
 
-    Empty where no pair, or every pair, is flipped. Arrays are (n,); the weights detect by being low.
+    Args:
+        measures: "gap", "weight" and "margin", each (n,).
+        is_flipped: (n,) True where the label was flipped.
+
+    Returns:
+        "share" of flips; "auroc" of a large gap, a small weight and a small margin as detectors of flips; "fifths", the
+        share of flips in each fifth of the weights, None of fewer than five pairs.
     """
     if is_flipped.all() or not is_flipped.any():
         return {}
+    enough = len(is_flipped) >= noise.FIFTHS
     return {
         "share": float(is_flipped.mean()),
-        "auroc_gap": noise.auroc(gap, is_flipped),
-        "auroc_weight": noise.auroc(-weight, is_flipped),
-        "fifths": noise.fifths(weight, is_flipped) if len(gap) >= noise.FIFTHS else None,
+        "auroc": {k: noise.auroc(v if k == "gap" else -v, is_flipped) for k, v in measures.items()},
+        "fifths": noise.fifths(measures["weight"], is_flipped) if enough else None,
     }
 
 
@@ -84,17 +90,16 @@ def agreement(scores: Sequence[Row]) -> float | None:
 
 def _overview(name: str, scores: Sequence[Row], pairs: Sequence[Row]) -> Row:
     """The line on one checkpoint."""
-    margin, gap, weight = (np.array([score[k] for score in scores]) for k in ("margin", "gap", "weight"))
+    values = {k: np.array([score[k] for score in scores]) for k in _MEASURES}
     known = [i for i, pair in enumerate(pairs) if pair.get("is_flipped") is not None]
     labels = np.array([pairs[i]["is_flipped"] for i in known], dtype=bool)
+    detected = flips({k: column[known] for k, column in values.items()}, labels)
     return {
         "checkpoint": name,
-        "margin": margin.mean(),
-        "right": (margin > 0).mean(),
-        "gap": gap.mean(),
-        "gap_std": gap.std(),
-        "weight": weight.mean(),
-        "auroc": flips(gap[known], weight[known], labels).get("auroc_gap"),
+        **{k: column.mean() for k, column in values.items()},
+        "right": (values["margin"] > 0).mean(),
+        "gap_std": values["gap"].std(),
+        "auroc": detected["auroc"]["gap"] if detected else None,
         "agreement": agreement(scores),
     }
 
