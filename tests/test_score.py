@@ -269,7 +269,13 @@ def test_a_full_disk_costs_no_measurement(
     assert not out.exists()
     assert cli.main(command(folder, out)) == 0
     resumed = out.read_bytes()
-    assert cli.main(command(folder, out, "--overwrite")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(files.JsonLines, "write", full)
+        assert cli.main(command(folder, out, "--overwrite")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "s.jsonl.progress"
+    ]  # what was asked to go is not taken for new
+    assert cli.main(command(folder, out)) == 0
     assert out.read_bytes() == resumed
 
 
@@ -355,7 +361,7 @@ def test_errors_are_one_clear_line(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # nor a log, whose settings would stand in the way of the right ones
 
 
 def test_pairs_that_cannot_be_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

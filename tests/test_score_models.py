@@ -129,6 +129,17 @@ def test_each_checkpoint_is_scored(folder: Path, tmp_path: Path, training: str) 
     assert (first == last) == (training == "lora")  # both of its checkpoints hold the same adapter
 
 
+def test_no_dropout_and_what_is_trainable(folder: Path) -> None:
+    base, adapter = str(folder / "base"), str(folder / "adapter")
+    for source, trained in ((Source("a", base), {"model", "lm_head"}), (Source("a", base, adapter), {"base_model"})):
+        model, tokenizer = score_models.load(source, config(folder))
+        assert not any(module.training for module in model.modules())
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert {name.split(".")[0] for name in names} == trained
+        assert all("lora" in name for name in names) == (source.adapter is not None)
+        assert tokenizer.eos_token == "<|end|>"
+
+
 def test_the_fingerprint_follows_the_weights(folder: Path, tmp_path: Path) -> None:
     import shutil
 

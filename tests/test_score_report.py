@@ -58,7 +58,9 @@ def test_the_page_is_self_contained_and_follows_the_theme() -> None:
 def test_flips_are_shown_where_they_are_known() -> None:
     text = score_report.render(pairs(), scored(), SETTINGS, "scores.jsonl")
     assert "20.0 % of the labels are flipped" in text
-    assert "with a chance of 1.000 (AUROC" in text
+    words = " ".join(text.split())
+    assert "a larger gap than a clean one with a chance of 1.000 (AUROC" in words
+    assert "a smaller weight with 1.000, and, for comparison, a smaller margin with 0.000." in words
     cells = text[text.index("fifth of the weights") :]
     shares = [cells.index(f">{share} %</td>") for share in ("100.0", "0.0")]
     assert shares == sorted(shares)

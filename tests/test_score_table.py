@@ -79,6 +79,13 @@ def test_selection_by_the_mean_over_the_checkpoints() -> None:
         assert "".join(row["prompt"] for row in select_pairs(PAIRS, SCORES, which, share)) == rows
 
 
+def test_among_equal_gaps_the_first_pairs_are_taken() -> None:
+    pairs = [{"prompt": i} for i in range(200)]
+    scores = [{"row": i, "gap": 1.0 - i // 150, "weight": 1.0} for i in range(200)]
+    for which, first in (("lowest", 150), ("highest", 0)):
+        assert [row["prompt"] for row in select_pairs(pairs, scores, which, 0.1)] == list(range(first, first + 20))
+
+
 def test_seven_digits() -> None:
     assert digits(0.123456789) == 0.1234568
     assert digits(float(np.float32(1e-8))) == 1e-8

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -167,11 +167,11 @@ def _measure_all(
             if first >= len(batches):
                 continue
             measure = Measure(source, pairs, config, step)
-            measure(batches[0])  # thrown away: a model's first step differs
-            if log is None:  # only now that a model is there: what cannot start leaves old files alone
-                log = stack.enter_context(closing(_open_log(files, settings, len(lines), config.overwrite, not head)))
             for batch in batches[first:]:
                 line = {"step": len(lines) + 1, "checkpoint": source.name, **measure(batch)}
+                if log is None:  # only now: what cannot start leaves old files alone
+                    log = _open_log(files, settings, len(lines), config.overwrite, new=not head)
+                    stack.callback(log.close)
                 log.write(line)
                 lines.append(line)
                 bar.update()

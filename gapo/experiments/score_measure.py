@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 class Measure:
     """One model, loaded, and what it says of a batch.
 
-    A model's first step also proves the step's shortcuts, and may differ from the others in its last digits: take one
-    and throw it away, so that an interruption changes nothing.
-
     Args:
         source: the model to load.
         pairs: every pair that is scored.
