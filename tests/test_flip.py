@@ -20,8 +20,9 @@ from gapo.data.flip import evaluation_name
         ("org/pairs", "train+validation[:10%]", "train+validation[:10%]"),
         ("org/pairs-eval", "train", "pairs-eval"),
         ("test/dev/pairs.jsonl", "train", None),
-        ("latest_devices_validated_threshold_output.jsonl", "test", None),
+        ("latest_devices_validated_threshold_output.jsonl", "train", None),
         ("org/pairs", "train_prefs", None),
+        ("org/pairs.v1", "test", "test"),
     ],
 )
 def test_names_of_evaluation_data(source: str, split: str, name: str | None) -> None:
@@ -38,6 +39,8 @@ def test_evaluation_pairs_are_flipped_only_when_told(tmp_path: Path, capsys: pyt
     assert list(tmp_path.iterdir()) == [source]
     assert cli.main(["flip", str(source), "--output", str(out), "--allow-eval"]) == 0
     assert sum(row["is_flipped"] for row in data.read_pairs(out).rows) == 4
+    plain = source.rename(tmp_path / "pairs.jsonl")
+    assert cli.main(["flip", str(plain), "--split", "test", "--output", str(out)]) == 0  # a file has no splits
 
 
 def test_an_evaluation_split_of_a_data_set_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,8 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _add_arguments(parser: Any, of: type) -> None:
-    """The fields of `of`: those that the command line spells in its own way by hand, the rest from their docstring."""
+def _add_arguments(parser: Any, config: type) -> None:
+    """The fields of `config`: by hand those that a command line spells in its own way, the rest from the docstring."""
     parser.add_argument("pairs", help="a file (.json, .jsonl, each also .gz, .csv, .parquet) or the name of a data set")
     parser.add_argument(
         "--model", nargs="+", action="extend", default=[], help="one model or several: folders, Hub names"
@@ -54,7 +54,7 @@ def _add_arguments(parser: Any, of: type) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at the first bad row instead of leaving it out")
     parser.add_argument("--overwrite", action="store_true", help="score anew over scores that are there already")
     by_hand = {"pairs", "model", "checkpoints", "select", "strict", "overwrite"}
-    parser.add_class_arguments(of, skip=by_hand)
+    parser.add_class_arguments(config, skip=by_hand)
 
 
 def _converted(found: Any) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def evaluation_name(source: str | Path, split: str = "train") -> str | None:
     ('pairs_dev.jsonl.gz', None)
     """
     path = Path(source)
-    names = [path.name] if path.is_file() or path.suffix else [path.name, split]
+    names = [path.name] if path.is_file() else [path.name, split]
     return next((name for name in names if _words(name) & set(_EVALUATION.split())), None)
 
 

@@ -55,19 +55,18 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
     if step.sft_weight:
         raise ConfigError(f"sft_weight changes no score: leave it at 0, got {step.sft_weight}")
     files = Files(config.output)
-    if not config.model and config.checkpoints is None and files.finished():
+    reread = files.finished() and not (config.overwrite or config.model or config.checkpoints)
+    if reread:
         config, step = _adopt(config, step, files.settings())
     pairs = read_pairs(config.pairs, split=config.split, strict=config.strict, limit=config.limit)
     print(pairs.summary(), flush=True)
-    sources = find_sources(config) if config.model or config.checkpoints else []
+    sources = [] if reread else find_sources(config)
     settings = _settings(config, step, pairs.rows, sources)
     if files.finished() and not config.overwrite:
         kept = files.settings()
-        _require_same(settings if sources else {**settings, **_of_models(kept)}, kept, files.output)
+        _require_same({**settings, **_of_models(kept)} if reread else settings, kept, files.output)
         scores = read_table(files.output)
     else:
-        if not sources:
-            find_sources(config)  # says what is missing
         scores = _measure_all(pairs.rows, sources, settings, config, step, files)
     write_page(files.page, pairs.rows, scores, files.settings())
     if config.select is not None:

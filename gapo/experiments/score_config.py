@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from gapo.experiments.tables import ENDINGS, require_ending
+from gapo.experiments.tables import require_ending
 
 WHICH = ("lowest", "highest")
 
@@ -84,10 +84,7 @@ class ScoreConfig:
             raise ValueError(f"checkpoints have one base at most, got {len(self.model)} models")
 
 
-def _check_select(select: tuple[Any, Any]) -> None:
+def _check_select(select: tuple[str, float]) -> None:
     which, share = select
-    if which not in WHICH or not isinstance(share, float) or not 0 < share <= 1:
+    if which not in WHICH or not 0 < share <= 1:
         raise ValueError(f"select must be lowest or highest and a share in (0, 1], got {which!r} {share!r}")
-
-
-__all__ = ["ENDINGS", "WHICH", "ScoreConfig"]

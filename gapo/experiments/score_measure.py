@@ -54,7 +54,7 @@ class Measure:
         if float(result.radius) == 0 and self._step.rho > 0 and not self._told:
             self._told = True
             logger.warning("%s: abs(theta) * g is 0 for every selected parameter, so that every gap is 0", self._name)
-        values = {field: [digits(float(v)) for v in getattr(result, field)] for field in MEASURES.values()}
+        values = {field: [digits(v) for v in getattr(result, field).tolist()] for field in MEASURES.values()}
         ratio = result.first_order_ratio
         known = {"first_order_ratio": None if ratio is None else digits(float(ratio))}
         return {"repeat": repeat, "batch": number, "rows": rows.tolist(), **values, **known}
