@@ -17,8 +17,11 @@ import gapo
 from gapo import cli, data
 from gapo.adapters.hf import PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
-from gapo.experiments import files, score, score_measure, score_table, tables
-from gapo.experiments.score_config import ScoreConfig
+from gapo.experiments import files, tables
+from gapo.experiments.score import flow as score
+from gapo.experiments.score import measure as score_measure
+from gapo.experiments.score import table as score_table
+from gapo.experiments.score.config import ScoreConfig
 
 PAIRS = data.flip_pairs(data.generate_pairs(22, seed=3), rate=0.25)
 QUICK = {"rho": "0.2", "batch_size": "8", "max_length": "64"}

@@ -13,10 +13,11 @@ import gapo
 from gapo import cli, data
 from gapo.adapters.hf import PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
-from gapo.experiments import score_models, tables
+from gapo.experiments import tables
 from gapo.experiments.config import ConfigError
-from gapo.experiments.score_config import ScoreConfig
-from gapo.experiments.score_models import Source, find_sources, fingerprint
+from gapo.experiments.score import models as score_models
+from gapo.experiments.score.config import ScoreConfig
+from gapo.experiments.score.models import Source, find_sources, fingerprint
 
 PAIRS = data.generate_pairs(6)
 

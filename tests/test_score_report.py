@@ -7,7 +7,8 @@ import pytest
 from test_experiments import Page
 
 from gapo import data
-from gapo.experiments import plots, score_report
+from gapo.experiments import plots
+from gapo.experiments.score import report as score_report
 
 SETTINGS = {
     "pairs": "pairs.jsonl",

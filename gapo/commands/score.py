@@ -14,7 +14,7 @@ def main(arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'gapo score needs {error.name}: pip install "gapo[cli]"', name=error.name) from error
     from gapo.config import GAPOConfig
-    from gapo.experiments.score_config import ScoreConfig
+    from gapo.experiments.score.config import ScoreConfig
 
     parser = ArgumentParser(
         prog="gapo score",
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         step = GAPOConfig(**{f.name: found[f.name] for f in fields(GAPOConfig) if f.name != "sft_weight"})
     except ValueError as error:
         parser.error(str(error))
-    from gapo.experiments.score import Files, score
+    from gapo.experiments.score.flow import Files, score
 
     scores = score(config, step)
     files = Files(config.output)

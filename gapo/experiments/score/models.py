@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gapo.experiments.config import ConfigError
-from gapo.experiments.score_config import ScoreConfig
+from gapo.experiments.score.config import ScoreConfig
 
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json", _ADAPTER)  # a checkpoint's optimizer.pt is none of the model

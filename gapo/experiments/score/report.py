@@ -12,7 +12,7 @@ from gapo.data.pairs import text_of
 from gapo.experiments import noise, plots
 from gapo.experiments.files import write_text
 from gapo.experiments.pages import render_page
-from gapo.experiments.score_table import by_pair
+from gapo.experiments.score.table import by_pair
 from gapo.experiments.tables import Row
 
 _SHOWN = 10
@@ -22,7 +22,7 @@ _GROUPS = ((False, "clean pairs", plots.BLUE), (True, "flipped pairs", plots.ORA
 
 
 def write_page(path: Path, pairs: Sequence[Row], scores: Sequence[Row], settings: Row) -> None:
-    """Write the page on `scores` (of `score_table.score_rows`) of `pairs`, with what was set, to `path`."""
+    """Write the page on `scores` (of `table.score_rows`) of `pairs`, with what was set, to `path`."""
     write_text(path, render(pairs, scores, settings, path.name.removesuffix(".html")))
 
 

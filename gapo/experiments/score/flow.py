@@ -1,4 +1,4 @@
-"""`gapo score`: the margin, the anchor margin, the gap and the weight of each pair, under one model or several."""
+"""From pairs and models to files of scores: measured batch by batch, gone on after an interruption."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gapo.config import GAPOConfig
 from gapo.data import read_pairs
 from gapo.experiments.config import ConfigError
 from gapo.experiments.files import JsonLines, read_lines, write_text
-from gapo.experiments.score_config import ScoreConfig
-from gapo.experiments.score_measure import Measure
-from gapo.experiments.score_models import Source, find_sources, fingerprint
-from gapo.experiments.score_report import write_page
-from gapo.experiments.score_table import digits, plan, score_rows, select_pairs
+from gapo.experiments.score.config import ScoreConfig
+from gapo.experiments.score.measure import Measure
+from gapo.experiments.score.models import Source, find_sources, fingerprint
+from gapo.experiments.score.report import write_page
+from gapo.experiments.score.table import digits, plan, score_rows, select_pairs
 from gapo.experiments.tables import Row, read_table, write_table
 from gapo.experiments.train import versions
 
@@ -44,7 +44,7 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
         step: settings of the step; None for the defaults.
 
     Returns:
-        `score_table.score_rows`.
+        `table.score_rows`.
 
     Raises:
         ConfigError: the models cannot be loaded, or the output holds scores of other settings.

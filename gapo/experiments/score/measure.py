@@ -11,9 +11,9 @@ from gapo.adapters.hf import PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch import TorchBackend
 from gapo.config import GAPOConfig
-from gapo.experiments.score_config import ScoreConfig
-from gapo.experiments.score_models import Source, load
-from gapo.experiments.score_table import MEASURES, digits
+from gapo.experiments.score.config import ScoreConfig
+from gapo.experiments.score.models import Source, load
+from gapo.experiments.score.table import MEASURES, digits
 from gapo.experiments.tables import Row
 from gapo.step import StepResult, run
 
