@@ -36,7 +36,8 @@ def test_the_wheel_holds_the_package_and_no_more(built: Path) -> None:
 
 def test_the_source_archive_builds_the_same(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
-    members = tarfile.open(archive).getmembers()
+    with tarfile.open(archive) as opened:
+        members = opened.getmembers()
     assert not any(member.issym() or member.islnk() for member in members)
     top = {member.name.split("/")[1] for member in members}
     assert {"gapo", "tests", "docs", "examples", "benchmarks", "README.md", "LICENSE", "pyproject.toml"} <= top
