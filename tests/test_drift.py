@@ -120,7 +120,7 @@ def test_the_numbers_are_their_definitions(tmp_path: Path, kind: str) -> None:
     for row, policy in ((first, start), (last, model)):
         for name, value in oracle(policy, start, held_out_of(trainer)).items():
             assert row[f"drift/{name}"] == pytest.approx(value, rel=1e-2 if name == "kl" else 1e-4, abs=1e-6), name
-    kept = sorted(path.name for path in (tmp_path / "starting_policy").iterdir())
+    kept = sorted(path.name for path in (tmp_path / "_starting_policy").iterdir())
     expected = ["adapters_off"] if kind == "lora" else [f"pair-{i:05d}.safetensors" for i in range(5)]
     assert kept == expected
 
@@ -182,12 +182,31 @@ def test_a_start_that_was_not_kept_is_told_and_another_sample_is_refused(
 
 
 def test_a_new_run_in_the_same_folder_starts_anew(tmp_path: Path) -> None:
-    with_drift(tmp_path, hf_models.lora("llama")).train()
-    with_drift(tmp_path, hf_models.make("llama", seed=7)).train()
-    assert not (tmp_path / "starting_policy" / "adapters_off").exists()
-    again = with_drift(tmp_path, hf_models.make("llama", seed=8))
+    with_drift(tmp_path, hf_models.lora("llama"), max_steps=1).train()
+    with_drift(tmp_path, hf_models.make("llama", seed=7), max_steps=1).train()
+    assert not (tmp_path / "_starting_policy" / "adapters_off").exists()
+    again = with_drift(tmp_path, hf_models.make("llama", seed=8), max_steps=1)
     again.train()
     assert rows_of(again)[0]["drift/kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_push_to_the_hub_leaves_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    trainer = with_drift(tmp_path, max_steps=1)
+    trainer.train()
+    uploads: list[list[str]] = []
+
+    def upload(_: Any, *, folder_path: str, ignore_patterns: list[str], **__: Any) -> None:
+        names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        uploads.append(list(filter_repo_objects(names, ignore_patterns=ignore_patterns)))
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    trainer.hub_model_id = "somebody/model"
+    trainer.push_to_hub()
+    assert "model.safetensors" in uploads[0]
+    assert not any("pair-" in name for name in uploads[0])
 
 
 @pytest.mark.parametrize("logging_steps", [1, 4])
@@ -315,7 +334,8 @@ def test_what_it_needs_is_said(
         ValueError, match=r"from the trainer's eval_dataset, .* got NoneType\. Give pairs with .*held_out="
     ):
         trainer.train()
-    trainer = with_drift(tmp_path, drift={"warn_above_gib": 0.0, "held_out": hf_models.pairs(2), "prompts": 0})
+    bare = {"warn_above_gib": 0.0, "held_out": hf_models.pairs(2), "prompts": 0}
+    trainer = with_drift(tmp_path, drift=bare, max_steps=1)
     with caplog.at_level(logging.WARNING, logger="gapo"):
         trainer.train()
     assert "fewer pairs take less" in caplog.text
@@ -408,4 +428,4 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     for there, here in zip(two, one, strict=True):
         for key in KEYS:
             assert there[key] == pytest.approx(here[key], rel=1e-4, abs=1e-6), key
-    assert len(list((tmp_path / "two" / "starting_policy").glob("pair-*.safetensors"))) == 5
+    assert len(list((tmp_path / "two" / "_starting_policy").glob("pair-*.safetensors"))) == 5

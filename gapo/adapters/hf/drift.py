@@ -43,7 +43,7 @@ class DriftCallback(TrainerCallback):
 
     The training goes on as if nothing had been measured: random state, training mode and gradients are as before. Pairs
     pass through the model one at a time. The starting policy is the one at step 0, also after a resumption: the base of
-    fresh adapters with these switched off, else log-probabilities kept in `output_dir`/starting_policy, which take
+    fresh adapters with these switched off, else log-probabilities kept in `output_dir`/_starting_policy, which take
     2 bytes for each answer token and vocabulary entry of the held-out sample (32 pairs of 2 x 100 tokens, 128,256
     entries: 1.5 GiB of disk, none of memory).
 
@@ -99,7 +99,8 @@ class DriftCallback(TrainerCallback):
         self._changed = stay_differentiable(trainer.model)
         given = {"held_out": (self.held_out, trainer.eval_dataset), "train": (self.train, trainer.train_dataset)}
         self._samples = {name: self._sample(name, *rows, trainer) for name, rows in given.items()}
-        self._starting = StartingPolicy(Path(args.output_dir, "starting_policy"))
+        # The underscore keeps it out of what a Trainer uploads to the Hub.
+        self._starting = StartingPolicy(Path(args.output_dir, "_starting_policy"))
         self._measured = None
         if state.global_step == 0:
             with _undisturbed(trainer.model):
