@@ -298,6 +298,18 @@ def test_sampled_responses_follow_the_seed() -> None:
     assert len({length for length, _ in draws[0]}) > 2
 
 
+def test_the_same_policy_is_sampled_the_same_at_every_measurement(tmp_path: Path) -> None:
+    drift = {"temperature": 1.0, "prompts": 5, "max_new_tokens": 40}
+    lengths = []
+    for seed in (0, 1):
+        options = {"learning_rate": 0.0, "config": GAPOConfig(rho=0.3, direction="gaussian")}
+        trainer = with_drift(tmp_path, drift={**drift, "seed": seed}, **options)
+        trainer.train()
+        lengths.append({row["drift/response_length"] for row in rows_of(trainer)})
+    assert [len(found) for found in lengths] == [1, 1]
+    assert lengths[0] != lengths[1]
+
+
 def test_the_prompt_is_what_stands_before_the_answer() -> None:
     for side in ("left", "right"):
         batch = hf_models.batch(1, side=side)
