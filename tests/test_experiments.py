@@ -125,7 +125,8 @@ def test_a_finished_run_is_not_overwritten_unasked(finished: Path, capsys: pytes
     assert (finished / "run" / "summary.json").read_bytes() == before
 
 
-def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `gapo train` on PyTorch be interrupted there, until the patch is undone."""
     from gapo.experiments import train_torch
 
     plain = train_torch._Recorder.on_step
@@ -136,6 +137,10 @@ def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train_torch._Recorder, "on_step", interrupted)
+
+
+def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at_step_3(monkeypatch)
     options = {"cache_dir": str(finished / "cache")}
     assert train(tmp_path, **options) == 130
     monkeypatch.undo()

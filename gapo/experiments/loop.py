@@ -26,7 +26,7 @@ from gapo.metrics import combine, reward_metrics
 from gapo.step import StepResult, probe_losses
 
 _SCHEDULES = ("cosine", "linear", "constant")
-_TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+_TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "drift": False}
 
 
 class Trainee(Protocol):

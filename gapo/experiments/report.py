@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from gapo.experiments import plots
 from gapo.experiments.files import read_lines, write_text
 from gapo.experiments.noise import pair_columns, weight_diagnostics
@@ -29,7 +31,8 @@ def write_report(folder: Path, summary: dict[str, Any]) -> Path:
 
 def render(folder: Path, summary: dict[str, Any]) -> str:
     """The page as text. All that came from users (names, data, settings) is escaped."""
-    steps = read_lines(folder / "steps.jsonl")
+    steps, metrics = read_lines(folder / "steps.jsonl"), read_lines(folder / "metrics.jsonl")
+    drifts = [row for row in metrics if "drift/held_out_margin" in row]
     return render_page(
         "report.html.jinja",
         title=folder.name,
@@ -38,7 +41,9 @@ def render(folder: Path, summary: dict[str, Any]) -> str:
         flips=diagnostics(steps),
         data=(folder / "data.txt").read_text(encoding="utf-8"),
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        pictures=_pictures(read_lines(folder / "metrics.jsonl"), steps),
+        pictures=_pictures(metrics, steps),
+        drifts=drifts,
+        drift_pictures=[Markup(svg) for svg in plots.drift(drifts)] if drifts else [],
     )
 
 

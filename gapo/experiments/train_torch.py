@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from gapo.adapters.hf import GAPOCallback, PreferenceCollator
+from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
 from gapo.config import GAPOConfig
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, read_lines
@@ -43,6 +43,7 @@ def run(
     if config.overwrite:
         shutil.rmtree(checkpoints, ignore_errors=True)
     last = get_last_checkpoint(str(checkpoints)) if config.resume and checkpoints.is_dir() else None
+    drift = _drift(config)
     recorder = _Recorder(folder, until_step=int(last.rsplit("-", 1)[1]) if last else -1)
     callback = GAPOCallback(step, objective=config.loss, on_step=recorder.on_step)
     trainer = _TrainerWithFlips(
@@ -51,7 +52,7 @@ def run(
         train_dataset=train_rows,
         eval_dataset=held_out,
         data_collator=collator,
-        callbacks=[callback, recorder],
+        callbacks=[callback, recorder, *drift],
         processing_class=tokenizer,
     )
     trainer.train_collator = flipped
@@ -68,10 +69,27 @@ def run(
     return _rewards(recorder.first_evaluation), after
 
 
+def _drift(config: TrainConfig) -> list[TrainerCallback]:
+    if not config.drift:
+        return []
+    return [
+        DriftCallback(
+            pairs=config.drift_pairs,
+            prompts=config.drift_prompts,
+            max_new_tokens=config.drift_max_new_tokens,
+            seed=config.seed,
+        )
+    ]
+
+
 def _load_model(config: TrainConfig, name: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype="float32"
     )  # float32 weights: 16-bit ones round the anchor away
+    if getattr(model, "is_quantized", False) and not config.lora_r:
+        raise ConfigError(
+            f"model {name!r} is quantised, and such weights cannot be trained: train adapters, --lora_r 16"
+        )
     if config.lora_r:
         from peft import LoraConfig, get_peft_model
 
