@@ -5,19 +5,9 @@ Each function says what it needs: summed or length-normalised log-probabilities,
 """
 
 from gapo.objectives.registry import OBJECTIVES, LogProbs, Objective, find
-from gapo.objectives.with_reference import (
-    cdpo,
-    dpo,
-    dr_dpo,
-    hypo,
-    ipo,
-    ramp,
-    rdpo,
-    ropo,
-    rpo,
-    sigmoid_loss,
-    unhinged,
-)
+from gapo.objectives.robust import cdpo, dr_dpo, rdpo, ropo
+from gapo.objectives.symmetric import ramp, sigmoid_loss, unhinged
+from gapo.objectives.with_reference import dpo, hypo, ipo, rpo
 from gapo.objectives.without_reference import amapo, simpo
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import gapo.objective
 from gapo._namespace import Array, namespace
-from gapo.objectives import with_reference, without_reference
+from gapo.objectives import robust, symmetric, with_reference, without_reference
 from gapo.objectives.checks import check_settings
 
 _CALL = ("reduction", "backend")  # arguments of how a function is called, not of which loss it is
@@ -146,19 +146,19 @@ _LIST = (
     Objective(name="dpo", function=with_reference.dpo, paper="Rafailov et al., arXiv 2305.18290", needs_reference=True),
     Objective(
         name="cdpo",
-        function=with_reference.cdpo,
+        function=robust.cdpo,
         paper="Mitchell, A note on DPO with noisy preferences (2023)",
         needs_reference=True,
     ),
     Objective(
         name="rdpo",
-        function=with_reference.rdpo,
+        function=robust.rdpo,
         paper="Chowdhury, Kini, Natarajan, arXiv 2403.00409",
         needs_reference=True,
     ),
     Objective(
         name="dr_dpo",
-        function=with_reference.dr_dpo,
+        function=robust.dr_dpo,
         paper="Wu et al., arXiv 2407.07880",
         needs_reference=True,
         batch_statistics=True,
@@ -170,7 +170,7 @@ _LIST = (
         needs_reference=True,
         average=True,
     ),
-    Objective(name="ropo", function=with_reference.ropo, paper="Liang et al., arXiv 2404.04102", needs_reference=True),
+    Objective(name="ropo", function=robust.ropo, paper="Liang et al., arXiv 2404.04102", needs_reference=True),
     Objective(name="hypo", function=with_reference.hypo, paper="Yuan et al., arXiv 2602.11902", needs_reference=True),
     Objective(
         name="rpo",
@@ -182,7 +182,7 @@ _LIST = (
     *(
         Objective(
             name=name,
-            function=getattr(with_reference, name),
+            function=getattr(symmetric, name),
             paper="Nishimori et al., arXiv 2505.24709",
             needs_reference=True,
         )
