@@ -261,7 +261,7 @@ def test_simpo_and_lora_and_files(finished: Path, tmp_path: Path) -> None:
         ({"batch_size": 0}, 2, "batch_size must be > 0, got 0"),
         ({"flip_rate": 2.0}, 2, r"flip_rate must be in \[0, 1\], got 2.0"),
         ({"learning_rat": 1.0}, 2, "Did you mean 'learning_rate'"),
-        ({"loss": "dpo"}, 2, "loss"),
+        ({"loss": "orpo"}, 2, "loss must be one of 'gapo', 'simpo', .*'unhinged', got 'orpo'"),
         ({"epochs": "many"}, 2, "epochs"),
         ({"tiny_text": "gone.txt"}, 1, "there is no file 'gone.txt'"),
         ({"model": "no/such-model"}, 1, "no/such-model"),

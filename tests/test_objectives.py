@@ -299,6 +299,8 @@ def test_a_better_chosen_response_never_costs_more(objective: Objective) -> None
 @BY_NAME
 def test_finite_where_log_ratios_are_huge(autodiff: Library, objective: Objective) -> None:
     rows = [(-3e4, -1.0, -1.0, -3e4, -1.0, -1.0, 1, 1), (-1.0, -3e4, -3e4, -1.0, -1.0, -1.0, 1, 1), *ROWS[:1]]
+    if objective.name == "amapo":  # a mean margin whose exponential overflows
+        rows += [(-1.0, -9e4, -1.0, -1.0, -1.0, -1.0, 1, 1)] * 2
     logps = log_probs(autodiff, rows, "float32")
     assert np.isfinite(autodiff.numpy(objective.losses(logps))).all()
 
@@ -343,7 +345,7 @@ def test_reductions(objective: Objective, reduction: str) -> None:
 
 def test_the_registry_is_what_is_public() -> None:
     functions = {name for name, objective in OBJECTIVES.items() if objective.function is getattr(objectives, name, 0)}
-    assert functions == set(objectives.__all__) - {"OBJECTIVES", "LogProbs", "Objective", "find"}
+    assert functions == set(objectives.__all__) - {"OBJECTIVES", "LogProbs", "Objective", "find", "without_anchor"}
     assert set(OBJECTIVES) - functions == {"gapo"}
     assert set(ORACLES) == set(HAND_COMPUTED) == set(OBJECTIVES)
     assert objectives.find("dpo") is OBJECTIVES["dpo"]

@@ -101,7 +101,13 @@ class GAPOTrainer(Trainer):
                 if isinstance(eval_dataset, dict)
                 else _tokenized(eval_dataset, "eval_dataset", data_collator, args)
             )
-        step = GAPOCallback(args.step_config(), objective=args.objective, disable_dropout=args.disable_dropout)
+        settings: Any = args.objective_settings
+        step = GAPOCallback(
+            args.step_config(),
+            objective=args.objective,
+            objective_settings=settings,
+            disable_dropout=args.disable_dropout,
+        )
         super().__init__(
             model,
             args,
