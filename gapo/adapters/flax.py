@@ -76,9 +76,13 @@ def make_train_step(
             metrics = {"loss": result.loss, **step_metrics(result, config)}
         else:
             over = {} if gamma is None else {"gamma": gamma}
-            by_outputs = jax.grad(lambda outputs: measure(outputs, batch, **over)["loss"])
-            cotangents = by_outputs(forward.outputs)
-            result, metrics = None, measure(forward.outputs, batch, **over)
+
+            def loss(outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
+                found = measure(outputs, batch, **over)
+                return found["loss"], found
+
+            result = None
+            cotangents, metrics = jax.grad(loss, has_aux=True)(forward.outputs)
         grads = {name: backend.all_reduce(g, "mean") for name, g in forward.pullback(cotangents).items()}
         return result, metrics, forward.pack(grads)
 
