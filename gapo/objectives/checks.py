@@ -46,15 +46,24 @@ def prepare(backend: str | None, **arrays: Array) -> tuple[Namespace, list[Array
     return xp, [stop_gradient(x) if name.startswith("ref_") else x for name, x in wide.items()]
 
 
-def log_ratio_margins(
+def policy_and_reference(
     chosen_logps: Array, rejected_logps: Array, ref_chosen_logps: Array, ref_rejected_logps: Array, backend: str | None
-) -> tuple[Namespace, Array]:
-    """The arrays' namespace, and z (N,): the policy's margin minus the reference's, which is a constant."""
-    xp, (chosen, rejected, ref_chosen, ref_rejected) = prepare(
+) -> tuple[Namespace, list[Array]]:
+    """`prepare` for the four arrays of an objective with a reference, in DPO's order."""
+    return prepare(
         backend,
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
+    )
+
+
+def log_ratio_margins(
+    chosen_logps: Array, rejected_logps: Array, ref_chosen_logps: Array, ref_rejected_logps: Array, backend: str | None
+) -> tuple[Namespace, Array]:
+    """The arrays' namespace, and z (N,): the policy's margin minus the reference's, which is a constant."""
+    xp, (chosen, rejected, ref_chosen, ref_rejected) = policy_and_reference(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, backend
     )
     return xp, (chosen - rejected) - (ref_chosen - ref_rejected)

@@ -89,7 +89,7 @@ class LogProbs:
         return replace(self, **divided)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Objective:
     """One objective, and what it needs.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gapo._namespace import Array, Namespace
 from gapo.objective import reduce, sigmoid
-from gapo.objectives.checks import check_settings, prepare
+from gapo.objectives.checks import check_settings, policy_and_reference
 
 
 def sigmoid_loss(
@@ -130,12 +130,8 @@ def _reward_differences(
     backend: str | None,
 ) -> tuple[Namespace, Array]:
     """The arrays' namespace, and the difference (N,) of the two rewards, each clipped to [-clip, clip]."""
-    xp, (chosen, rejected, ref_chosen, ref_rejected) = prepare(
-        backend,
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
+    xp, (chosen, rejected, ref_chosen, ref_rejected) = policy_and_reference(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, backend
     )
     bounds = (-float(clip), float(clip))
     return xp, xp.clip(beta * (chosen - ref_chosen), *bounds) - xp.clip(beta * (rejected - ref_rejected), *bounds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gapo._namespace import Array, namespace
 from gapo.objective import logistic, reduce
-from gapo.objectives.checks import check_settings, log_ratio_margins, prepare
+from gapo.objectives.checks import check_settings, log_ratio_margins, policy_and_reference, prepare
 
 
 def dpo(
@@ -117,12 +117,8 @@ def hypo(
     Source: Yuan et al., arXiv 2602.11902; beta is DPO's.
     """
     check_settings(beta=beta, reduction=reduction)
-    xp, (chosen, rejected, ref_chosen, ref_rejected) = prepare(
-        backend,
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
+    xp, (chosen, rejected, ref_chosen, ref_rejected) = policy_and_reference(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, backend
     )
     ref_margins = ref_chosen - ref_rejected
     kept = xp.where(ref_margins > 0, ref_margins, xp.zeros_like(ref_margins))

@@ -45,7 +45,7 @@ def simpo(
     0.6931
     """
     xp, (chosen, rejected) = prepare(backend, chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    objective.check_objective(beta, gamma, "sigmoid", 0.0, n=chosen.shape[0])
+    objective.check_objective(beta, gamma, "sigmoid", 0.0, n=chosen.shape[0])  # gamma may be one for each pair
     check_settings(reduction=reduction)
     return objective.reduce(objective.pair_losses(chosen - rejected, beta, gamma, "sigmoid", 0.0, xp), reduction, xp)
 
