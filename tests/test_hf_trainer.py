@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer
 
 import gapo
-from gapo.adapters.hf import GAPOCallback, GAPOConfig, GAPOTrainer, PreferenceCollator
+from gapo.adapters.hf import GAPOCallback, GAPOConfig, GAPOTrainer, PreferenceCollator, with_reference_logps
 from gapo.data import write_rows
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -129,6 +130,20 @@ def test_pushing_goes_the_trainers_way(tmp_path: Path, monkeypatch: pytest.Monke
     trainer.push_to_hub()
     assert pushed["repo_id"] == "someone/model"
     assert "2602.04909" in (tmp_path / "README.md").read_text()
+
+
+def test_other_objectives_bring_their_settings_and_claim_no_gapo(tmp_path: Path) -> None:
+    model = hf_models.make("llama")
+    rows = with_reference_logps(model, hf_models.pairs(8), progress=None)
+    args = arguments(tmp_path, objective="rdpo", objective_settings='{"label_smoothing": 0.25}', logging_steps=1)
+    assert args.objective_settings == {"label_smoothing": 0.25}
+    trainer = GAPOTrainer(model, args, train_dataset=rows, processing_class=hf_models.tokenizer())
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # (0.75 - 0.25) / 0.5 log 2
+    trainer.create_model_card()
+    assert "2602.04909" not in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="objective 'rdpo' has no setting 'rho'"):
+        arguments(tmp_path, objective="rdpo", objective_settings={"rho": 1})
 
 
 def test_settings_are_the_cores_and_checked(tmp_path: Path) -> None:

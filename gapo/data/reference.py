@@ -50,11 +50,11 @@ def with_reference_logps(
     for index in batches:
         batch = collate_pairs([tokenized[i] for i in index], pad_token_id=pad_token_id, pad_to_multiple_of=32)
         found[index] = np.stack([np.asarray(side, dtype=np.float64) for side in measure(batch)], axis=-1)
-    for row, pair in zip(tokenized, found, strict=True):
+    for i, pair in enumerate(found):
         if not np.isfinite(pair).all():
             raise FloatingPointError(
-                f"the reference log-probabilities of row {row.get('id', list(tokenized).index(row))} are "
-                f"{pair[0]} (chosen) and {pair[1]} (rejected): look at its tokens, or at the model"
+                f"the reference log-probabilities of row {tokenized[i].get('id', i)} are {pair[0]} (chosen) and "
+                f"{pair[1]} (rejected): look at its tokens, or at the model"
             )
     return [
         {**row, **dict(zip(REFERENCE, map(float, pair), strict=True))}

@@ -123,10 +123,10 @@ class GAPOTrainer(Trainer):
             self.model.add_model_tags(list(self._tag_names))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card of `transformers.Trainer`, with the method, its settings and the paper's citation."""
+        """The card of `transformers.Trainer`; of GAPO's training with the method, its settings and the citation."""
         super().create_model_card(*args, **kwargs)
         path = Path(self.args.output_dir, "README.md")
-        if not self.is_world_process_zero() or not path.exists():
+        if not self.is_world_process_zero() or not path.exists() or self.args.objective != "gapo":
             return
         from huggingface_hub import ModelCard
 
