@@ -192,7 +192,7 @@ def test_the_same_yaml_on_every_backend(finished: Path, tmp_path: Path, loss: st
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
         after = [summaries[backend]["after"][name] for backend in ("jax", "mlx")]
         assert after[0] == pytest.approx(after[1], rel=1e-3, abs=2e-4), name
-        assert after[0] != pytest.approx(summaries["jax"]["before"][name], rel=1e-4), name
+        assert after[0] != pytest.approx(summaries["jax"]["before"][name], rel=1e-5), name
     # What JAX and MLX saved loads in PyTorch, and says the same there.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
