@@ -138,6 +138,8 @@ def _rewards(metrics: dict[str, float]) -> dict[str, float]:
         "eval_loss",
         "eval_rewards/accuracies",
         "eval_rewards/margins",
+        "eval_reference/accuracies",
+        "eval_reference/margins",
         "eval_logps/chosen",
         "eval_logps/rejected",
     )
