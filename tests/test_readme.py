@@ -69,6 +69,10 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         mlx_names = {"mlx_model": test_backend_mlx.mixer(), "mlx_batch": test_backend_mlx.BATCH}
         names = {"gapo": gapo, "jax": jax, "params": params, "batch": batch, **mlx_names}
         return {**names, "margin_fn": test_backend_jax.margin_fn, "mlx_margin_fn": test_backend_mlx.margin_fn}
+    if heading == "score.md":
+        hf_models.make("llama").save_pretrained(folder / "model")
+        hf_models.tokenizer().save_pretrained(folder / "model")
+        write_rows(folder / "pairs.jsonl", generate_pairs(8))
     if "own loop" in heading:
         names = {"model": hf_models.make("llama"), "batch": hf_models.batch(), "margin_fn": pair_logps}
         return {**names, "batches": [hf_models.batch(seed=1), hf_models.batch(seed=2)]}
