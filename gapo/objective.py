@@ -24,6 +24,11 @@ def sigmoid(x: Array, xp: Namespace) -> Array:
     return xp.exp(log_sigmoid(x, xp))
 
 
+def logistic(x: Array, xp: Namespace) -> Array:
+    """The logistic loss, -log sigmoid(x). Shape of `x`."""
+    return -log_sigmoid(x, xp)
+
+
 class LossType(NamedTuple):
     """A loss on the logit x: `value(x, xp)` and `slope(x, xp)`, which is -d value / dx."""
 
@@ -33,7 +38,7 @@ class LossType(NamedTuple):
 
 LOSS_TYPES = {
     "sigmoid": LossType(
-        value=lambda x, xp: -log_sigmoid(x, xp),
+        value=logistic,
         slope=lambda x, xp: sigmoid(-x, xp),
     ),
     "hinge": LossType(
@@ -111,7 +116,7 @@ def anchor_gap(
         "anchor_rejected_logps": anchor_rejected_logps,
     }
     xp = namespace(backend, **arrays)
-    _check_batches(arrays, xp)
+    check_batches(arrays, xp)
     chosen, rejected, anchor_chosen, anchor_rejected = (at_least_float32(x, xp) for x in arrays.values())
     return (chosen - rejected) - stop_gradient(anchor_chosen - anchor_rejected)
 
@@ -152,7 +157,7 @@ def weights(
     1.25
     """
     xp = namespace(backend, anchor_gap=anchor_gap)
-    _check_batches({"anchor_gap": anchor_gap}, xp)
+    check_batches({"anchor_gap": anchor_gap}, xp)
     check_objective(beta, gamma, loss_type, label_smoothing, n=anchor_gap.shape[0])
     gap = stop_gradient(at_least_float32(anchor_gap, xp))
     return pair_weights(gap, beta, gamma, loss_type, label_smoothing, xp)
@@ -234,7 +239,7 @@ def require_number(name: str, value: object, accepted: str, ok: Callable[[float]
         raise ValueError(f"{name} must be a finite number {accepted}".rstrip() + f", got {value!r}")
 
 
-def _check_batches(arrays: dict[str, Array], xp: Namespace) -> None:
+def check_batches(arrays: dict[str, Array], xp: Namespace) -> None:
     """Raise unless all are floating, of one shape (N,), N >= 1."""
     first = next(iter(arrays))
     shape = tuple(arrays[first].shape)

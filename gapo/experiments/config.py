@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from gapo.config import GAPOConfig
+from gapo.objectives import OBJECTIVES, without_anchor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,10 @@ class TrainConfig:
         lora_r: rank of LoRA adapters (peft); 0 trains all weights.
         lora_alpha: scale of the adapters.
         lora_targets: names of the modules that get them, comma separated; none for peft's default.
-        loss: "gapo", or "simpo" for the control without an anchor.
+        loss: "gapo", or "simpo" for the control without an anchor, or another objective to compare with: amapo, dpo,
+            cdpo, rdpo, dr_dpo, ipo, ropo, hypo, rpo, sigmoid_loss, ramp, unhinged.
+        loss_settings: settings of the other objectives, such as {beta: 0.1}; those left out keep their defaults. "gapo"
+            and "simpo" take theirs from the fields of GAPOConfig.
         backend: framework that trains.
         output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
         overwrite: start anew in a folder that holds a finished run.
@@ -98,7 +102,8 @@ class TrainConfig:
     lora_r: int = 0
     lora_alpha: int = 16
     lora_targets: str | None = None
-    loss: Literal["gapo", "simpo"] = "gapo"
+    loss: str = "gapo"
+    loss_settings: dict[str, float] = field(default_factory=dict)
     backend: Literal["torch", "jax", "mlx"] = "torch"
     output_dir: str = "runs/gapo"
     overwrite: bool = False
@@ -133,10 +138,29 @@ class TrainConfig:
         for name in ("flip_rate", "eval_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+        if self.loss not in OBJECTIVES:
+            raise ValueError(f"loss must be one of {', '.join(map(repr, OBJECTIVES))}, got {self.loss!r}")
 
 
 class ConfigError(ValueError):
     """A configuration or command line cannot be used."""
+
+
+def require_loss_settings(run: TrainConfig, step: GAPOConfig) -> None:
+    """Raise ConfigError for settings that the loss does not take, or that were given where it does not look."""
+    try:
+        objective, settings = without_anchor(run.loss, step, run.loss_settings)
+    except ValueError as error:
+        raise ConfigError(f"loss_settings: {error}") from error
+    if objective.name == "simpo":
+        return
+    for name in settings:
+        elsewhere = getattr(step, name, None)
+        if name not in run.loss_settings and elsewhere != getattr(GAPOConfig(), name, None):
+            raise ConfigError(
+                f"{name}={elsewhere!r} is a setting of gapo and simpo, and loss {run.loss!r} has its own: give "
+                f"loss_settings: {{{name}: {settings[name]}}}, or --loss_settings.{name} {settings[name]}"
+            )
 
 
 def make_parser() -> Any:
@@ -172,10 +196,10 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
     arguments = _with_values(arguments)
     try:
         found = make_parser().parse_args(arguments)
-        return (
-            TrainConfig(**{f.name: found[f.name] for f in fields(TrainConfig)}),
-            GAPOConfig(**{f.name: found[f.name] for f in fields(GAPOConfig)}),
-        )
+        run = TrainConfig(**{f.name: found[f.name] for f in fields(TrainConfig)})
+        step = GAPOConfig(**{f.name: found[f.name] for f in fields(GAPOConfig)})
+        require_loss_settings(run, step)
+        return run, step
     except (ArgumentError, ValueError) as error:
         raise ConfigError(_with_closest_key(" ".join(str(error).split()))) from error
 

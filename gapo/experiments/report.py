@@ -17,6 +17,8 @@ _MEASURES = {
     "eval_rewards/accuracies": "reward accuracy",
     "eval_loss": "loss (no anchor)",
     "eval_rewards/margins": "reward margin, beta x nats per token",
+    "eval_reference/accuracies": "share of pairs whose margin has grown on the reference's",
+    "eval_reference/margins": "margin minus the reference's, nats",
     "eval_logps/chosen": "log-probability of chosen, nats per token",
     "eval_logps/rejected": "log-probability of rejected, nats per token",
 }
