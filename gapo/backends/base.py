@@ -61,7 +61,13 @@ class Backend(Protocol):
         """
 
     def norm(self, x: Array) -> Array:
-        """Euclidean norm of one array: `geometry.norm`, or the framework's fused kernel where it is as safe."""
+        """Euclidean norm of one array: `geometry.norm`, or the framework's fused kernel where it is as safe.
+
+        Of the whole array, as `mean` is, where ranks hold a shard of it each.
+        """
+
+    def mean(self, x: Array) -> Array:
+        """Mean of the entries of one array."""
 
     def all_reduce(self, x: Array, op: str) -> Array:
         """`x` reduced by "mean", "max" or "sum" over the data-parallel ranks, which share one anchor."""

@@ -44,6 +44,10 @@ class Attachment:
         if trainer.args.remove_unused_columns:
             logger.info("remove_unused_columns was True, which would drop the pairs' columns: set to False")
             trainer.args.remove_unused_columns = False
+        # FSDP2's shards get their gradients in a backward that reduces, and the probe of every micro-step needs them.
+        self._accumulation = dict(trainer.accelerator.gradient_state.plugin_kwargs)
+        if trainer.accelerator.is_fsdp2:
+            trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         self._own = {name: getattr(trainer, name) for name in _REPLACED}
         for name in _REPLACED:
             setattr(trainer, name, getattr(self, name))
@@ -63,6 +67,7 @@ class Attachment:
             setattr(self.trainer, name, value)
         for module, attribute, value in self._dropout:
             setattr(module, attribute, value)
+        self.trainer.accelerator.gradient_state.plugin_kwargs = self._accumulation
         del self.trainer._gapo_attachment
 
     def compute_loss(
@@ -163,6 +168,8 @@ class Attachment:
 
 def _require_supported(trainer: Trainer) -> None:
     args = trainer.args
+    if getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "fsdp_version", 2) == 1:
+        raise ValueError('FSDP1 is not supported: set fsdp_config={"version": 2}, or fsdp_version: 2 for accelerate')
     if args.n_gpu > 1:
         raise ValueError("nn.DataParallel is not supported: start the script with torchrun or `accelerate launch`")
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
