@@ -1,14 +1,18 @@
-"""Run by test_devices.py under torchrun: two ranks train on scenarios one after another; each rank leaves its results.
+"""Run by test_devices.py: two ranks train on scenarios one after another, meet NaN, die and resume.
 
 The test trains on the same ones in its own process, with the pairs of both ranks in a batch.
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,11 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
+import gapo
 from gapo import GAPOConfig, StepResult
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator
+from gapo.adapters.hf.margins import pair_logps
+from gapo.backends.torch.sharded import fsdp_units, whole
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "exact": {"model": "pythia", "adaptive": True},
@@ -45,12 +52,11 @@ class InOrder(Trainer):
 
 def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: str = "", **options: Any) -> Trainer:
     """A trainer of a float64 model in one process, or with engine "ddp" or "fsdp2" in two."""
+    defaults = {"optim": "sgd", "save_strategy": "no", "max_steps": 2, "logging_steps": 2, "learning_rate": 0.5}
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=PAIRS // 2 if engine else PAIRS,
         per_device_eval_batch_size=3,
-        optim="sgd",
-        learning_rate=0.5,
         lr_scheduler_type="constant",
         report_to="none",
         disable_tqdm=True,
@@ -61,7 +67,7 @@ def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: 
         **({"ddp_backend": "gloo"} if engine else {}),
         **({"ddp_find_unused_parameters": False} if engine == "ddp" else {}),
         **({"fsdp": True, "fsdp_config": {"version": 2}} if engine == "fsdp2" else {}),
-        **{"save_strategy": "no", "max_steps": 2, "logging_steps": 2, "gradient_accumulation_steps": 2, **options},
+        **{**defaults, "gradient_accumulation_steps": 2, **options},
     )
     if engine == "fsdp2":  # accelerate takes FSDP for GPUs only, and falls back to DDP on CPUs without a word
         assert arguments.device.type == "cpu"
@@ -79,8 +85,6 @@ def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All weights, whole, as they are outside a forward."""
-    from gapo.backends.torch.sharded import fsdp_units, whole
-
     for unit in fsdp_units(model):
         unit.reshard()
     return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
@@ -121,30 +125,86 @@ def meet_nan(engine: str, where: str) -> dict[str, Any]:
     return {"said": said, "same": same}
 
 
-def die(engine: str, folder: str, steps: int, resume: bool) -> None:
-    """Save each step; the last rank kills itself in the anchor forward of the step after the first, unless it resumes.
+def own_loop() -> dict[str, Any]:
+    """`gapo.value_and_grad` on a model under `fully_shard`, nothing resharded after a forward; what it does to it."""
+    from torch.distributed.fsdp import fully_shard
 
-    It leaves a note of how far its weights stood from those that were saved.
+    model = hf_models.make("pythia").double()
+    for layer in model.gpt_neox.layers:
+        fully_shard(layer, reshard_after_forward=False)
+    fully_shard(model, reshard_after_forward=False)
+    before = weights_of(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    mine = slice(dist.get_rank() * 2, dist.get_rank() * 2 + 2)
+    batch = {name: x[mine] for name, x in hf_models.batch(PAIRS).items()}
+    step = gapo.value_and_grad(pair_logps, GAPOConfig(rho=0.3), backend="torch")
+    with torch.no_grad():
+        pair_logps(model, batch)  # leaves the weights gathered
+    result, grads = step(model, batch)
+    found = {"gaps": result.anchor_gaps, "grads": {name: whole(g) for name, g in grads.items()}}
+    found["grad_kept"] = all(bool((whole(p.grad) == 1).all()) for p in model.parameters())
+
+    def crash(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            raise KeyError("in the anchor forward")
+
+    handle = model.gpt_neox.layers[1].register_forward_hook(crash)
+    try:
+        step(model, batch)
+    except KeyError as error:
+        found["crashed"] = str(error)
+    handle.remove()
+    after = weights_of(model)
+    found["same"] = all(torch.equal(before[name], after[name]) for name in before)
+    found["gaps_again"] = step(model, batch)[0].anchor_gaps
+
+    model.set_requires_gradient_sync(False)
+    try:
+        step(model, batch)
+    except RuntimeError as error:
+        found["refused"] = str(error)
+    return found
+
+
+# A rank dies in the step after the first. AdamW, so that there is a state to resume; its epsilon is large, so that
+# rounding does not decide the sign of a small gradient's step.
+RESUMABLE: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "adam_epsilon": 0.01,
+    "learning_rate": 0.01,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_steps": 3,
+    "gradient_accumulation_steps": 1,
+}
+
+
+def die(engine: str, folder: str) -> None:
+    """Train, save each step, and kill the last rank in the anchor forward of the second step.
+
+    It leaves a note of how far its weights stood from the policy's just then.
     """
-    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": steps, "gradient_accumulation_steps": 1}
-    trainer = make_trainer("pythia", {}, folder, engine, **options)
-    if resume:
-        trainer.train(resume_from_checkpoint=True)
-        if dist.get_rank() == 0:
-            torch.save({}, Path(folder) / "done.pt")
-        return
-    theta: list[dict[str, torch.Tensor]] = []
+    trainer = make_trainer("gpt2", {}, folder, engine, **RESUMABLE)
+    theta: dict[str, torch.Tensor] = {}
 
-    def kill(module: Any, args: Any, output: Any) -> None:
-        if trainer.state.global_step == 1 and torch.is_grad_enabled():
-            theta.append({name: p.detach().clone() for name, p in module.named_parameters()})
-        if trainer.state.global_step == 1 and not torch.is_grad_enabled() and dist.get_rank() == 1:
-            moved = max(float((p - theta[-1][name]).abs().max()) for name, p in module.named_parameters())
-            (Path(folder) / "moved.txt").write_text(str(moved))
-            os.kill(os.getpid(), signal.SIGKILL)
+    def kill(layer: torch.nn.Module, args: Any, output: Any) -> None:
+        if trainer.state.global_step != 1 or dist.get_rank() != 1:
+            return
+        if torch.is_grad_enabled():
+            theta.update({name: p.detach().clone() for name, p in layer.named_parameters()})
+            return
+        moved = max(float((p - theta[name]).abs().max()) for name, p in layer.named_parameters())
+        (Path(folder) / "moved.txt").write_text(str(moved))
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer.model.gpt_neox.layers[1].register_forward_hook(kill)
+    trainer.model.transformer.h[1].register_forward_hook(kill)
     trainer.train()
+
+
+def resume(engine: str, folder: str) -> None:
+    """Go on from the last checkpoint in `folder` to the end."""
+    make_trainer("gpt2", {}, folder, engine, **RESUMABLE).train(resume_from_checkpoint=True)
 
 
 def start_over() -> None:
@@ -153,7 +213,8 @@ def start_over() -> None:
         state._shared_state.clear()
 
 
-def main(engine: str, output: str) -> None:
+def run_scenarios(engine: str, folder: str) -> None:
+    """Every scenario, and every meeting with NaN."""
     results: dict[str, Any] = {}
     for scenario in SCENARIOS:
         results[scenario] = train(engine, scenario)
@@ -161,11 +222,40 @@ def main(engine: str, output: str) -> None:
     for where in ("clean", "anchor"):
         results[f"nan_{where}"] = meet_nan(engine, where)
         start_over()
-    torch.save(results, f"{output}/{engine}-{dist.get_rank()}.pt")
+    if engine == "fsdp2":
+        results["own_loop"] = own_loop()
+    torch.save(results, f"{folder}/{dist.get_rank()}.pt")
+
+
+def launch(target: Any, *args: Any) -> list[int | None]:
+    """Run `target` in two ranks, as torchrun does, and wait at most two minutes; their exit codes, None if running."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [multiprocessing.get_context("fork").Process(target=run_rank, args=(r, target, args)) for r in range(2)]
+    for rank in ranks:
+        rank.start()
+    end = time.monotonic() + 120
+    for rank in ranks:
+        rank.join(max(0.0, end - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
+
+
+def run_rank(rank: int, target: Any, args: tuple[Any, ...]) -> None:
+    """`target` as one of two ranks."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    target(*args)
+    dist.destroy_process_group()
+
+
+def main(engine: str, folder: str) -> None:
+    """Scenarios; a death; the resumption. Leaves how each rank ended in codes.json."""
+    codes = {part.__name__: launch(part, engine, folder) for part in (run_scenarios, die, resume)}
+    (Path(folder) / "codes.json").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "die":
-        die(sys.argv[2], sys.argv[3], int(sys.argv[4]), resume=sys.argv[5] == "resume")
-    else:
-        main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

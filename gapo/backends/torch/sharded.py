@@ -21,7 +21,7 @@ from gapo.config import GAPOConfig
 
 
 class ShardedForward(TorchForward):
-    """A clean forward through `torch.distributed.fsdp.fully_shard`. Gradients are averages over the ranks, as shards."""
+    """A clean forward through `torch.distributed.fsdp.fully_shard`; its gradients are the ranks' average, as shards."""
 
     def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
         self._units = fsdp_units(module)

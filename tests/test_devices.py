@@ -1,0 +1,105 @@
+"""GAPO over several processes: two ranks equal one process, stop together at NaN, and leave good checkpoints behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import devices_script
+import hf_models
+import pytest
+import torch
+from devices_script import PAIRS, RESUMABLE, SCENARIOS, make_trainer
+from safetensors.torch import load_file
+
+import gapo
+from gapo.adapters.hf.margins import pair_logps
+
+ENGINES = ("ddp", "fsdp2")
+SCRIPT = str(Path(__file__).parent / "devices_script.py")
+
+
+def run_script(*arguments: str) -> None:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}  # whatever the host's name resolves to
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=400, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks(engine: str, tmp_path: Path) -> None:
+    """One launch serves all that is asked of an engine, since starting Python takes longest."""
+    run_script(engine, str(tmp_path))
+    codes = json.loads((tmp_path / "codes.json").read_text())
+    assert codes["run_scenarios"] == [0, 0]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for scenario in SCENARIOS:
+        assert_equal_to_one_process(scenario, [rank[scenario] for rank in ranks])
+    assert_nan_stops_both(ranks)
+    if engine == "fsdp2":
+        assert_own_loop_equals_one_process([rank["own_loop"] for rank in ranks])
+    assert codes["die"][1] == -9
+    assert codes["die"][0] == 1  # it has seen its peer go, and did not wait for ever
+    assert codes["resume"] == [0, 0]
+    assert_checkpoints_are_one_process(tmp_path)
+
+
+def assert_equal_to_one_process(scenario: str, ranks: list[dict[str, Any]]) -> None:
+    """Weights, gaps, logs and evaluation are those of one process with both ranks' pairs in a batch."""
+    one = devices_script.train("", scenario)
+    assert len(one["gaps"]) == len(ranks[0]["gaps"]) == 4  # two steps of two micro-steps
+    for step, gaps in enumerate(one["gaps"]):
+        found = torch.cat([rank["gaps"][step] for rank in ranks])
+        torch.testing.assert_close(found, gaps, rtol=1e-9, atol=1e-12, msg=f"{scenario}: gaps of micro-step {step}")
+    for rank in ranks:
+        assert set(rank["weights"]) == set(one["weights"])
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], value, rtol=1e-9, atol=1e-12, msg=f"{scenario}: {name}")
+        assert rank["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-6)
+    log = ranks[0]["log"]
+    assert log["gapo/anchor_pairs"] == one["log"]["gapo/anchor_pairs"] == PAIRS
+    for name in set(one["log"]) - {"gapo/anchor_gap_std"}:  # a deviation within each rank's pairs
+        assert log[name] == pytest.approx(one["log"][name], rel=1e-5, abs=1e-7), f"{scenario}: {name}"
+
+
+def assert_nan_stops_both(ranks: list[dict[str, Any]]) -> None:
+    """NaN on the last rank raises on both, with the weights as they were."""
+    for where in ("clean", "anchor"):
+        assert all(rank[f"nan_{where}"]["same"] for rank in ranks)
+        assert f"the margins of pairs [0, 1] are not finite in the {where} forward" in ranks[1][f"nan_{where}"]["said"]
+    assert "the probe gradient of" in ranks[0]["nan_clean"]["said"]
+    assert "the margins of another rank's pairs are not finite in the anchor" in ranks[0]["nan_anchor"]["said"]
+
+
+def assert_own_loop_equals_one_process(ranks: list[dict[str, Any]]) -> None:
+    """Gathered weights are not mistaken for the anchor's; `.grad`, a crash and what FSDP2 holds back are seen to."""
+    model = hf_models.make("pythia").double()
+    step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(rho=0.3), backend="torch")
+    result, grads = step(model, hf_models.batch(PAIRS))
+    for key in ("gaps", "gaps_again"):
+        found = torch.cat([rank[key] for rank in ranks])
+        torch.testing.assert_close(found, result.anchor_gaps, rtol=1e-9, atol=1e-12)
+    for rank in ranks:
+        torch.testing.assert_close(rank["grads"], grads, rtol=1e-9, atol=1e-12)
+        assert rank["grad_kept"]
+        assert rank["same"]
+        assert rank["crashed"] == "'in the anchor forward'"
+        assert re.search(r"FSDP2 holds gradients back .* set sync_each_batch=True", rank["refused"])
+
+
+def assert_checkpoints_are_one_process(folder: Path) -> None:
+    """The checkpoint before the death holds the policy, not the anchor; the resumed one what came of it in the end."""
+    assert float((folder / "moved.txt").read_text()) > 1e-3  # the weights were the anchor's when the rank died
+    trainer = make_trainer("gpt2", {}, folder / "one", **RESUMABLE)
+    trainer.train()
+    for checkpoint in ("checkpoint-1", "checkpoint-3"):
+        saved = load_file(folder / checkpoint / "model.safetensors")
+        expected = load_file(folder / "one" / checkpoint / "model.safetensors")
+        for name, value in expected.items():
+            torch.testing.assert_close(saved[name], value, rtol=1e-9, atol=1e-12, msg=f"{checkpoint}: {name}")
