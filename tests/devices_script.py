@@ -32,6 +32,7 @@ from gapo import GAPOConfig, StepResult
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch.sharded import fsdp_units, whole
+from gapo.backends.torch.zero3 import is_zero3
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "exact": {"model": "pythia", "adaptive": True},
@@ -41,6 +42,29 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "tied": {"model": "gpt2", "sft_weight": 0.1},
 }
 PAIRS = 4  # share an anchor
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 100,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_clipping": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "": {},  # one process
+    "ddp": {"ddp_backend": "gloo", "ddp_find_unused_parameters": False},
+    "fsdp2": {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": {"version": 2}},
+    "zero3": {"ddp_backend": "gloo", "deepspeed": ZERO3},
+}
+
+
+def scenarios_of(engine: str) -> list[str]:
+    """Names of the scenarios that an engine can do."""
+    return [name for name in SCENARIOS if not (engine == "zero3" and name == "first_order")]
 
 
 class InOrder(Trainer):
@@ -51,7 +75,7 @@ class InOrder(Trainer):
 
 
 def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: str = "", **options: Any) -> Trainer:
-    """A trainer of a float64 model in one process, or with engine "ddp" or "fsdp2" in two."""
+    """A trainer of a float64 model in one process, or with one of `ENGINES` in two."""
     defaults = {"optim": "sgd", "save_strategy": "no", "max_steps": 2, "logging_steps": 2, "learning_rate": 0.5}
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -64,9 +88,7 @@ def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: 
         max_grad_norm=0.0,
         dataloader_pin_memory=False,
         ddp_timeout=120,
-        **({"ddp_backend": "gloo"} if engine else {}),
-        **({"ddp_find_unused_parameters": False} if engine == "ddp" else {}),
-        **({"fsdp": True, "fsdp_config": {"version": 2}} if engine == "fsdp2" else {}),
+        **ENGINES[engine],
         **{**defaults, "gradient_accumulation_steps": 2, **options},
     )
     if engine == "fsdp2":  # accelerate takes FSDP for GPUs only, and falls back to DDP on CPUs without a word
@@ -87,6 +109,11 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All weights, whole, as they are outside a forward."""
     for unit in fsdp_units(model):
         unit.reshard()
+    if is_zero3(model):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: p.detach().clone() for name, p in model.named_parameters()}
     return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
 
 
@@ -186,15 +213,16 @@ def die(engine: str, folder: str) -> None:
     It leaves a note of how far its weights stood from the policy's just then.
     """
     trainer = make_trainer("gpt2", {}, folder, engine, **RESUMABLE)
+    here = lambda layer: {name: getattr(p, "ds_tensor", p) for name, p in layer.named_parameters()}  # noqa: E731
     theta: dict[str, torch.Tensor] = {}
 
     def kill(layer: torch.nn.Module, args: Any, output: Any) -> None:
         if trainer.state.global_step != 1 or dist.get_rank() != 1:
             return
         if torch.is_grad_enabled():
-            theta.update({name: p.detach().clone() for name, p in layer.named_parameters()})
+            theta.update({name: p.detach().clone() for name, p in here(layer).items()})
             return
-        moved = max(float((p - theta[name]).abs().max()) for name, p in layer.named_parameters())
+        moved = max(float((p - theta[name]).abs().max()) for name, p in here(layer).items())
         (Path(folder) / "moved.txt").write_text(str(moved))
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -216,7 +244,7 @@ def start_over() -> None:
 def run_scenarios(engine: str, folder: str) -> None:
     """Every scenario, and every meeting with NaN."""
     results: dict[str, Any] = {}
-    for scenario in SCENARIOS:
+    for scenario in scenarios_of(engine):
         results[scenario] = train(engine, scenario)
         start_over()
     for where in ("clean", "anchor"):

@@ -14,18 +14,20 @@ import devices_script
 import hf_models
 import pytest
 import torch
-from devices_script import PAIRS, RESUMABLE, SCENARIOS, make_trainer
+from devices_script import PAIRS, RESUMABLE, make_trainer, scenarios_of
 from safetensors.torch import load_file
 
 import gapo
 from gapo.adapters.hf.margins import pair_logps
 
-ENGINES = ("ddp", "fsdp2")
+ENGINES = ("ddp", "fsdp2", "zero3")
+# DeepSpeed's optimiser keeps float32 weights, whatever those of the model.
+RTOL = {"ddp": 1e-9, "fsdp2": 1e-9, "zero3": 2e-6}
 SCRIPT = str(Path(__file__).parent / "devices_script.py")
 
 
 def run_script(*arguments: str) -> None:
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}  # whatever the host's name resolves to
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}  # whatever this host has
     done = subprocess.run(
         [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=400, env=environment
     )
@@ -35,37 +37,45 @@ def run_script(*arguments: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks(engine: str, tmp_path: Path) -> None:
     """One launch serves all that is asked of an engine, since starting Python takes longest."""
+    if engine == "zero3":  # it builds an extension when it first runs, so CI does without
+        pytest.importorskip("deepspeed")
     run_script(engine, str(tmp_path))
     codes = json.loads((tmp_path / "codes.json").read_text())
     assert codes["run_scenarios"] == [0, 0]
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    for scenario in SCENARIOS:
-        assert_equal_to_one_process(scenario, [rank[scenario] for rank in ranks])
+    for scenario in scenarios_of(engine):
+        assert_equal_to_one_process(scenario, [rank[scenario] for rank in ranks], RTOL[engine])
     assert_nan_stops_both(ranks)
     if engine == "fsdp2":
         assert_own_loop_equals_one_process([rank["own_loop"] for rank in ranks])
     assert codes["die"][1] == -9
     assert codes["die"][0] == 1  # it has seen its peer go, and did not wait for ever
     assert codes["resume"] == [0, 0]
-    assert_checkpoints_are_one_process(tmp_path)
+    assert_checkpoints_are_one_process(tmp_path, RTOL[engine])
 
 
-def assert_equal_to_one_process(scenario: str, ranks: list[dict[str, Any]]) -> None:
+def assert_equal_to_one_process(scenario: str, ranks: list[dict[str, Any]], rtol: float) -> None:
     """Weights, gaps, logs and evaluation are those of one process with both ranks' pairs in a batch."""
     one = devices_script.train("", scenario)
     assert len(one["gaps"]) == len(ranks[0]["gaps"]) == 4  # two steps of two micro-steps
     for step, gaps in enumerate(one["gaps"]):
         found = torch.cat([rank["gaps"][step] for rank in ranks])
-        torch.testing.assert_close(found, gaps, rtol=1e-9, atol=1e-12, msg=f"{scenario}: gaps of micro-step {step}")
+        assert_near(found, gaps, rtol if step > 1 else 1e-9, f"{scenario}: gaps of micro-step {step}")
     for rank in ranks:
         assert set(rank["weights"]) == set(one["weights"])
         for name, value in one["weights"].items():
-            torch.testing.assert_close(rank["weights"][name], value, rtol=1e-9, atol=1e-12, msg=f"{scenario}: {name}")
+            assert_near(rank["weights"][name], value, rtol, f"{scenario}: {name}")
         assert rank["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-6)
     log = ranks[0]["log"]
     assert log["gapo/anchor_pairs"] == one["log"]["gapo/anchor_pairs"] == PAIRS
     for name in set(one["log"]) - {"gapo/anchor_gap_std"}:  # a deviation within each rank's pairs
         assert log[name] == pytest.approx(one["log"][name], rel=1e-5, abs=1e-7), f"{scenario}: {name}"
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, rtol: float, what: str) -> None:
+    """Equal within `rtol` of the largest entry."""
+    error = float((found - expected).abs().max() / expected.abs().max())
+    assert error < rtol, f"{what}: off by {error:.1e}"
 
 
 def assert_nan_stops_both(ranks: list[dict[str, Any]]) -> None:
@@ -84,16 +94,17 @@ def assert_own_loop_equals_one_process(ranks: list[dict[str, Any]]) -> None:
     result, grads = step(model, hf_models.batch(PAIRS))
     for key in ("gaps", "gaps_again"):
         found = torch.cat([rank[key] for rank in ranks])
-        torch.testing.assert_close(found, result.anchor_gaps, rtol=1e-9, atol=1e-12)
+        assert_near(found, result.anchor_gaps, 1e-9, key)
     for rank in ranks:
-        torch.testing.assert_close(rank["grads"], grads, rtol=1e-9, atol=1e-12)
+        for name, gradient in grads.items():
+            assert_near(rank["grads"][name], gradient, 1e-9, name)
         assert rank["grad_kept"]
         assert rank["same"]
         assert rank["crashed"] == "'in the anchor forward'"
         assert re.search(r"FSDP2 holds gradients back .* set sync_each_batch=True", rank["refused"])
 
 
-def assert_checkpoints_are_one_process(folder: Path) -> None:
+def assert_checkpoints_are_one_process(folder: Path, rtol: float) -> None:
     """The checkpoint before the death holds the policy, not the anchor; the resumed one what came of it in the end."""
     assert float((folder / "moved.txt").read_text()) > 1e-3  # the weights were the anchor's when the rank died
     trainer = make_trainer("gpt2", {}, folder / "one", **RESUMABLE)
@@ -102,4 +113,4 @@ def assert_checkpoints_are_one_process(folder: Path) -> None:
         saved = load_file(folder / checkpoint / "model.safetensors")
         expected = load_file(folder / "one" / checkpoint / "model.safetensors")
         for name, value in expected.items():
-            torch.testing.assert_close(saved[name], value, rtol=1e-9, atol=1e-12, msg=f"{checkpoint}: {name}")
+            assert_near(saved[name], value, rtol, f"{checkpoint}: {name}")

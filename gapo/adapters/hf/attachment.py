@@ -12,7 +12,8 @@ from transformers import Trainer
 
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.base import by_pairs
-from gapo.backends.torch import TorchBackend
+from gapo.backends.torch import TorchBackend, TorchForward
+from gapo.backends.torch.zero3 import Zero3Forward, is_zero3
 from gapo.metrics import combine, reward_metrics, step_metrics
 from gapo.step import StepResult, probe_losses, run
 
@@ -95,9 +96,16 @@ class Attachment:
         @by_pairs
         def margin_fn(_: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
             # The clean forward goes through DDP, which prepares its reduction; the anchor's has no backward to prepare.
-            return pair_logps(model if torch.is_grad_enabled() else bare, batch)
+            # DeepSpeed's engine would take the probe's backward for the update's.
+            return pair_logps(
+                model if torch.is_grad_enabled() and not self.trainer.is_deepspeed_enabled else bare, batch
+            )
 
-        forward = self._backend.forward(margin_fn, bare, inputs, self._config)
+        forward: TorchForward
+        if is_zero3(bare):
+            forward = Zero3Forward(pair_logps, model, inputs, self._config)
+        else:
+            forward = self._backend.forward(margin_fn, bare, inputs, self._config)
         result, cotangents = run(forward, self._config, self._backend)
         if float(result.radius) == 0 and self._config.rho > 0:
             self._tell(

@@ -24,7 +24,7 @@ class ShardedForward(TorchForward):
     """A clean forward through `torch.distributed.fsdp.fully_shard`; its gradients are the ranks' average, as shards."""
 
     def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
-        self._units = fsdp_units(module)
+        self._units = fsdp_units(module)  # the root first
         self._reshard()  # after a forward without backward some parameters are still the gathered ones
         super().__init__(margin_fn, module, batch, config)
 
