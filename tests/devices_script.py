@@ -153,15 +153,17 @@ def meet_nan(engine: str, where: str) -> dict[str, Any]:
 
 
 def own_loop() -> dict[str, Any]:
-    """`gapo.value_and_grad` on a model under `fully_shard`, nothing resharded after a forward; what it does to it."""
+    """`gapo.value_and_grad` on a model under `fully_shard`, that FSDP2 never reshards by itself; what it does to it."""
     from torch.distributed.fsdp import fully_shard
 
     model = hf_models.make("pythia").double()
     for layer in model.gpt_neox.layers:
         fully_shard(layer, reshard_after_forward=False)
     fully_shard(model, reshard_after_forward=False)
+    model.set_reshard_after_backward(False)
     before = weights_of(model)
-    for p in model.parameters():
+    shards = list(model.parameters())
+    for p in shards:
         p.grad = torch.ones_like(p)
     mine = slice(dist.get_rank() * 2, dist.get_rank() * 2 + 2)
     batch = {name: x[mine] for name, x in hf_models.batch(PAIRS).items()}
@@ -170,7 +172,7 @@ def own_loop() -> dict[str, Any]:
         pair_logps(model, batch)  # leaves the weights gathered
     result, grads = step(model, batch)
     found = {"gaps": result.anchor_gaps, "grads": {name: whole(g) for name, g in grads.items()}}
-    found["grad_kept"] = all(bool((whole(p.grad) == 1).all()) for p in model.parameters())
+    found["grad_kept"] = all(bool((whole(p.grad) == 1).all()) for p in shards)
 
     def crash(*_: Any) -> None:
         if not torch.is_grad_enabled():

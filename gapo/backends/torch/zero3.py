@@ -32,8 +32,8 @@ class Zero3Forward(ShardedForward):
     def __init__(self, margin_fn: MarginFn, engine: Any, batch: Any, config: GAPOConfig) -> None:
         if config.anchor == "first_order":
             raise ValueError(
-                'anchor="first_order" is not supported under DeepSpeed ZeRO-3: use FSDP2, or anchor="exact" with float32 '
-                'weights, from which DeepSpeed\'s "torch_autocast" computes in bfloat16'
+                'anchor="first_order" is not supported under DeepSpeed ZeRO-3: use FSDP2, or anchor="exact" with '
+                'weights in float32, from which DeepSpeed\'s "torch_autocast" computes in bfloat16'
             )
         self._engine = engine
         self._gathered = dict(engine.module.named_parameters())
