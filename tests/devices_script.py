@@ -128,8 +128,7 @@ def train(engine: str, scenario: str) -> dict[str, Any]:
         trainer.train()
         evaluation = trainer.evaluate()
     log = next(row for row in trainer.state.log_history if "loss" in row)
-    gaps = [result.anchor_gaps for result in results]
-    return {"weights": weights_of(trainer.model), "log": log, "evaluation": evaluation, "gaps": gaps}
+    return {"weights": weights_of(trainer.model), "log": log, "evaluation": evaluation, "results": results}
 
 
 def meet_nan(engine: str, where: str) -> dict[str, Any]:
@@ -257,11 +256,17 @@ def run_scenarios(engine: str, folder: str) -> None:
     torch.save(results, f"{folder}/{dist.get_rank()}.pt")
 
 
-def launch(target: Any, *args: Any) -> list[int | None]:
-    """Run `target` in two ranks, as torchrun does, and wait at most two minutes; their exit codes, None if running."""
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        port: int = free.getsockname()[1]
+    return port
+
+
+def launch(target: Any, *args: Any) -> list[int | None]:
+    """Run `target` in two ranks, as torchrun does, and wait at most two minutes; their exit codes, None if running."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [multiprocessing.get_context("fork").Process(target=run_rank, args=(r, target, args)) for r in range(2)]
     for rank in ranks:
         rank.start()

@@ -14,7 +14,7 @@ import devices_script
 import hf_models
 import pytest
 import torch
-from devices_script import PAIRS, RESUMABLE, make_trainer, scenarios_of
+from devices_script import PAIRS, RESUMABLE, free_port, make_trainer, scenarios_of
 from safetensors.torch import load_file
 
 import gapo
@@ -23,14 +23,11 @@ from gapo.adapters.hf.margins import pair_logps
 ENGINES = ("ddp", "fsdp2", "zero3")
 # DeepSpeed's optimiser keeps float32 weights, whatever those of the model.
 RTOL = {"ddp": 1e-9, "fsdp2": 1e-9, "zero3": 2e-6}
-SCRIPT = str(Path(__file__).parent / "devices_script.py")
 
 
-def run_script(*arguments: str) -> None:
+def run_command(command: list[str]) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}  # whatever this host has
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=400, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -39,7 +36,7 @@ def test_two_ranks(engine: str, tmp_path: Path) -> None:
     """One launch serves all that is asked of an engine, since starting Python takes longest."""
     if engine == "zero3":  # it builds an extension when it first runs, so CI does without
         pytest.importorskip("deepspeed")
-    run_script(engine, str(tmp_path))
+    run_command([sys.executable, devices_script.__file__, engine, str(tmp_path)])
     codes = json.loads((tmp_path / "codes.json").read_text())
     assert codes["run_scenarios"] == [0, 0]
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
@@ -57,10 +54,15 @@ def test_two_ranks(engine: str, tmp_path: Path) -> None:
 def assert_equal_to_one_process(scenario: str, ranks: list[dict[str, Any]], rtol: float) -> None:
     """Weights, gaps, logs and evaluation are those of one process with both ranks' pairs in a batch."""
     one = devices_script.train("", scenario)
-    assert len(one["gaps"]) == len(ranks[0]["gaps"]) == 4  # two steps of two micro-steps
-    for step, gaps in enumerate(one["gaps"]):
-        found = torch.cat([rank["gaps"][step] for rank in ranks])
-        assert_near(found, gaps, rtol if step > 1 else 1e-9, f"{scenario}: gaps of micro-step {step}")
+    assert len(one["results"]) == len(ranks[0]["results"]) == 4  # two steps of two micro-steps
+    for step, result in enumerate(one["results"]):
+        taken = [rank["results"][step] for rank in ranks]
+        near = {"rtol": rtol if step > 1 else 1e-9, "what": f"{scenario}: micro-step {step}"}
+        assert_near(torch.cat([r.anchor_gaps for r in taken]), result.anchor_gaps, **near)
+        for r in taken:
+            for scalar in ("radius", "grad_norm", "changed_fraction"):
+                rounding = 500 if scalar == "changed_fraction" and step > 1 else 10
+                assert getattr(r, scalar) == pytest.approx(getattr(result, scalar), rel=rounding * near["rtol"]), near
     for rank in ranks:
         assert set(rank["weights"]) == set(one["weights"])
         for name, value in one["weights"].items():
@@ -114,3 +116,45 @@ def assert_checkpoints_are_one_process(folder: Path, rtol: float) -> None:
         expected = load_file(folder / "one" / checkpoint / "model.safetensors")
         for name, value in expected.items():
             assert_near(saved[name], value, rtol, f"{checkpoint}: {name}")
+
+
+def test_a_ring_of_mlx_equals_one_process(tmp_path: Path) -> None:
+    """mlx-lm's train on two ranks of `mlx.launch`: one anchor for both."""
+    import mlx.core as mx
+    import numpy as np
+    import ring_script
+
+    hf_models.make("llama").save_pretrained(tmp_path / "model")
+    hf_models.tokenizer().save_pretrained(tmp_path / "model")
+    launcher = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "--starting-port"]
+    run_command([*launcher, str(free_port()), sys.executable, ring_script.__file__, str(tmp_path)])
+    for name, config in ring_script.CONFIGS.items():
+        found, about = mx.load(str(tmp_path / f"{name}.safetensors"), return_metadata=True)
+        assert about["ranks"] == "2"
+        weights, _ = ring_script.run(str(tmp_path), config)
+        for parameter, value in weights.items():
+            np.testing.assert_allclose(np.array(found[parameter]), np.array(value), rtol=1e-5, atol=1e-6)
+
+
+def test_two_hosts_of_jax_equal_one_process(tmp_path: Path) -> None:
+    """Global arrays over two processes: the pairs of both share one anchor."""
+    import hosts_script
+    import numpy as np
+    from test_backend_jax import problem, step
+
+    environment = {**os.environ, "XLA_FLAGS": ""}  # one device for each process
+    address = f"127.0.0.1:{free_port()}"
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, hosts_script.__file__, str(rank), address, str(tmp_path / f"{rank}.npz")], env=environment
+        )
+        for rank in range(2)
+    ]
+    assert [host.wait(timeout=300) for host in hosts] == [0, 0]
+    result, grads = step()(*problem("float64"))
+    for rank in range(2):
+        found = np.load(tmp_path / f"{rank}.npz")
+        assert found["processes"] == 2
+        np.testing.assert_allclose(found["gaps"], np.asarray(result.anchor_gaps), rtol=1e-9)
+        for name, gradient in grads.items():
+            np.testing.assert_allclose(found[name], np.asarray(gradient), rtol=1e-9, atol=1e-12)
