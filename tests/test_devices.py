@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import devices_script
@@ -18,7 +19,10 @@ from devices_script import PAIRS, RESUMABLE, free_port, make_trainer, scenarios_
 from safetensors.torch import load_file
 
 import gapo
+from gapo.adapters.hf import GAPOCallback
 from gapo.adapters.hf.margins import pair_logps
+from gapo.backends.torch import zero3
+from gapo.backends.torch.sharded import fsdp_units
 
 ENGINES = ("ddp", "fsdp2", "zero3")
 # DeepSpeed's optimiser keeps float32 weights, whatever those of the model.
@@ -158,3 +162,28 @@ def test_two_hosts_of_jax_equal_one_process(tmp_path: Path) -> None:
         np.testing.assert_allclose(found["gaps"], np.asarray(result.anchor_gaps), rtol=1e-9)
         for name, gradient in grads.items():
             np.testing.assert_allclose(found[name], np.asarray(gradient), rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    old = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    torch.nn.Module.__init__(old)
+    with pytest.raises(ValueError, match=r"the model is sharded by FSDP1: use FSDP2"):
+        fsdp_units(torch.nn.Sequential(old))
+    trainer = make_trainer("gpt2", {}, tmp_path)
+    GAPOCallback.detach(next(c for c in trainer.callback_handler.callbacks if isinstance(c, GAPOCallback)))
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=1), raising=False)
+    with pytest.raises(ValueError, match=r'FSDP1 is not supported: set fsdp_config=\{"version": 2\}'):
+        GAPOCallback().attach(trainer)
+
+    with pytest.raises(ValueError, match=r'anchor="first_order" is not supported under DeepSpeed ZeRO-3: use FSDP2'):
+        zero3.Zero3Forward(pair_logps, None, {}, gapo.GAPOConfig(anchor="first_order"))
+    here, there = torch.empty(1), torch.empty(1, device="meta")
+    for partition in (
+        SimpleNamespace(device=here.device, ds_tensor=there),
+        SimpleNamespace(device=here.device, ds_tensor=here, ds_secondary_tensor=here),
+    ):
+        engine = SimpleNamespace(module=SimpleNamespace(named_parameters=lambda p=partition: [("w", p)]))
+        with pytest.raises(ValueError, match=r"the partition of 'w' .* supports neither offload_param nor zero_hpz"):
+            zero3.Zero3Forward(pair_logps, engine, {}, gapo.GAPOConfig())
