@@ -20,6 +20,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hf_models
+import peft
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -39,6 +40,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "first_order": {"model": "pythia", "anchor": "first_order"},
     "last_layer": {"model": "pythia", "last_layers": 1, "adaptive": False, "probe": "margin"},
     "gaussian": {"model": "pythia", "direction": "gaussian"},
+    "lora": {"model": "lora", "adaptive": False, "perturb": "all"},
     "tied": {"model": "gpt2", "sft_weight": 0.1},
 }
 PAIRS = 4  # share an anchor
@@ -96,13 +98,21 @@ def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: 
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     collator = PreferenceCollator(hf_models.tokenizer(), max_length=64, pad_to_multiple_of=64)
     return InOrder(
-        hf_models.make(kind).double(),
+        make_model(kind).double(),
         arguments,
         train_dataset=hf_models.pairs(16),
         eval_dataset=hf_models.pairs(6, seed=2),
         data_collator=collator,
         callbacks=[GAPOCallback(GAPOConfig(**{"rho": 0.3, **config}))],
     )
+
+
+def make_model(kind: str) -> Any:
+    """A model of `hf_models`, or "lora" for adapters on one."""
+    if kind != "lora":
+        return hf_models.make(kind)
+    adapters = peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
+    return peft.get_peft_model(hf_models.make("pythia"), adapters)
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -127,8 +137,11 @@ def train(engine: str, scenario: str) -> dict[str, Any]:
         callback.on_step = lambda result, batch: results.append(result)
         trainer.train()
         evaluation = trainer.evaluate()
+        callback.detach()
+        synced = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
     log = next(row for row in trainer.state.log_history if "loss" in row)
-    return {"weights": weights_of(trainer.model), "log": log, "evaluation": evaluation, "results": results}
+    weights = weights_of(trainer.model)
+    return {"weights": weights, "log": log, "evaluation": evaluation, "results": results, "synced": synced}
 
 
 def meet_nan(engine: str, where: str) -> dict[str, Any]:

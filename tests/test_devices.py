@@ -63,15 +63,17 @@ def assert_equal_to_one_process(scenario: str, ranks: list[dict[str, Any]], rtol
         taken = [rank["results"][step] for rank in ranks]
         near = {"rtol": rtol if step > 1 else 1e-9, "what": f"{scenario}: micro-step {step}"}
         assert_near(torch.cat([r.anchor_gaps for r in taken]), result.anchor_gaps, **near)
-        for r in taken:
-            for scalar in ("radius", "grad_norm", "changed_fraction"):
-                rounding = 500 if scalar == "changed_fraction" and step > 1 else 10
-                assert getattr(r, scalar) == pytest.approx(getattr(result, scalar), rel=rounding * near["rtol"]), near
+        changed = ("changed_fraction",) if step < 2 or rtol == 1e-9 else ()  # one weight more or less is no rounding
+        for name in ("radius", "grad_norm", *changed):
+            for r in taken:
+                expected = pytest.approx(float(getattr(result, name)), rel=50 * max(near["rtol"], 2e-7))
+                assert float(getattr(r, name)) == expected, f"{scenario}: {name} of micro-step {step}"
     for rank in ranks:
         assert set(rank["weights"]) == set(one["weights"])
         for name, value in one["weights"].items():
             assert_near(rank["weights"][name], value, rtol, f"{scenario}: {name}")
         assert rank["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-6)
+        assert not rank["synced"]  # as accelerate had it
     log = ranks[0]["log"]
     assert log["gapo/anchor_pairs"] == one["log"]["gapo/anchor_pairs"] == PAIRS
     for name in set(one["log"]) - {"gapo/anchor_gap_std"}:  # a deviation within each rank's pairs
@@ -80,8 +82,8 @@ def assert_equal_to_one_process(scenario: str, ranks: list[dict[str, Any]], rtol
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, rtol: float, what: str) -> None:
     """Equal within `rtol` of the largest entry."""
-    error = float((found - expected).abs().max() / expected.abs().max())
-    assert error < rtol, f"{what}: off by {error:.1e}"
+    error, scale = (float(x.abs().max()) for x in (found - expected, expected))
+    assert error <= rtol * scale, f"{what}: off by {error:.1e} of {scale:.1e}"
 
 
 def assert_nan_stops_both(ranks: list[dict[str, Any]]) -> None:

@@ -46,9 +46,10 @@ class Attachment:
             logger.info("remove_unused_columns was True, which would drop the pairs' columns: set to False")
             trainer.args.remove_unused_columns = False
         # FSDP2's shards get their gradients in a backward that reduces, and the probe of every micro-step needs them.
-        self._accumulation = dict(trainer.accelerator.gradient_state.plugin_kwargs)
-        if trainer.accelerator.is_fsdp2:
-            trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        self._accumulation = trainer.accelerator.gradient_state.plugin_kwargs
+        self._set_sync = trainer.accelerator.is_fsdp2 and not self._accumulation.get("sync_each_batch")
+        if self._set_sync:
+            self._accumulation["sync_each_batch"] = True
         self._own = {name: getattr(trainer, name) for name in _REPLACED}
         for name in _REPLACED:
             setattr(trainer, name, getattr(self, name))
@@ -68,7 +69,8 @@ class Attachment:
             setattr(self.trainer, name, value)
         for module, attribute, value in self._dropout:
             setattr(module, attribute, value)
-        self.trainer.accelerator.gradient_state.plugin_kwargs = self._accumulation
+        if self._set_sync:
+            self._accumulation["sync_each_batch"] = False
         del self.trainer._gapo_attachment
 
     def compute_loss(

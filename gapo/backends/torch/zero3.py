@@ -64,7 +64,7 @@ class Zero3Forward(ShardedForward):
         self._engine.optimizer.empty_partition_cache()
 
     def _recover(self) -> None:
-        """DeepSpeed resets its own state at the next forward."""
+        """DeepSpeed has no call for it: the weights are back, but a forward that failed ends its run."""
 
 
 def is_zero3(module: nn.Module) -> bool:
@@ -98,9 +98,9 @@ def _partition(p: Any) -> Tensor:
     """The partitions of `p` over all ranks as one flat `DTensor`, without the last one's padding; memory is shared."""
     from torch.distributed.tensor import DTensor, Shard
 
-    size, whole = p.ds_tensor.numel(), p.ds_numel
-    mine = max(0, min(size, whole - dist.get_rank() * size))
-    flat, shape = p.ds_tensor.data[:mine], torch.Size([whole])
+    size, shape = p.ds_tensor.numel(), torch.Size([p.ds_numel])
+    mine = max(0, min(size, p.ds_numel - dist.get_rank() * size))
+    flat = p.ds_tensor.data[:mine]
     return DTensor.from_local(flat, _mesh(flat.device.type), [Shard(0)], run_check=False, shape=shape, stride=(1,))
 
 
