@@ -72,7 +72,7 @@ def value_and_grad(
         dict of float64 arrays. `gamma` overrides the config's by a float or (N,) array of per-pair targets; `rng` feeds
         direction="gaussian" (a `torch.Generator`, a JAX or MLX key, a NumPy generator). `grads`: "torch" and "numpy" a
         dict by parameter name; "jax" and "mlx" a tree like the trainable parameters. They are this rank's own, not
-        averaged over ranks.
+        averaged over ranks; under FSDP2 the ranks' average, as shards.
 
     Raises:
         ModuleNotFoundError: the backend's framework is not installed.

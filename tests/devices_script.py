@@ -165,7 +165,7 @@ def meet_nan(engine: str, where: str) -> dict[str, Any]:
 
 
 def own_loop() -> dict[str, Any]:
-    """`gapo.value_and_grad` on a model under `fully_shard`, that FSDP2 never reshards by itself; what it does to it."""
+    """`gapo.value_and_grad` on a model that FSDP2 never reshards by itself, and what becomes of the model."""
     from torch.distributed.fsdp import fully_shard
 
     model = hf_models.make("pythia").double()
@@ -227,14 +227,16 @@ def die(engine: str, folder: str) -> None:
     It leaves a note of how far its weights stood from the policy's just then.
     """
     trainer = make_trainer("gpt2", {}, folder, engine, **RESUMABLE)
-    here = lambda layer: {name: getattr(p, "ds_tensor", p) for name, p in layer.named_parameters()}  # noqa: E731
     theta: dict[str, torch.Tensor] = {}
+
+    def here(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: getattr(p, "ds_tensor", p).detach() for name, p in layer.named_parameters()}
 
     def kill(layer: torch.nn.Module, args: Any, output: Any) -> None:
         if trainer.state.global_step != 1 or dist.get_rank() != 1:
             return
         if torch.is_grad_enabled():
-            theta.update({name: p.detach().clone() for name, p in here(layer).items()})
+            theta.update({name: p.clone() for name, p in here(layer).items()})
             return
         moved = max(float((p - theta[name]).abs().max()) for name, p in here(layer).items())
         (Path(folder) / "moved.txt").write_text(str(moved))
@@ -278,12 +280,12 @@ def free_port() -> int:
 
 
 def launch(target: Any, *args: Any) -> list[int | None]:
-    """Run `target` in two ranks, as torchrun does, and wait at most two minutes; their exit codes, None if running."""
+    """Run `target` in two ranks, as torchrun does, and wait at most four minutes; their exit codes, None if running."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [multiprocessing.get_context("fork").Process(target=run_rank, args=(r, target, args)) for r in range(2)]
     for rank in ranks:
         rank.start()
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     for rank in ranks:
         rank.join(max(0.0, end - time.monotonic()))
     codes = [rank.exitcode for rank in ranks]

@@ -31,7 +31,7 @@ RTOL = {"ddp": 1e-9, "fsdp2": 1e-9, "zero3": 2e-6}
 
 def run_command(command: list[str]) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}  # whatever this host has
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -181,6 +181,10 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     with pytest.raises(ValueError, match=r'anchor="first_order" is not supported under DeepSpeed ZeRO-3: use FSDP2'):
         zero3.Zero3Forward(pair_logps, None, {}, gapo.GAPOConfig(anchor="first_order"))
+    partitioned = torch.nn.Linear(1, 1)
+    partitioned.weight.ds_tensor = torch.empty(1)
+    with pytest.raises(ValueError, match=r"DeepSpeed has partitioned the parameters \(ZeRO-3\): train with gapo.adap"):
+        gapo.value_and_grad(pair_logps, backend="torch")(partitioned, {})
     here, there = torch.empty(1), torch.empty(1, device="meta")
     for partition in (
         SimpleNamespace(device=here.device, ds_tensor=there),

@@ -16,6 +16,7 @@ from gapo.backends.torch.forward import TorchForward
 from gapo.backends.torch.onepass import OnePassForward
 from gapo.backends.torch.sharded import ShardedForward, by_rank, fsdp_units, is_shard, like_shard
 from gapo.backends.torch.token_logps import token_logps  # noqa: F401  (takes its place in gapo.logps)
+from gapo.backends.torch.zero3 import is_zero3
 from gapo.config import GAPOConfig
 
 
@@ -33,6 +34,11 @@ class TorchBackend:
     def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> TorchForward:
         if not isinstance(params, nn.Module):
             raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(params).__name__}')
+        if is_zero3(params):
+            raise ValueError(
+                "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
+                "Trainer, or shard with FSDP2 in a loop of your own"
+            )
         if fsdp_units(params):
             return ShardedForward(margin_fn, params, batch, config)
         # The SFT term weighs the rows of a pair differently, and float16's gradient scaler must see the backward.
@@ -56,7 +62,7 @@ class TorchBackend:
         return by_rank(x, torch.sum).sum() / x.numel() if is_shard(x) else x.mean()
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
-        if is_shard(x):  # by FSDP2's own backward
+        if is_shard(x):  # reduced as it came to be one
             return x
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return x
