@@ -84,6 +84,9 @@ class NumpyBackend:
     def norm(self, x: np.ndarray) -> np.ndarray:
         return geometry.norm(x, xp)
 
+    def mean(self, x: np.ndarray) -> np.ndarray:
+        return xp.mean(x)
+
     def all_reduce(self, x: np.ndarray, op: str) -> np.ndarray:
         return x
 
