@@ -170,12 +170,6 @@ def margins_of(outputs: tuple[Array, ...]) -> Array:
     return outputs[0] if len(outputs) == 1 else outputs[0] - outputs[1]
 
 
-def probe_losses(margins: Array, config: GAPOConfig, xp: Namespace, gamma: Any = None) -> Array:
-    """The loss without an anchor, (N,): `-log sigmoid(beta * M - gamma)`, SimPO's (method document, steps 2 and 6)."""
-    gamma = config.gamma if gamma is None else gamma
-    return objective.pair_losses(margins, config.beta, gamma, "sigmoid", 0.0, xp)
-
-
 def probe_pull(margins: Array, gamma: Any, config: GAPOConfig, backend: Backend) -> tuple[Array, Array]:
     """-dl/dM of each pair up to a factor: `pull` (N,), the largest over all ranks 1, and the scalar `factor` such that
     `factor * pull` is minus the derivative of the mean probe loss.
@@ -320,7 +314,6 @@ def _require_finite_margins(margins: Array, where: str, xp: Namespace, over_rank
 __all__ = [
     "StepResult",
     "margins_of",
-    "probe_losses",
     "run",
     "value_and_grad",
 ]
