@@ -22,8 +22,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gapo
-from gapo.adapters.hf.margins import pair_logps
 from gapo import objectives
+from gapo.adapters.hf.margins import pair_logps
 
 Step = Callable[[torch.nn.Module, dict[str, torch.Tensor]], None]
 
