@@ -38,7 +38,7 @@ def run_command(command: list[str]) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks(engine: str, tmp_path: Path) -> None:
     """One launch serves all that is asked of an engine, since starting Python takes longest."""
-    if engine == "zero3":  # it builds an extension when it first runs, so CI does without
+    if engine == "zero3":  # it first compiles an extension, for minutes, so CI does without; run it once beforehand
         pytest.importorskip("deepspeed")
     run_command([sys.executable, devices_script.__file__, engine, str(tmp_path)])
     codes = json.loads((tmp_path / "codes.json").read_text())
