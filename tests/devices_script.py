@@ -69,13 +69,6 @@ def scenarios_of(engine: str) -> list[str]:
     return [name for name in SCENARIOS if not (engine == "zero3" and name == "first_order")]
 
 
-class InOrder(Trainer):
-    """Without shuffling, so that all runs see the same pairs in each step."""
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
 def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: str = "", **options: Any) -> Trainer:
     """A trainer of a float64 model in one process, or with one of `ENGINES` in two."""
     defaults = {"optim": "sgd", "save_strategy": "no", "max_steps": 2, "logging_steps": 2, "learning_rate": 0.5}
@@ -97,7 +90,7 @@ def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: 
         assert arguments.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     collator = PreferenceCollator(hf_models.tokenizer(), max_length=64, pad_to_multiple_of=64)
-    return InOrder(
+    return hf_models.InOrder(
         make_model(kind).double(),
         arguments,
         train_dataset=hf_models.pairs(16),
