@@ -244,6 +244,17 @@ def test_resuming_gives_the_same_trajectory(tmp_path: Path) -> None:
     assert histories[0] == histories[1]
 
 
+def test_resuming_with_other_settings_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path / "first", config=GAPOConfig(rho=0.3), **options).train()
+    checkpoint = str(tmp_path / "first" / "checkpoint-1")
+    make_trainer(tmp_path / "same", config=GAPOConfig(rho=0.3), **options).train(resume_from_checkpoint=checkpoint)
+    assert "other settings" not in caplog.text
+    other = make_trainer(tmp_path / "other", config=GAPOConfig(rho=0.1, gamma=0.5), **options)
+    other.train(resume_from_checkpoint=checkpoint)
+    assert "other settings of GAPO: gamma: 0.25 -> 0.5, rho: 0.3 -> 0.1" in caplog.text
+
+
 def test_the_model_and_the_trainer_are_themselves_again(tmp_path: Path) -> None:
     model = hf_models.make("gpt2", dropout=0.1)
     forward = model.forward
