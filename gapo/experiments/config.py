@@ -154,6 +154,16 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
         ConfigError: a key or a value is not accepted, or the file cannot be read. YAML is read safely: no tag runs
         code.
     """
+    run, step = parse_fields(make_parser(), arguments, (TrainConfig, GAPOConfig))
+    return run, step
+
+
+def parse_fields(parser: Any, arguments: Sequence[str], classes: Sequence[type]) -> list[Any]:
+    """`[CONFIG.yaml] [--key value ...]` by a parser of the fields of these data classes: one instance of each.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
     from jsonargparse import ArgumentError
 
     arguments = list(arguments)
@@ -161,20 +171,17 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
         if not Path(arguments[0]).is_file():
             raise ConfigError(f"there is no configuration file {arguments[0]!r}")
         arguments.insert(0, "--config")
-    arguments = _with_values(arguments)
+    arguments = _with_values(arguments, classes)
     try:
-        found = make_parser().parse_args(arguments)
-        return (
-            TrainConfig(**{f.name: found[f.name] for f in fields(TrainConfig)}),
-            GAPOConfig(**{f.name: found[f.name] for f in fields(GAPOConfig)}),
-        )
+        found = parser.parse_args(arguments)
+        return [kind(**{f.name: found[f.name] for f in fields(kind)}) for kind in classes]
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(_with_closest_key(" ".join(str(error).split()))) from error
+        raise ConfigError(_with_closest_key(" ".join(str(error).split()), classes)) from error
 
 
-def _with_values(arguments: list[str]) -> list[str]:
+def _with_values(arguments: list[str], classes: Sequence[type]) -> list[str]:
     """`--strict` alone is `--strict true`; so for every switch."""
-    switches = {f"--{f.name}" for f in (*fields(TrainConfig), *fields(GAPOConfig)) if f.type in ("bool", bool)}
+    switches = {f"--{f.name}" for kind in classes for f in fields(kind) if f.type in ("bool", bool)}
     completed = []
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         completed.append(argument)
@@ -183,15 +190,16 @@ def _with_values(arguments: list[str]) -> list[str]:
     return completed
 
 
-def known_keys() -> list[str]:
-    """Every key that `gapo train` accepts."""
-    return [f.name for f in (*fields(TrainConfig), *fields(GAPOConfig))]
+def known_keys(classes: Sequence[type] = (TrainConfig, GAPOConfig)) -> list[str]:
+    """Every key of these data classes; by default those that `gapo train` accepts."""
+    return [f.name for kind in classes for f in fields(kind)]
 
 
-def _with_closest_key(message: str) -> str:
+def _with_closest_key(message: str, classes: Sequence[type]) -> str:
+    known = known_keys(classes)
     words = [word.strip("'\"-,.:").split("=")[0] for word in message.split()]
     for word in words:
-        if word not in known_keys() and (close := difflib.get_close_matches(word, known_keys(), n=1, cutoff=0.75)):
+        if word not in known and (close := difflib.get_close_matches(word, known, n=1, cutoff=0.75)):
             return f"{message}. Did you mean {close[0]!r}?"
     return message
 
