@@ -111,7 +111,7 @@ def anchor_gap(
         "anchor_rejected_logps": anchor_rejected_logps,
     }
     xp = namespace(backend, **arrays)
-    _check_batches(arrays, xp)
+    check_batches(arrays, xp)
     chosen, rejected, anchor_chosen, anchor_rejected = (at_least_float32(x, xp) for x in arrays.values())
     return (chosen - rejected) - stop_gradient(anchor_chosen - anchor_rejected)
 
@@ -152,7 +152,7 @@ def weights(
     1.25
     """
     xp = namespace(backend, anchor_gap=anchor_gap)
-    _check_batches({"anchor_gap": anchor_gap}, xp)
+    check_batches({"anchor_gap": anchor_gap}, xp)
     check_objective(beta, gamma, loss_type, label_smoothing, n=anchor_gap.shape[0])
     gap = stop_gradient(at_least_float32(anchor_gap, xp))
     return pair_weights(gap, beta, gamma, loss_type, label_smoothing, xp)
@@ -234,7 +234,7 @@ def require_number(name: str, value: object, accepted: str, ok: Callable[[float]
         raise ValueError(f"{name} must be a finite number {accepted}".rstrip() + f", got {value!r}")
 
 
-def _check_batches(arrays: dict[str, Array], xp: Namespace) -> None:
+def check_batches(arrays: dict[str, Array], xp: Namespace) -> None:
     """Raise unless all are floating, of one shape (N,), N >= 1."""
     first = next(iter(arrays))
     shape = tuple(arrays[first].shape)
