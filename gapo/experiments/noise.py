@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+FIFTHS = 5
+
 
 def pair_columns(steps: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """The lines of steps.jsonl as flat columns, one entry for each pair seen: "step", "anchor_gaps", "weights", ..."""
@@ -17,7 +19,7 @@ def pair_columns(steps: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def weight_diagnostics(weights: np.ndarray, is_flipped: np.ndarray) -> dict[str, float]:
-    """How weights and flips go together; empty where no pair, or every pair, is flipped.
+    """How weights and flips go together; empty where no pair, or every pair, is flipped, or there are fewer than five.
 
     Args:
         weights: (n,) weights.
@@ -28,16 +30,65 @@ def weight_diagnostics(weights: np.ndarray, is_flipped: np.ndarray) -> dict[str,
         "flipped_share", and the same "in_lowest_fifth" and "in_highest_fifth" of the weights.
     """
     flipped = np.asarray(is_flipped, dtype=bool)
-    if flipped.all() or not flipped.any():
+    if flipped.all() or not flipped.any() or len(flipped) < FIFTHS:
         return {}
-    ranked = flipped[np.argsort(weights, kind="stable")]
-    fifth = max(1, len(ranked) // 5)
+    shares = fifths(weights, flipped)
     on_flipped, on_clean = float(weights[flipped].mean()), float(weights[~flipped].mean())
     return {
         "flipped_weight": on_flipped,
         "clean_weight": on_clean,
         "flipped_weight_change": on_flipped / on_clean - 1,
         "flipped_share": float(flipped.mean()),
-        "flipped_share_in_lowest_fifth": float(ranked[:fifth].mean()),
-        "flipped_share_in_highest_fifth": float(ranked[-fifth:].mean()),
+        "flipped_share_in_lowest_fifth": shares[0],
+        "flipped_share_in_highest_fifth": shares[-1],
     }
+
+
+def fifths(weights: np.ndarray, is_flipped: np.ndarray) -> list[float]:
+    """Share of flipped pairs in each fifth of the weights, the lowest first; sizes differ by one pair at most.
+
+    Pairs of equal weight have no order: each counts for the share of flips among them, so that equal weights give five
+    equal shares, however the rows lie.
+
+    Args:
+        weights: (n,) weights, n >= 5.
+        is_flipped: (n,) 1 or True where the label was flipped.
+
+    Raises:
+        ValueError: shapes differ, or there are fewer than five pairs.
+    """
+    weights, flipped = _known(weights, is_flipped)
+    if len(weights) < FIFTHS:
+        raise ValueError(f"fifths need at least {FIFTHS} pairs, got {len(weights)}")
+    _, rank = np.unique(weights, return_inverse=True)
+    share = np.bincount(rank, flipped) / np.bincount(rank)
+    return [float(part.mean()) for part in np.array_split(share[np.sort(rank)], FIFTHS)]
+
+
+def auroc(score: np.ndarray, is_flipped: np.ndarray) -> float:
+    """Chance that a flipped pair scores higher than a clean one, ties counting half: 0.5 tells nothing, 1 tells all.
+
+    The area under the ROC curve of `score` as a detector of flips. Anchor gaps detect as they are, weights negated.
+
+    Args:
+        score: (n,) numbers, higher where a flip is suspected.
+        is_flipped: (n,) 1 or True where the label was flipped.
+
+    Raises:
+        ValueError: shapes differ, or no pair, or every pair, is flipped.
+    """
+    score, flipped = _known(score, is_flipped)
+    positives = int(flipped.sum())
+    if not 0 < positives < len(flipped):
+        raise ValueError(f"auroc needs flipped and clean pairs, got {positives} flipped of {len(flipped)}")
+    _, tied, counts = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[tied]  # from 1; the mean one of those that are tied
+    above = rank[flipped].sum() - positives * (positives + 1) / 2  # Mann and Whitney's U
+    return float(above / (positives * (len(flipped) - positives)))
+
+
+def _known(values: np.ndarray, is_flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, flipped = np.asarray(values, dtype=float), np.asarray(is_flipped, dtype=bool)
+    if values.ndim != 1 or values.shape != flipped.shape:
+        raise ValueError(f"values and is_flipped must be (n,) both; got {values.shape} and {flipped.shape}")
+    return values, flipped
