@@ -24,6 +24,7 @@ class StudyConfig:
             "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order".
         flip_modes: which labels are flipped, comma separated: "random", or "length" to favour longer answers.
         flip_rates: shares of the training labels to flip. What is no longer possible in a mode is left out and said.
+        control_flip_rates: shares for the controls of GAPO, fewer to save time; empty for all of flip_rates.
         seeds: number of seeds. A seed draws the training pairs, their order and the flips, the same for every arm.
         train_pairs: pairs of one training run, drawn by its seed.
         validation_pairs: clean pairs held out by prompt, on which the settings of every arm are chosen.
@@ -65,6 +66,7 @@ class StudyConfig:
     arms: str = "all"
     flip_modes: str = "random,length"
     flip_rates: list[float] | tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4)
+    control_flip_rates: list[float] | tuple[float, ...] = ()
     seeds: int = 5
     train_pairs: int = 1000
     validation_pairs: int = 300
@@ -103,7 +105,14 @@ class StudyConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
         if self.workers < 0:
             raise ValueError(f"workers must be >= 0, got {self.workers!r}")
-        for name in ("flip_rates", "valuation_rates", "tune_flip_rate", "curve_flip_rate", "warmup_ratio"):
+        for name in (
+            "flip_rates",
+            "control_flip_rates",
+            "valuation_rates",
+            "tune_flip_rate",
+            "curve_flip_rate",
+            "warmup_ratio",
+        ):
             given = getattr(self, name)
             if not all(0 <= rate <= 1 for rate in (given if isinstance(given, (list, tuple)) else [given])):
                 raise ValueError(f"{name} must be in [0, 1], got {given!r}")

@@ -100,6 +100,7 @@ class Material:
         reference: for each of them (n, 4): log-probability of chosen and of rejected under the policy at the start,
             summed, and the number of tokens of either.
         folder: where the policy is kept.
+        fingerprint: of policy and pairs.
     """
 
     def __init__(self, config: StudyConfig, split: Split) -> None:
@@ -116,7 +117,9 @@ class Material:
             name: [tokenize_pair(row, tokenizer, max_length=config.max_length) for row in rows]
             for name, rows in parts.items()
         }
-        self.reference = self._references()
+        tokens = hashlib.sha256(json.dumps(self.tokens, sort_keys=True).encode()).hexdigest()[:16]
+        self.fingerprint = f"{self.folder.name}-{tokens}"
+        self.reference = self._references(self.folder / f"reference-{tokens}.npz")
 
     def reset(self) -> None:
         """The policy's weights as they were, bit for bit."""
@@ -140,9 +143,7 @@ class Material:
                 out[batch.index] = torch.stack(pair_logps(self.model, batch), -1).numpy()
         return out
 
-    def _references(self) -> dict[str, np.ndarray]:
-        digest = hashlib.sha256(json.dumps(self.tokens, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.folder / f"reference-{digest}.npz"
+    def _references(self, path: Path) -> dict[str, np.ndarray]:
         if not path.exists():
             made = {name: self._with_counts(tokens) for name, tokens in self.tokens.items()}
             content = io.BytesIO()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gapo
 from gapo.data import flip_pairs
 from gapo.experiments.study.arms import ARMS
 from gapo.experiments.study.config import StudyConfig
+from gapo.experiments.study.grid import Cell
 from gapo.experiments.study.policy import Batch, Material, flipped, length, pair_logps
 from gapo.experiments.study.records import WeightLog
 from gapo.objectives import OBJECTIVES, LogProbs
@@ -155,8 +156,15 @@ class _Other:
 
 
 def evaluate(material: Material, tokens: list[dict[str, Any]]) -> dict[str, float]:
-    """Reward accuracy, mean margin and mean log-probabilities of `tokens` under the model now, nats per token."""
-    return rewards(material.logps(tokens))
+    """Reward accuracy, mean margin and mean log-probabilities of `tokens` under the model now, nats per token.
+
+    Raises:
+        FloatingPointError: one of them is not finite.
+    """
+    logps = material.logps(tokens)
+    if not np.isfinite(logps).all():
+        raise FloatingPointError("log-probabilities after the training are not finite")
+    return rewards(logps)
 
 
 def rewards(logps: np.ndarray) -> dict[str, float]:
@@ -176,20 +184,48 @@ def before(material: Material, part: str) -> dict[str, float]:
     return rewards(reference[:, :2] / reference[:, 2:])
 
 
-def measure(material: Material, config: StudyConfig, cell: Any) -> dict[str, Any]:
-    """Run one cell of the grid (`gapo.experiments.study.grid.Cell`): the record of it."""
-    began = time.perf_counter()
+def measure(material: Material, config: StudyConfig, cell: Cell) -> dict[str, Any]:
+    """Run one cell: its record, or {"failed": why} where log-probabilities stop being finite."""
+    try:
+        return _value(material, config, cell) if cell.valuation else _measure(material, config, cell)
+    except FloatingPointError as error:
+        return {"failed": str(error)}
+
+
+def _measure(material: Material, config: StudyConfig, cell: Cell) -> dict[str, Any]:
     drawn = draw(material, config, cell.mode, cell.rate, cell.seed)
-    settings = dict(cell.settings)
-    log = train(material, config, cell.arm, settings, drawn, cell.anchor_pairs)
-    record = {"steps": len(drawn.order), "flipped": int(drawn.is_flipped.sum())}
-    record["train_seconds"] = round(time.perf_counter() - began, 3)
-    record["evaluation"] = evaluate(material, material.tokens[cell.judged_on])
+    began = time.perf_counter()
+    log = train(material, config, cell.arm, dict(cell.settings), drawn, cell.anchor_pairs)
+    record = {
+        "steps": len(drawn.order),
+        "flipped": int(drawn.is_flipped.sum()),
+        "train_seconds": round(time.perf_counter() - began, 3),
+        "evaluation": evaluate(material, material.tokens[cell.judged_on]),
+        **log.summary(),
+    }
     if cell.judged_on == "test":
         truth = [material.tokens["pool"][i] for i in drawn.rows[:_TRUE_LABELS]]
         record["train_true"] = evaluate(material, truth)
-    record |= log.summary()
     return record
 
 
-__all__ = ["Draw", "Tensor", "before", "bucketed", "draw", "evaluate", "measure", "rewards", "train"]
+def _value(material: Material, config: StudyConfig, cell: Cell) -> dict[str, Any]:
+    """Data valuation: SimPO on the pairs with the lowest, the highest and random anchor gaps of this cell's run."""
+    drawn = draw(material, config, cell.mode, cell.rate, cell.seed)
+    gaps = train(material, config, cell.arm, dict(cell.settings), drawn).last("gap")
+    seen = np.flatnonzero(np.isfinite(gaps))
+    ranked = seen[np.argsort(gaps[seen], kind="stable")]
+    count = round(config.valuation_share * len(ranked))
+    shuffled = np.random.default_rng([cell.seed, 2]).permutation(seen)
+    kept = {"lowest": ranked[:count], "random": shuffled[:count], "highest": ranked[-count:]}
+    record: dict[str, Any] = {"pairs": count}
+    for name, rows in kept.items():
+        rng = np.random.default_rng([cell.seed, 3])
+        lengths = np.array([length(material.tokens["pool"][i]) for i in drawn.rows[rows]])
+        order = [rows[batch] for _ in range(config.epochs) for batch in bucketed(lengths, config.batch_size, rng)]
+        train(material, config, "simpo", dict(cell.valuation), replace(drawn, order=order))
+        record[name] = {
+            **evaluate(material, material.tokens[cell.judged_on]),
+            "flipped_share": float(drawn.is_flipped[rows].mean()),
+        }
+    return record
