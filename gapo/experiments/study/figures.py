@@ -1,0 +1,139 @@
+"""The figures of a study; each reads without the text around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gapo.experiments.plots import BLUE, GREEN, ORANGE, figure
+from gapo.experiments.study.grid import Cell
+from gapo.experiments.study.records import SPANS
+from gapo.experiments.study.statistics import intervals
+from gapo.experiments.study.tables import NAMES
+
+Records = dict[Cell, dict[str, Any]]
+
+# Arms in colour; others stand as thin grey lines behind them. Colours of Okabe and Ito, as in `plots`.
+_COLOURS = {"gapo": ORANGE, "simpo": BLUE, "dpo": GREEN, "dr_dpo": "#cc79a7", "ropo": "#a08000"}
+_CONTROL_COLOURS = {
+    "gapo": ORANGE, "gapo-rho0": BLUE, "gapo-gaussian": GREEN, "gapo-margin": "#cc79a7", "gapo-l2": "#a08000",
+    "gapo-first-order": "#7a5cc0",
+}  # fmt: skip
+_GREY = "#8a929b"
+
+
+def accuracy(runs: pd.DataFrame, mode: str, title: str, ylabel: str, value: str = "accuracy") -> str:
+    """Accuracy against flip rate: GAPO and the best known in colour with bands, the others in grey."""
+    found = intervals(runs[runs["mode"] == mode], ["arm", "rate"], value)
+    methods = [arm for arm in found["arm"].unique() if arm == "gapo" or not arm.startswith("gapo-")]
+
+    def draw(axes: Any) -> None:
+        for arm in sorted(methods, key=lambda arm: arm in _COLOURS):
+            _band(axes, found[found["arm"] == arm], NAMES.get(arm, arm), _COLOURS.get(arm))
+        others = [NAMES.get(arm, arm) for arm in methods if arm not in _COLOURS]
+        if others:
+            axes.plot([], [], color=_GREY, linewidth=0.8, label=f"{len(others)} others")
+
+    return figure(title, "flipped training labels, %", ylabel, draw)
+
+
+def controls(runs: pd.DataFrame, mode: str, title: str, ylabel: str) -> str:
+    """GAPO and its controls: accuracy against flip rate, at the rates where the controls were run."""
+    arms = [arm for arm in runs["arm"].unique() if arm in _CONTROL_COLOURS]
+    rates = set(runs[runs["arm"] != "gapo"]["rate"]) if len(arms) < 2 else set(
+        runs[(runs["arm"].isin(arms)) & (runs["arm"] != "gapo")]["rate"]
+    )  # fmt: skip
+    found = intervals(
+        runs[(runs["mode"] == mode) & runs["arm"].isin(arms) & runs["rate"].isin(rates)], ["arm", "rate"], "accuracy"
+    )
+
+    def draw(axes: Any) -> None:
+        for arm in arms:
+            _band(axes, found[found["arm"] == arm], NAMES[arm], _CONTROL_COLOURS[arm])
+
+    return figure(title, "flipped training labels, %", ylabel, draw)
+
+
+def _band(axes: Any, found: pd.DataFrame, label: str, colour: str | None) -> None:
+    x = 100 * found["rate"]
+    if colour is None:
+        axes.plot(x, 100 * found["mean"], color=_GREY, linewidth=0.8)
+        return
+    axes.plot(x, 100 * found["mean"], color=colour, marker="o", markersize=3, label=label)
+    axes.fill_between(x, 100 * found["low"], 100 * found["high"], color=colour, alpha=0.18, linewidth=0)
+
+
+def weights_over_time(records: Records, cells: Sequence[Cell], arms: Sequence[str], title: str) -> str:
+    """Mean weight of flipped pairs over that of clean ones through the run, mean over the seeds."""
+
+    def draw(axes: Any) -> None:
+        for arm in arms:
+            curves = [_ratio(records[c]["over_time"]) for c in cells if c.arm == arm and "failed" not in records[c]]
+            if curves:
+                at = (np.arange(SPANS) + 0.5) / SPANS
+                colour = {**_CONTROL_COLOURS, **_COLOURS}.get(arm, _GREY)
+                axes.plot(100 * at, np.nanmean(curves, 0), marker="o", markersize=3, color=colour, label=NAMES[arm])
+        axes.axhline(1, color=_GREY, linewidth=0.8)
+
+    return figure(title, "share of the run, %", "weight of flipped / weight of clean pairs", draw)
+
+
+def _ratio(over_time: dict[str, list[float | None]]) -> np.ndarray:
+    flipped, clean = (np.array(over_time[f"weight_{name}"], dtype=float) for name in ("flipped", "clean"))
+    return np.divide(flipped, clean, out=np.full(SPANS, np.nan), where=clean != 0)
+
+
+def fifths(runs: pd.DataFrame, arms: Sequence[str], rate: float, title: str) -> str:
+    """Share of flipped pairs in each fifth of the weights; the line is what chance gives."""
+    columns = [f"flips_in_fifth_{at}" for at in range(1, 6)]
+
+    def draw(axes: Any) -> None:
+        width = 0.8 / len(arms)
+        for at, arm in enumerate(arms):
+            shares = 100 * runs[runs["arm"] == arm][columns].mean()
+            colour = {**_CONTROL_COLOURS, **_COLOURS}.get(arm, _GREY)
+            axes.bar(np.arange(5) + (at - (len(arms) - 1) / 2) * width, shares, width, color=colour, label=NAMES[arm])
+        axes.axhline(100 * rate, color=_GREY, linewidth=0.8)
+        axes.set_xticks(range(5), ["lowest", "second", "third", "fourth", "highest"])
+
+    return figure(title, "fifth of the weights", "flipped pairs in it, %", draw)
+
+
+def bars(values: dict[str, Any], title: str, label: str) -> str:
+    """One horizontal bar for each arm: {name: (mean, low, high)}."""
+
+    def draw(axes: Any) -> None:
+        names = list(values)[::-1]
+        means, low, high = (np.array([values[name][at] for name in names], dtype=float) for at in range(3))
+        colours = [ORANGE if name == NAMES["gapo"] else BLUE for name in names]
+        errors = np.nan_to_num([np.maximum(means - low, 0), np.maximum(high - means, 0)])
+        axes.barh(names, means, xerr=errors, color=colours, ecolor=_GREY, alpha=0.85)
+        axes.tick_params(axis="y", labelsize=7)
+
+    return figure(title, label, "", draw)
+
+
+def curve(found: pd.DataFrame, x: str, title: str, xlabel: str, notes: dict[float, str] | None = None) -> str:
+    """Accuracy against a setting with its band; `notes` {x: text} stand at the points."""
+
+    def draw(axes: Any) -> None:
+        at = np.arange(len(found))
+        axes.plot(at, 100 * found["mean"], color=ORANGE, marker="o", markersize=3)
+        axes.fill_between(at, 100 * found["low"], 100 * found["high"], color=ORANGE, alpha=0.18, linewidth=0)
+        axes.set_xticks(at, [f"{value:g}" + (f"\n{notes[value]}" if notes else "") for value in found[x]])
+
+    return figure(title, xlabel, "reward accuracy, clean test pairs, %", draw)
+
+
+def valuation(found: pd.DataFrame, title: str) -> str:
+    """Accuracy of SimPO on the pairs with the lowest, random and highest gaps, against the share of flips."""
+    colours = {"lowest": GREEN, "random": BLUE, "highest": ORANGE}
+
+    def draw(axes: Any) -> None:
+        for arm, colour in colours.items():
+            _band(axes, found[found["arm"] == arm], f"{arm} gaps", colour)
+
+    return figure(title, "flipped training labels, %", "reward accuracy, clean test pairs, %", draw)
