@@ -31,7 +31,7 @@ _SECOND: dict[str, tuple[str, float, tuple[float, float]]] = {
     "ramp": ("clip", 10.0, (3.0, 30.0)),
     "unhinged": ("clip", 10.0, (3.0, 30.0)),
 }
-_RHO = ("rho", 1.0, (0.3, 2.0))
+_RHO = ("rho", 2.0, (0.5, 4.0))
 _RHO_L2 = ("rho", 0.1, (0.03, 0.3))  # in units of weights, not of their shares
 
 
