@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from gapo.experiments.plots import BLUE, GREEN, ORANGE, figure
-from gapo.experiments.study.grid import Cell
+from gapo.experiments.study.cells import Cell
 from gapo.experiments.study.records import SPANS
 from gapo.experiments.study.statistics import intervals
 from gapo.experiments.study.tables import NAMES

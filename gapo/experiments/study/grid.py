@@ -8,47 +8,22 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+import transformers
 from tqdm.auto import tqdm
 
 from gapo.experiments.files import write_text
+from gapo.experiments.study.cells import Cell
 from gapo.experiments.study.config import StudyConfig
+from gapo.experiments.study.policy import Material, load_split
+from gapo.experiments.study.run import measure
 
 _FORMAT = 1  # of a record: raised when the meaning of a run changes, so that old files are not taken for it
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training run, or one valuation, of the study.
-
-    Attributes:
-        arm: name of the arm.
-        settings: (name, value), sorted: the learning rate and the objective's own.
-        mode: flip mode.
-        rate: share of flipped labels.
-        seed: of pairs, order and flips.
-        judged_on: "test" or "validation".
-        anchor_pairs: pairs that share an anchor, 0 for the whole batch.
-        valuation: the SimPO settings of a valuation, whose gaps come from this cell's own run; () for a plain run.
-    """
-
-    arm: str
-    settings: tuple[tuple[str, Any], ...]
-    mode: str
-    rate: float
-    seed: int
-    judged_on: str = "test"
-    anchor_pairs: int = 0
-    valuation: tuple[tuple[str, Any], ...] = ()
-
-
-def settings_key(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Settings as a cell holds them."""
-    return tuple(sorted(settings.items()))
 
 
 class Grid:
@@ -57,13 +32,14 @@ class Grid:
     Args:
         config: the study.
         folder: where the records are kept, one JSON file for each.
-        fingerprint: of the policy and the pairs, which also decide a result.
+        material: the policy and the pairs, which also decide a result. With one worker runs are made on it, in this
+            process.
     """
 
-    def __init__(self, config: StudyConfig, folder: Path, fingerprint: str) -> None:
-        self._config, self._folder = config, folder
+    def __init__(self, config: StudyConfig, folder: Path, material: Material) -> None:
+        self._config, self._folder, self._material = config, folder, material
         decisive = ("train_pairs", "epochs", "batch_size", "warmup_ratio", "valuation_share")
-        self._decisive = [_FORMAT, fingerprint, *(getattr(config, name) for name in decisive)]
+        self._decisive = [_FORMAT, material.fingerprint, *(getattr(config, name) for name in decisive)]
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Grid:
@@ -94,9 +70,12 @@ class Grid:
         return {cell: json.loads(self.path(cell).read_text(encoding="utf-8"))["record"] for cell in cells}
 
     def _made(self, cells: Sequence[Cell]) -> Iterable[tuple[Cell, dict[str, Any]]]:
+        workers = self._config.workers or os.cpu_count() or 1
         if not cells:
             return
-        workers = self._config.workers or os.cpu_count() or 1
+        if workers == 1:
+            yield from ((cell, measure(self._material, self._config, cell)) for cell in cells)
+            return
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(self._config,)
@@ -106,28 +85,22 @@ class Grid:
             yield waiting[done], done.result()
 
 
-_worker: dict[str, Any] = {}
+_worker: dict[str, Any] = {}  # of a worker process: what every run needs, loaded once
 
 
 def _start(config: StudyConfig) -> None:
-    """Load what every run needs, once for each process: one thread each, so that processes do not get in each other's
-    way and results do not depend on the number of cores."""
-    import torch
-
-    from gapo.experiments.study.policy import Material, load_split
-
-    torch.set_num_threads(1)
-    _quiet()
+    one_thread()
     _worker.update(config=config, material=Material(config, load_split(config)))
 
 
 def _measure(cell: Cell) -> dict[str, Any]:
-    from gapo.experiments.study.run import measure
-
     return measure(_worker["material"], _worker["config"], cell)
 
 
-def _quiet() -> None:
-    import transformers
-
+def one_thread() -> int:
+    """Compute with one thread from now on, so that processes do not get in each other's way and results do not depend
+    on the number of cores; returns how many there were. The progress bars of transformers are silenced."""
     transformers.utils.logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return threads

@@ -15,8 +15,8 @@ from torch import nn
 import gapo
 from gapo.data import flip_pairs
 from gapo.experiments.study.arms import ARMS
+from gapo.experiments.study.cells import Cell
 from gapo.experiments.study.config import StudyConfig
-from gapo.experiments.study.grid import Cell
 from gapo.experiments.study.policy import Batch, Material, flipped, length, pair_logps
 from gapo.experiments.study.records import WeightLog
 from gapo.objectives import OBJECTIVES, LogProbs

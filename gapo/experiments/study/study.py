@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gapo.experiments.files import write_text
 from gapo.experiments.study.arms import ARMS, Settings
+from gapo.experiments.study.cells import Cell, settings_key
 from gapo.experiments.study.config import ConfigError, StudyConfig, as_dict
-from gapo.experiments.study.grid import Cell, Grid, settings_key
-from gapo.experiments.study.policy import Material, load_split
+from gapo.experiments.study.grid import Grid, one_thread
+from gapo.experiments.study.policy import Material, Split, load_split
+from gapo.experiments.study.report import write_report
 from gapo.experiments.study.run import before, draw
 from gapo.experiments.study.tune import tune
 from gapo.experiments.train import versions
@@ -51,27 +55,32 @@ def run_study(config: StudyConfig) -> Study:
         ConfigError: the pairs are too few.
         gapo.data.PairError: the pairs cannot be read.
     """
-    import torch
-
-    from gapo.experiments.study.report import write_report
-
-    began = time.monotonic()
     folder = Path(config.output_dir)
     if folder.is_file():
         raise ConfigError(f"output_dir {config.output_dir!r} is a file; give a folder")
     if config.overwrite:
         shutil.rmtree(folder / "cells", ignore_errors=True)
-    threads = torch.get_num_threads()
     split = load_split(config)
     print(split.summary, flush=True)
+    threads = one_thread()
+    try:
+        study = _measured(config, split, folder / "cells")
+    finally:
+        torch.set_num_threads(threads)
+    write_text(folder / "config.json", json.dumps(as_dict(config), indent=2) + "\n")
+    write_report(folder, study)
+    return study
+
+
+def _measured(config: StudyConfig, split: Split, folder: Path) -> Study:
+    began = time.monotonic()
     material = Material(config, split)
-    torch.set_num_threads(threads)
     start = before(material, "test")
     print(f"policy before training: reward accuracy {start['accuracy']:.4f} on test pairs", flush=True)
     noises, left_out = possible_noises(material, config)
     for reason in left_out.values():
         print(f"left out: {reason}", flush=True)
-    with Grid(config, folder / "cells", material.fingerprint) as grid:
+    with Grid(config, folder, material) as grid:
         chosen, tries = tune(config, grid)
         parts = plan(config, chosen, noises)
         records = grid.run([cell for cells in parts.values() for cell in cells], "study")
@@ -84,10 +93,7 @@ def run_study(config: StudyConfig) -> Study:
         "commit": _commit(),
         "versions": versions(),
     }
-    study = Study(config, chosen, tries, records, parts, left_out, facts)
-    write_text(folder / "config.json", json.dumps(as_dict(config), indent=2) + "\n")
-    write_report(folder, study)
-    return study
+    return Study(config, chosen, tries, records, parts, left_out, facts)
 
 
 def possible_noises(material: Material, config: StudyConfig) -> tuple[list[tuple[str, float]], dict[str, str]]:

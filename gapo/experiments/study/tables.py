@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from gapo.experiments.study.arms import ARMS
-from gapo.experiments.study.grid import Cell
+from gapo.experiments.study.cells import Cell
 from gapo.experiments.study.statistics import Interval, intervals, paired
 
 NAMES = {

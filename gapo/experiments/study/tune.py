@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from gapo.experiments.study.arms import ARMS, Settings
+from gapo.experiments.study.cells import Cell, settings_key
 from gapo.experiments.study.config import StudyConfig
-from gapo.experiments.study.grid import Cell, Grid, settings_key
+from gapo.experiments.study.grid import Grid
 
 _FIRST_SEED = 1000  # the study's own seeds count from 0
 
