@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -89,8 +90,17 @@ _worker: dict[str, Any] = {}  # of a worker process: what every run needs, loade
 
 
 def _start(config: StudyConfig) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     one_thread()
     _worker.update(config=config, material=Material(config, load_split(config)))
+
+
+def _end_with_parent() -> None:
+    """A killed study leaves no process behind."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _measure(cell: Cell) -> dict[str, Any]:

@@ -124,15 +124,15 @@ def _diagnostics(noisy: pd.DataFrame) -> dict[str, Any]:
 
 def _logps(noisy: pd.DataFrame, before: Mapping[str, float]) -> dict[str, Any]:
     """Margins and log-probabilities on test pairs, and what a run costs."""
-    simpo = noisy[noisy["arm"] == "simpo"].set_index("seed")["train_seconds"]
+    simpo = noisy[noisy["arm"] == "simpo"].set_index("seed")["cpu_seconds"]
     rows = [["before training", f"{before['margin']:.2f}", f"{before['chosen_logp']:.2f}",
              f"{before['rejected_logp']:.2f}", "", ""]]  # fmt: skip
     for arm, group in noisy.groupby("arm", sort=False):
         means = [f"{group[name].mean():.2f}" for name in ("margin", "chosen_logp", "rejected_logp")]
-        cost = (group.set_index("seed")["train_seconds"] / simpo).median()
+        cost = (group.set_index("seed")["cpu_seconds"] / simpo).median()
         relative = "" if pd.isna(cost) else f"{cost:.2f}"
-        rows.append([NAMES.get(str(arm), str(arm)), *means, f"{group['train_seconds'].median():.1f}", relative])
-    head = ["objective", "margin", "chosen log-probability", "rejected log-probability", "seconds", "over SimPO's"]
+        rows.append([NAMES.get(str(arm), str(arm)), *means, f"{group['cpu_seconds'].median():.1f}", relative])
+    head = ["objective", "margin", "chosen log-probability", "rejected log-probability", "CPU seconds", "over SimPO's"]
     return {"head": head, "rows": rows}
 
 
@@ -209,8 +209,8 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, at: float) 
         if "flips_in_fifth_1" in noisy:
             gapo_like = [arm for arm in arms if arm in ("gapo", "gapo-margin", "gapo-l2", "simpo")] or arms
             pictures["fifths"] = figures.fifths(noisy, gapo_like, at, f"Where the flips are, {share}")
-    costs = intervals(noisy, ["arm"], "train_seconds")
-    pictures["cost"] = figures.bars(_named(costs, 1), "What a run costs", "seconds of training, one thread")
+    costs = intervals(noisy, ["arm"], "cpu_seconds")
+    pictures["cost"] = figures.bars(_named(costs, 1), "What a run costs", "CPU seconds of training, one thread")
     chosen = intervals(noisy, ["arm"], "chosen_logp")
     pictures["chosen"] = figures.bars(
         _named(chosen, 1), f"Chosen answers after training, {share}", "log-probability, nats per token"
