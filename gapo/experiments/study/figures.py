@@ -75,7 +75,9 @@ def weights_over_time(records: Records, cells: Sequence[Cell], arms: Sequence[st
             if curves:
                 at = (np.arange(SPANS) + 0.5) / SPANS
                 colour = {**_CONTROL_COLOURS, **_COLOURS}.get(arm, _GREY)
-                axes.plot(100 * at, np.nanmean(curves, 0), marker="o", markersize=3, color=colour, label=NAMES[arm])
+                axes.plot(
+                    100 * at, pd.DataFrame(curves).mean(), marker="o", markersize=3, color=colour, label=NAMES[arm]
+                )
         axes.axhline(1, color=_GREY, linewidth=0.8)
 
     return figure(title, "share of the run, %", "weight of flipped / weight of clean pairs", draw)

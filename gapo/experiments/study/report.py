@@ -48,8 +48,9 @@ def write_report(folder: Path, study: Study) -> None:
 def content(study: Study) -> dict[str, Any]:
     """Everything that the page, the Markdown and the files say: tables as rows of text, pictures as SVG."""
     config, records, parts = study.config, study.records, study.parts
-    runs = tables.frame(records, [cell for part, cells in parts.items() if part != "valuation" for cell in cells])
-    runs = runs.drop_duplicates(["arm", "mode", "rate", "seed", "anchor_pairs", "learning_rate", "rho"])
+    runs = tables.frame(
+        records, dict.fromkeys(c for part, cells in parts.items() if part != "valuation" for c in cells)
+    )
     grid = tables.every_mode(tables.frame(records, parts["grid"]), config.modes)
     done = grid[grid["failed"].isna()]
     at = max(sorted({rate for rate in config.flip_rates if rate > 0}, key=lambda rate: -abs(rate - 0.2)), default=0.0)

@@ -61,7 +61,7 @@ def accuracy_table(runs: pd.DataFrame, mode: str, value: str = "accuracy") -> li
         at = {row["rate"]: Interval(row["mean"], row["low"], row["high"], row["n"]) for _, row in
               found[found["arm"] == arm].iterrows()}  # fmt: skip
         rows.append({"name": NAMES.get(arm, arm), "control": ARMS[arm].control, "at": at, "gapo_minus": None})
-        if arm != "gapo" and "gapo" in set(found["arm"]):
-            noisy = of_mode[of_mode["rate"] > 0]
-            rows[-1]["gapo_minus"] = paired(noisy, "gapo", arm, value) if len(noisy) else None
+        noisy = of_mode[(of_mode["rate"] > 0) & of_mode["arm"].isin(["gapo", arm])]
+        if arm != "gapo" and noisy["arm"].nunique() == 2:
+            rows[-1]["gapo_minus"] = paired(noisy, "gapo", arm, value)
     return rows
