@@ -37,7 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
         test_pairs=20,
         batch_size=16,
         seeds=2,
-        flip_rates=(0.0, 0.25),
+        flip_rates=(0.0, 0.25, 0.5),
         learning_rates=(1e-3, 3e-3),
         arms="gapo,simpo,dpo,gapo-rho0",
         control_flip_rates=(0.0,),
@@ -321,7 +321,8 @@ def test_a_study_leaves_page_tables_and_numbers(finished: Path, config: StudyCon
     runs = pd.read_csv(finished / "results.csv")
     assert len(runs) == len(pd.read_parquet(finished / "results.parquet"))
     grid = runs[(runs["arm"] == "simpo") & (runs["mode"] == "random")]
-    assert sorted(zip(grid["rate"], grid["seed"], strict=True)) == [(0, 0), (0, 1), (0.25, 0), (0.25, 1)]
+    expected = [(rate, seed) for rate in (0, 0.25, 0.5) for seed in (0, 1)]
+    assert sorted(zip(grid["rate"], grid["seed"], strict=True)) == expected
     tries = pd.read_csv(finished / "tries.csv")
     assert set(tries.groupby("arm").size()) == {4}
     assert tries.groupby("arm")["chosen"].sum().eq(1).all()
@@ -329,6 +330,7 @@ def test_a_study_leaves_page_tables_and_numbers(finished: Path, config: StudyCon
     assert chosen.to_dict() == tries.groupby("arm")["accuracy"].max().to_dict()
     page, text = (finished / "study.html").read_text(), (finished / "study.md").read_text()
     assert page.count("<svg") == len(list((finished / "figures").iterdir())) >= 8
+    assert "Weights and flips, 25 % of the labels flipped at random" in text
     mean = 100 * grid[grid["rate"] == 0.25]["accuracy"].mean()
     assert f"{mean:.1f} (" in text
     assert f"{mean:.1f} (" in page

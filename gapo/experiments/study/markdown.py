@@ -30,8 +30,11 @@ def facts(found: dict[str, Any]) -> list[str]:
         f"a run: {config['train_pairs']} pairs, {config['epochs']} epoch(s), batches of {config['batch_size']}; "
         f"{config['seeds']} seeds, the same pairs, order and flips for every objective",
         "means with 95 % intervals over the seeds (expanded percentile bootstrap)",
-        f"{found['runs']} runs beside the tries, {found['failed']} of the grid failed; gapo {known['commit'] or ''}, "
-        f"{known['seconds']} s of this call on {known['cores']} cores",
+        f"{found['runs']} runs beside the tries, {found['failed']} of the grid failed; {found['cpu_seconds']:,} CPU "
+        "seconds of training",
+        f"gapo {known['versions']['gapo']}, commit {known['commit'] or 'unknown'}, Python "
+        f"{known['versions']['python']}, torch {known['versions'].get('torch')}; this call took {known['seconds']:,} s "
+        f"on {known['cores']} cores",
     ]
     return [*lines, *(f"left out: {reason}" for reason in found["left_out"])]
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _TEST = "reward accuracy, clean test pairs, %"
 _TRUE = "reward accuracy, true labels of train pairs, %"
 _MODES = {"random": "flipped at random", "length": "flipped to favour longer answers"}
+_DIAGNOSED = 0.2  # share of flips at which the paper shows its diagnostics; the nearest of the study is taken
 _DETECTORS = ("gapo", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order", "simpo", "dpo")
 
 
@@ -48,12 +49,11 @@ def write_report(folder: Path, study: Study) -> None:
 def content(study: Study) -> dict[str, Any]:
     """Everything that the page, the Markdown and the files say: tables as rows of text, pictures as SVG."""
     config, records, parts = study.config, study.records, study.parts
-    runs = tables.frame(
-        records, dict.fromkeys(c for part, cells in parts.items() if part != "valuation" for c in cells)
-    )
+    plain = [cell for part, cells in parts.items() if part != "valuation" for cell in cells]
+    runs = tables.frame(records, dict.fromkeys(plain))
     grid = tables.every_mode(tables.frame(records, parts["grid"]), config.modes)
     done = grid[grid["failed"].isna()]
-    at = max(sorted({rate for rate in config.flip_rates if rate > 0}, key=lambda rate: -abs(rate - 0.2)), default=0.0)
+    at = min((rate for rate in config.flip_rates if rate > 0), key=lambda rate: abs(rate - _DIAGNOSED), default=0.0)
     noisy = done[(done["mode"] == config.modes[0]) & (done["rate"] == at)]
     pieces = {
         "accuracy": [
@@ -76,6 +76,7 @@ def content(study: Study) -> dict[str, Any]:
         "left_out": list(study.left_out.values()),
         "failed": int(grid["failed"].notna().sum()),
         "runs": len(records),
+        "cpu_seconds": round(sum(record.get("cpu_seconds", 0) for record in records.values())),
         "pictures": _pictures(study, done, noisy, at),
         "files": {
             "results": runs,
