@@ -133,17 +133,22 @@ class ConfigError(ValueError):
 
 def make_parser() -> Any:
     """The parser of `gapo train`: every field of `TrainConfig` and `GAPOConfig`, with help from their docstrings."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
+    return parser_of(
+        (TrainConfig, GAPOConfig),
         prog="gapo train",
         description="Tune a language model on preference pairs with GAPO.",
         epilog="example: gapo train examples/demo.yaml --rho 0.05 --output_dir runs/rho-0.05",
-        exit_on_error=False,
     )
+
+
+def parser_of(classes: Sequence[type], **about: str) -> Any:
+    """A parser of the fields of data classes, from YAML and from the command line; `about` is what its help says."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(**about, exit_on_error=False)
     parser.add_argument("--config", action="config", metavar="CONFIG.yaml", help="the same as the first argument")
-    parser.add_class_arguments(TrainConfig)
-    parser.add_class_arguments(GAPOConfig)
+    for kind in classes:
+        parser.add_class_arguments(kind)
     return parser
 
 

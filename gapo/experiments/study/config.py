@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from gapo.experiments.config import ConfigError, TrainConfig, parse_fields
+from gapo.experiments.config import ConfigError, TrainConfig, parse_fields, parser_of
 from gapo.experiments.study.arms import ARMS
 
 
@@ -160,17 +160,12 @@ def _known(name: str, given: Sequence[str], known: Sequence[str]) -> None:
 
 def make_parser() -> Any:
     """The parser of `gapo study`: every field of `StudyConfig`, with help from its docstring."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
+    return parser_of(
+        (StudyConfig,),
         prog="gapo study",
         description="Train every objective on pairs with flipped labels, and report which of them bears the noise.",
         epilog="example: gapo study examples/study_small.yaml --workers 2 --output_dir runs/my-study",
-        exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", metavar="CONFIG.yaml", help="the same as the first argument")
-    parser.add_class_arguments(StudyConfig)
-    return parser
 
 
 def parse(arguments: Sequence[str]) -> StudyConfig:
