@@ -69,11 +69,13 @@ def cell(arm: str = "gapo", rate: float = 0.25, seed: int = 0, **more: object) -
 # What all arms share
 
 
-def test_no_prompt_is_held_out_and_trained_on(config: StudyConfig) -> None:
-    split = load_split(config)
-    assert not {row["prompt"] for row in split.pool} & {row["prompt"] for row in split.validation}
-    assert len(split.validation) >= config.validation_pairs
-    assert len(split.test) == config.test_pairs
+def test_no_prompt_is_held_out_and_trained_on(config: StudyConfig, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {i // 4}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(160)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    split = load_split(replace(config, pairs=str(tmp_path / "pairs.jsonl"), validation_pairs=17, test_pairs=22))
+    prompts = [{row["prompt"] for row in part} for part in (split.pool, split.validation, split.test)]
+    assert not prompts[0] & prompts[1] | prompts[0] & prompts[2] | prompts[1] & prompts[2]
+    assert [len(part) for part in (split.pool, split.validation, split.test)] == [116, 20, 22]
 
 
 def test_a_seed_draws_the_same_pairs_whatever_the_flips(material: Material, config: StudyConfig) -> None:
