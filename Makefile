@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+LOWEST := .venv-lowest
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-lowest lint bench docs clean
 
 demo: $(INSTALLED)  ## tune a small language model on noisy pairs; leaves runs/demo/report.html
 	$(BIN)/gapo train examples/demo.yaml --overwrite
 
 test: $(INSTALLED)  ## all tests
 	$(BIN)/pytest -n auto
+
+test-lowest: $(LOWEST)/installed  ## all tests, with the lowest versions of everything that pyproject.toml admits
+	$(LOWEST)/bin/pytest -n auto
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
@@ -23,10 +27,17 @@ docs: $(INSTALLED)  ## the documentation, in site/; a warning fails
 	$(BIN)/mkdocs build --strict
 
 clean:  ## everything made here, but the runs
-	rm -rf .venv site
+	rm -rf .venv $(LOWEST) site
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[all,dev]"
-	touch $@
+	$(call install,.venv,constraints.txt)
+
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	$(call install,$(LOWEST),constraints-lowest.txt)
+
+define install
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --upgrade pip
+$(1)/bin/python -m pip install --constraint $(2) --editable ".[all,dev]"
+touch $@
+endef

@@ -405,6 +405,9 @@ def test_batches_of_trls_dpo_collator() -> None:
     torch.testing.assert_close(pair_logps(model, trl), pair_logps(model, batch))
     with pytest.raises(KeyError, match=r"a batch of pairs needs the keys chosen_input_ids, .* got input_ids"):
         pair_logps(model, {"input_ids": ids})
+    model.register_forward_hook(lambda module, args, output: type(output)(loss=output.logits.mean()))
+    with pytest.raises(ValueError, match=r"returns no logits \(CausalLMOutputWithPast\).*switch a fused linear"):
+        pair_logps(model, batch)
 
 
 def test_padding_on_either_side_changes_nothing() -> None:

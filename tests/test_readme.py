@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import hf_models
 import pytest
 from transformers import Trainer, TrainingArguments
@@ -31,6 +32,10 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     if "Trainer" in heading:
         arguments = TrainingArguments(str(folder), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
         names = {"Trainer": Trainer, "args": arguments, "pairs": hf_models.pairs(8)}
+        hf_models.make("llama").save_pretrained(folder / "model")
+        hf_models.tokenizer().save_pretrained(folder / "model")
+        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in generate_pairs(8)]
+        names |= {"path": str(folder / "model"), "dataset": datasets.Dataset.from_list(rows)}
         return {**names, "model": hf_models.make("llama"), "tokenizer": hf_models.tokenizer()}
     if "Flax" in heading:
         import optax
@@ -64,8 +69,13 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         mlx_names = {"mlx_model": test_backend_mlx.mixer(), "mlx_batch": test_backend_mlx.BATCH}
         names = {"gapo": gapo, "jax": jax, "params": params, "batch": batch, **mlx_names}
         return {**names, "margin_fn": test_backend_jax.margin_fn, "mlx_margin_fn": test_backend_mlx.margin_fn}
+    if heading == "score.md":
+        hf_models.make("llama").save_pretrained(folder / "model")
+        hf_models.tokenizer().save_pretrained(folder / "model")
+        write_rows(folder / "pairs.jsonl", generate_pairs(8))
     if "own loop" in heading:
-        return {"model": hf_models.make("llama"), "batch": hf_models.batch(), "margin_fn": pair_logps}
+        names = {"model": hf_models.make("llama"), "batch": hf_models.batch(), "margin_fn": pair_logps}
+        return {**names, "batches": [hf_models.batch(seed=1), hf_models.batch(seed=2)]}
     return {}
 
 
@@ -77,11 +87,14 @@ def test_example(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert names["trainer"].state.global_step == 1
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # a reader has a GPU, the tests may have none
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_page_of_the_docs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run one after another."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-    names = {"folder": tmp_path, **given(page.replace("flax", "Flax").replace("mlx", "MLX"), tmp_path, monkeypatch)}
+    subject = {"flax.md": "Flax", "mlx.md": "MLX", "trainer.md": "Trainer", "index.md": "Trainer"}
+    subject |= dict.fromkeys(("loop.md", "choosing.md"), "own loop")
+    names = {"folder": tmp_path, **given(subject.get(page, page), tmp_path, monkeypatch)}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
 

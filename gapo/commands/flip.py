@@ -21,13 +21,23 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
     parser.add_argument("--split", default="train", help="split of a data set (default: train)")
+    parser.add_argument(
+        "--allow-eval", "--allow_eval", action="store_true", help="flip what is named test, eval, valid, dev, ..."
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad row instead of leaving it out")
     parser.add_argument("--output", required=True, help="file to write, .jsonl or .jsonl.gz")
     options = parser.parse_args(arguments)
     if not options.output.endswith((".jsonl", ".jsonl.gz")):
         parser.error(f"--output must end in .jsonl or .jsonl.gz, got {options.output!r}")
     from gapo.data import flip_pairs, read_pairs, write_rows
+    from gapo.data.flip import evaluation_name
 
+    name = evaluation_name(options.pairs, options.split)
+    if name is not None and not options.allow_eval:
+        raise ValueError(
+            f"{name!r} says that these pairs are for evaluation, and flipped labels would falsify what is measured on "
+            "them: flip training pairs, or give --allow-eval"
+        )
     pairs = read_pairs(options.pairs, split=options.split, strict=options.strict)
     rows = flip_pairs(pairs.rows, mode=options.mode, rate=options.rate, seed=options.seed, favour=options.favour)
     write_rows(options.output, rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from gapo.data.pairs import text_of
 
 MODES = ("random", "length")
 FAVOURS = ("longer", "shorter")
+_EVALUATION = "test tests testing eval evals evaluation valid validation val dev heldout holdout"
 
 
 def flip_pairs(
@@ -45,6 +48,26 @@ def flip_pairs(
     drawn = {eligible[i] for i in np.random.default_rng(seed).permutation(len(eligible))[:count]}
     kept = [{**row, "is_flipped": row.get("is_flipped", False)} for row in rows]
     return [_flip(row) if i in drawn else row for i, row in enumerate(kept)]
+
+
+def evaluation_name(source: str | Path, split: str = "train") -> str | None:
+    """The name by which `source` says that it is for evaluation, or None.
+
+    Labels flipped there would falsify whatever is measured on it. The words of a file's own name count ("test", "eval",
+    "valid", "dev", "held-out", ...), or of a data set's name and its split; folders on the way do not.
+
+    >>> evaluation_name("runs/test/pairs_dev.jsonl.gz"), evaluation_name("runs/test/latest.jsonl")
+    ('pairs_dev.jsonl.gz', None)
+    """
+    path = Path(source)
+    names = [path.name] if path.is_file() else [path.name, split]
+    return next((name for name in names if _words(name) & set(_EVALUATION.split())), None)
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name, in small letters: "heldOut-pairs", "held_out_pairs" give "heldout" and "pairs"."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    return set(re.findall("[a-z]+", re.sub(r"(held|hold)[^a-z]out(?![a-z])", r"\1out", spaced)))
 
 
 def _flip_favours(row: dict[str, Any], favour: str) -> bool:

@@ -248,9 +248,10 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     path = Path(path)
     partial = path.with_name(path.name + ".part")
     try:
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(partial, "wt", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with open(partial, "wb") as raw:  # a gzip file without name and time: the same rows give the same bytes
+            opened = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
+            with io.TextIOWrapper(opened, encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

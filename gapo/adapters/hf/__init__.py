@@ -1,11 +1,13 @@
-"""GAPO in Hugging Face's `Trainer`: a collator for preference pairs, and a callback that turns training into GAPO."""
+"""GAPO in Hugging Face's `Trainer`: a collator for preference pairs, a callback, and a trainer in TRL's shape."""
 
 from gapo.adapters import missing
 
 try:
+    from gapo.adapters.hf.arguments import GAPOConfig
     from gapo.adapters.hf.callback import GAPOCallback
     from gapo.adapters.hf.collator import PreferenceCollator
+    from gapo.adapters.hf.trainer import GAPOTrainer
 except ModuleNotFoundError as error:
     raise missing("hf", error) from error
 
-__all__ = ["GAPOCallback", "PreferenceCollator"]
+__all__ = ["GAPOCallback", "GAPOConfig", "GAPOTrainer", "PreferenceCollator"]

@@ -54,7 +54,7 @@ class PreferenceCollator:
         }
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        arrays = collate_pairs([self._tokenize(row) for row in rows], **self._padding)
+        arrays = collate_pairs([self.tokenize(row) for row in rows], **self._padding)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         for name in self.keep:
             if any(name not in row for row in rows):
@@ -62,7 +62,8 @@ class PreferenceCollator:
             batch[name] = torch.tensor([row[name] for row in rows])
         return batch
 
-    def _tokenize(self, row: dict[str, Any]) -> dict[str, Any]:
+    def tokenize(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Token ids and labels of one pair (`gapo.data.tokenize_pair`); a row that has them comes back as it is."""
         if all(name in row for name in TOKENIZED):
             return row
         reason = fault(row)

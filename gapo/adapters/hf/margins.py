@@ -70,9 +70,8 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tens
     logits = getattr(outputs, "logits", None)
     if logits is None:
         raise ValueError(
-            f"the model's forward returns no logits ({type(outputs).__name__}); GAPO needs a causal language model, "
-            "and a Trainer that did not replace its forward (TRL's DPOTrainer does: use a plain Trainer with "
-            "PreferenceCollator)"
+            f"the model's forward returns no logits ({type(outputs).__name__}); GAPO needs a causal language model "
+            "whose forward returns them: switch a fused linear cross-entropy (Liger's) off, which leaves them out"
         )
     logps = gapo.sequence_logps(logits, labels, backend="torch")
     half = len(logps) // 2

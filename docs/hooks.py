@@ -1,0 +1,25 @@
+"""What the built pages add to Markdown: equations as MathML, and pictures inline, in the colour of the page's text."""
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+
+_EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.+?)\\[)\]]</\1>', re.DOTALL)
+_PICTURE = re.compile(r'<img alt="([^"]*)" src="[./]*(images/[^"]+\.svg)"\s*/?>')
+
+
+def on_page_content(content: str, config: Any, **_: Any) -> str:
+    """Called by mkdocs with each page's HTML."""
+
+    def equation(match: re.Match[str]) -> str:
+        display = "block" if match[2] == "[" else "inline"
+        return str(convert(html.unescape(match[3]).strip(), display=display))
+
+    def picture(match: re.Match[str]) -> str:
+        svg = Path(config["docs_dir"], match[2]).read_text(encoding="utf-8").replace("#777777", "currentColor")
+        return f'<span class="picture">{svg[svg.index("<svg") :]}</span>'
+
+    return _PICTURE.sub(picture, _EQUATION.sub(equation, content))

@@ -1,0 +1,111 @@
+"""`GAPOConfig` of this adapter: `TrainingArguments` that also carry the settings of the step, as TRL's users expect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+import gapo
+from gapo.step import OBJECTIVES, require_objective
+
+_CORE = gapo.GAPOConfig()
+
+
+@dataclass
+class GAPOConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with the fields of the core's `gapo.GAPOConfig`, and what pairs need.
+
+    Usable with `transformers.HfArgumentParser`, `trl.TrlParser` and YAML. Where a default differs from that of
+    `TrainingArguments`, it is the authors' recipe (learning rate 5e-7, cosine, a tenth of the steps to warm up) or what
+    pairs need (`remove_unused_columns=False`).
+
+    Raises:
+        ValueError: a value is out of its range, naming the argument, what is accepted and what came.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate of the optimizer."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate after the warm-up."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps in which the learning rate rises; below 1, the share of all steps."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of all."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the model's forward does not name the pairs' columns."}
+    )
+
+    beta: float = field(default=_CORE.beta, metadata={"help": "Logistic temperature, > 0."})
+    gamma: float = field(
+        default=_CORE.gamma,
+        metadata={"help": "Target gap times beta, the papers' gamma. SimPO's code takes gamma / beta."},
+    )
+    rho: float = field(
+        default=_CORE.rho, metadata={"help": "Radius of the anchor's perturbation, >= 0; at 0 all weights are equal."}
+    )
+    adaptive: bool = field(
+        default=_CORE.adaptive, metadata={"help": "Perturb in proportion to each weight; False for the L2 ball."}
+    )
+    probe: str = field(
+        default=_CORE.probe,
+        metadata={
+            "help": "What gives the direction: SimPO's loss or the mean margin.",
+            "choices": ["loss", "margin"],
+        },
+    )
+    direction: str = field(
+        default=_CORE.direction,
+        metadata={
+            "help": "Along the probe's gradient, or along a normal draw (a control).",
+            "choices": ["pessimistic", "gaussian"],
+        },
+    )
+    anchor: str = field(
+        default=_CORE.anchor,
+        metadata={
+            "help": "A forward at the moved weights, or the first-order gap, which is cheaper and rounds nothing.",
+            "choices": ["exact", "first_order"],
+        },
+    )
+    perturb: str = field(
+        default=_CORE.perturb,
+        metadata={"help": "Parameters that move: backbone (all but the output head), all, or a regular expression."},
+    )
+    last_layers: int | None = field(default=None, metadata={"help": "Move the last so many layers only."})
+    loss_type: str = field(
+        default=_CORE.loss_type, metadata={"help": "Shape of the loss.", "choices": ["sigmoid", "hinge"]}
+    )
+    label_smoothing: float = field(default=_CORE.label_smoothing, metadata={"help": "In [0, 0.5)."})
+    sft_weight: float = field(
+        default=_CORE.sft_weight, metadata={"help": "Weight of the negative log-likelihood of chosen answers, >= 0."}
+    )
+    objective: str = field(
+        default=OBJECTIVES[0],
+        metadata={"help": "gapo, or simpo for the control without an anchor.", "choices": list(OBJECTIVES)},
+    )
+
+    max_length: int = field(default=1024, metadata={"help": "Most tokens of prompt and answer together."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of the prompt, from its end."})
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Round the length of batches up to this."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Set all dropout to 0, as TRL does."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of AutoModelForCausalLM.from_pretrained, for a model by path or id. dtype is float32 "
+            "unless said otherwise: 16-bit weights round the anchor away (bf16=True computes in 16 bits all the same)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.step_config()
+        require_objective(self.objective)
+        if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
+            self.gradient_checkpointing_kwargs: Any = {"use_reentrant": False}
+
+    def step_config(self) -> gapo.GAPOConfig:
+        """The settings of the step alone, checked."""
+        return gapo.GAPOConfig(**{f.name: getattr(self, f.name) for f in fields(gapo.GAPOConfig)})

@@ -1,0 +1,172 @@
+"""`GAPOTrainer`: a `transformers.Trainer` with GAPO's callback, collator and model card, in the shape of TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+
+from gapo.adapters.hf.arguments import GAPOConfig
+from gapo.adapters.hf.callback import GAPOCallback
+from gapo.adapters.hf.collator import PreferenceCollator
+from gapo.data.collate import TOKENIZED
+
+_CARD = """
+## Training method
+
+Trained with GAPO, Geometric Anchor Preference Optimization, of Cho, Kim and Kim
+([arXiv 2602.04909](https://arxiv.org/abs/2602.04909)), by the `gapo` library: {settings}.
+
+```bibtex
+@article{{cho2026gapo,
+  title = {{Learning Where It Matters: Geometric Anchoring for Robust Preference Alignment}},
+  author = {{Cho and Kim and Kim}},
+  year = 2026,
+  eprint = {{2602.04909}},
+  archivePrefix = {{arXiv}},
+}}
+```
+"""
+
+
+class GAPOTrainer(Trainer):
+    """Tune a causal language model on preference pairs with GAPO.
+
+    `GAPOTrainer("path or id", GAPOConfig(output_dir=...), train_dataset=pairs).train()`. Everything else is
+    `transformers.Trainer`'s: checkpoints, resuming, trackers, `push_to_hub`, accelerate's engines.
+
+    Args:
+        model: a path or Hub id, a causal `PreTrainedModel`, or a PEFT model.
+        args: a `gapo.adapters.hf.GAPOConfig`; None for the defaults in the folder "gapo".
+        train_dataset: pairs in TRL's formats ("prompt", "chosen", "rejected", text or messages; the prompt may be left
+            implicit), or rows of `gapo.data.tokenize_pair`: a `datasets.Dataset`, an `IterableDataset`, a sequence.
+        eval_dataset: likewise, or a dict of them.
+        processing_class: the tokenizer; None for the model's own.
+        data_collator: None for `PreferenceCollator` with the limits of `args`.
+        peft_config: adapters to train instead of the model's weights. A quantised model is made ready for it.
+        compute_metrics, callbacks, optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        TypeError, ValueError: an argument is not accepted; a row is no pair (naming the row and the fault).
+    """
+
+    _tag_names = ("gapo", "preference-optimization")
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        args: GAPOConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = GAPOConfig("gapo") if args is None else args
+        if not isinstance(args, GAPOConfig):
+            raise TypeError(
+                f"args must be a gapo.adapters.hf.GAPOConfig, got {type(args).__name__}. With plain TrainingArguments, "
+                "give GAPOCallback to a transformers.Trainer"
+            )
+        if isinstance(model, str):
+            options: Any = args.model_init_kwargs or {}  # text was parsed when `args` was made
+            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32", **options})
+        elif args.model_init_kwargs:
+            raise ValueError("model_init_kwargs were given, but the model is loaded already: give its path or id")
+        if processing_class is None:
+            name = model.config._name_or_path
+            if not name:
+                raise ValueError(
+                    "the model was not loaded by name, so its tokenizer is not known: give processing_class"
+                )
+            processing_class = AutoTokenizer.from_pretrained(name)
+        if peft_config is not None:
+            model = _with_adapters(model, peft_config, args)
+        if data_collator is None:
+            data_collator = PreferenceCollator(
+                processing_class,
+                max_length=args.max_length,
+                max_prompt_length=args.max_prompt_length,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            )
+        if isinstance(data_collator, PreferenceCollator):
+            train_dataset = _tokenized(train_dataset, "train_dataset", data_collator, args)
+            eval_dataset = (
+                {name: _tokenized(rows, name, data_collator, args) for name, rows in eval_dataset.items()}
+                if isinstance(eval_dataset, dict)
+                else _tokenized(eval_dataset, "eval_dataset", data_collator, args)
+            )
+        step = GAPOCallback(args.step_config(), objective=args.objective, disable_dropout=args.disable_dropout)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=[step, *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(list(self._tag_names))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of `transformers.Trainer`, with the method, its settings and the paper's citation."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir, "README.md")
+        if not self.is_world_process_zero() or not path.exists():
+            return
+        from huggingface_hub import ModelCard
+
+        card = ModelCard.load(path)
+        card.data.tags = sorted({*(card.data.tags or []), *self._tag_names})
+        config = self.args.step_config()
+        settings = ", ".join(f"{name} {getattr(config, name)}" for name in ("beta", "gamma", "rho", "anchor"))
+        card.text = card.text.rstrip() + "\n" + _CARD.format(settings=settings)
+        card.save(path)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(*args, **kwargs)
+
+
+def _with_adapters(model: Any, peft_config: Any, args: GAPOConfig) -> Any:
+    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if isinstance(model, PeftModel):
+        raise ValueError("the model has adapters already: leave peft_config out, or merge and unload them first")
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=bool(args.gradient_checkpointing),
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        )
+    return get_peft_model(model, peft_config)
+
+
+def _tokenized(rows: Any, name: str, collator: PreferenceCollator, args: GAPOConfig) -> Any:
+    """`rows` with their token ids, where they are a data set of `datasets`; other rows are tokenised batch by batch."""
+    if rows is None or not hasattr(rows, "map") or set(TOKENIZED) <= set(rows.column_names or ()):
+        return rows
+
+    def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return collator.tokenize(dict(row))
+        except ValueError as error:
+            raise ValueError(f"row {index} of {name}: {error}") from error
+
+    if not hasattr(rows, "__len__"):  # streamed
+        return rows.map(tokenize, with_indices=True)
+    with args.main_process_first():
+        return rows.map(
+            tokenize,
+            with_indices=True,
+            num_proc=args.dataset_num_proc,
+            desc=f"Tokenising {name}",
+        )
