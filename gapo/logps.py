@@ -74,6 +74,17 @@ def sequence_logps(
     return total / tokens if average else total * (tokens / tokens)
 
 
+def response_lengths(labels: Array, *, ignore_index: int = -100) -> Array:
+    """Number of counted tokens of each response, (batch,) integers: those that `sequence_logps` averages over.
+
+    Args:
+        labels: (batch, seq) integer token ids, or `ignore_index`.
+        ignore_index: the label that does not count.
+    """
+    xp = namespace(labels=labels)
+    return xp.sum(xp.astype(labels[:, 1:] != ignore_index, labels.dtype), axis=-1)
+
+
 def _token_logps(logits: Array, targets: Array, xp: Namespace) -> Array:
     """(batch, seq): log-softmax of `logits` (batch, seq, vocab) at `targets` (batch, seq), float32 or wider."""
     kernel = KERNELS.get(library(logits) or "")

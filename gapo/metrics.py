@@ -9,6 +9,7 @@ import array_api_compat
 
 from gapo._namespace import Array
 from gapo.config import GAPOConfig
+from gapo.objectives import LogProbs
 from gapo.step import StepResult
 
 
@@ -35,6 +36,29 @@ def reward_metrics(chosen_logps: Array, rejected_logps: Array, config: GAPOConfi
         "logps/chosen": chosen,
         "logps/rejected": rejected,
     }
+
+
+def reference_metrics(log_ratio_margins: Array) -> dict[str, Array]:
+    """What an objective with a reference is judged by besides: how far the policy departs from it, the right way.
+
+    Args:
+        log_ratio_margins: (N,) z, the policy's margin minus the reference's on summed log-probabilities, nats.
+
+    Returns:
+        Scalars: "reference/accuracies", the share of pairs with z > 0 (none at the start, where the policy is the
+        reference), and "reference/margins", the mean of z. DPO's reward margin is its beta times the latter.
+    """
+    xp = array_api_compat.array_namespace(log_ratio_margins)
+    right = xp.astype(log_ratio_margins > 0, log_ratio_margins.dtype)
+    return {"reference/accuracies": xp.mean(right), "reference/margins": xp.mean(log_ratio_margins)}
+
+
+def pair_metrics(logps: LogProbs, config: GAPOConfig) -> dict[str, Array]:
+    """`reward_metrics` of a batch, and `reference_metrics` where it has reference log-probabilities."""
+    averages = logps.per_token()
+    metrics = reward_metrics(averages.chosen, averages.rejected, config)
+    margins = logps.log_ratio_margins()
+    return metrics if margins is None else metrics | reference_metrics(margins)
 
 
 def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:

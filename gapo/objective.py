@@ -24,6 +24,11 @@ def sigmoid(x: Array, xp: Namespace) -> Array:
     return xp.exp(log_sigmoid(x, xp))
 
 
+def logistic(x: Array, xp: Namespace) -> Array:
+    """The logistic loss, -log sigmoid(x). Shape of `x`."""
+    return -log_sigmoid(x, xp)
+
+
 class LossType(NamedTuple):
     """A loss on the logit x: `value(x, xp)` and `slope(x, xp)`, which is -d value / dx."""
 
@@ -33,7 +38,7 @@ class LossType(NamedTuple):
 
 LOSS_TYPES = {
     "sigmoid": LossType(
-        value=lambda x, xp: -log_sigmoid(x, xp),
+        value=logistic,
         slope=lambda x, xp: sigmoid(-x, xp),
     ),
     "hinge": LossType(

@@ -14,9 +14,6 @@ from gapo.backends.base import Backend, Forward, MarginFn
 from gapo.config import GAPOConfig
 from gapo.selection import select
 
-# What adapters train on: the step, or SimPO's loss, which is the probe's, as the control without an anchor.
-OBJECTIVES = ("gapo", "simpo")
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -163,25 +160,6 @@ def run(
         rejected_logps=values[1] if len(values) == 2 else None,
     )
     return result, cotangents
-
-
-def run_probe(
-    forward: Forward, config: GAPOConfig, backend: Backend, *, gamma: Any = None
-) -> tuple[Array, tuple[Array, ...]]:
-    """The control without an anchor, the mean probe loss: its value, and its cotangents on `forward.outputs`."""
-    xp = backend.xp
-    gamma = config.gamma if gamma is None else gamma
-    margins = stop_gradient(margins_of(tuple(at_least_float32(output, xp) for output in forward.outputs)))
-    weights = objective.pair_weights(margins, config.beta, gamma, "sigmoid", 0.0, xp)
-    loss = xp.mean(probe_losses(margins, config, xp, gamma))
-    return loss, _on_outputs(-weights / margins.shape[0], forward.outputs, xp)
-
-
-def require_objective(name: str) -> str:
-    """`name`, or ValueError unless it is one of `OBJECTIVES`."""
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {name!r}")
-    return name
 
 
 def margins_of(outputs: tuple[Array, ...]) -> Array:
@@ -334,12 +312,9 @@ def _require_finite_margins(margins: Array, where: str, xp: Namespace) -> None:
 
 
 __all__ = [
-    "OBJECTIVES",
     "StepResult",
     "margins_of",
     "probe_losses",
-    "require_objective",
     "run",
-    "run_probe",
     "value_and_grad",
 ]

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import hf_models
 import numpy as np
@@ -253,3 +254,36 @@ def test_generated_pairs_have_known_answers_and_disjoint_splits() -> None:
     shorter = np.mean([len(row["chosen"]) < len(row["rejected"]) for row in train])
     assert abs(longer - shorter) < 0.1  # length does not tell
     assert len(data.warmup_text(7).split("\n")) >= 7
+
+
+def summed(batch: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Minus the sum of the ids that count, as if that were a log-probability."""
+    sides = (batch[f"{side}_labels"] for side in ("chosen", "rejected"))
+    chosen, rejected = (-np.where(labels == -100, 0, labels).sum(-1).astype(float) for labels in sides)
+    return chosen, rejected
+
+
+def test_reference_log_probs_stand_beside_the_tokens_and_in_the_batches() -> None:
+    rows = [
+        {"chosen_input_ids": [9] * n, "chosen_labels": [-100, *[n] * (n - 1)]}
+        | {"rejected_input_ids": [9, 1], "rejected_labels": [-100, n]}
+        for n in (3, 7, 2, 5)
+    ]
+    found = data.with_reference_logps(rows, summed, pad_token_id=0, batch_size=3)
+    assert [(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in found] == [
+        (-6.0, -3.0),
+        (-42.0, -7.0),
+        (-2.0, -2.0),
+        (-20.0, -5.0),
+    ]
+    assert "ref_chosen_logps" not in rows[0]
+    for batch in data.batches(found, 2, pad_token_id=0):
+        np.testing.assert_array_equal(batch["ref_chosen_logps"], summed(batch)[0])
+        assert batch["ref_rejected_logps"].dtype == np.float32
+    assert "ref_chosen_logps" not in data.collate_pairs([found[0], rows[1]], pad_token_id=0)
+    with pytest.raises(FloatingPointError, match=r"reference log-probabilities of row 1 are nan \(chosen\) and -7.0"):
+        data.with_reference_logps(
+            rows, lambda batch: (np.where(summed(batch)[0] < -40, np.nan, 0), summed(batch)[1]), pad_token_id=0
+        )
+    with pytest.raises(ValueError, match=r"tokenised pairs need the columns"):
+        data.with_reference_logps([{"chosen": "a"}], summed, pad_token_id=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 
 from gapo import cli, data
+from gapo.data import collate
 from gapo.experiments import files, noise, plots, report
 from gapo.experiments.config import ConfigError, known_keys, make_parser, parse
+from gapo.experiments.reference import with_kept_reference
 
 QUICK = {
     "demo_size": 60,
@@ -163,11 +166,13 @@ def test_an_unfinished_run_with_other_settings_is_refused(
     assert "holds an unfinished run with other settings (rho: 0.2 -> 0.7)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("loss", ["gapo", "simpo"])
+@pytest.mark.parametrize("loss", ["gapo", "simpo", "dpo"])
 def test_the_same_yaml_on_every_backend(finished: Path, tmp_path: Path, loss: str) -> None:
     """The same pairs, tokenizer and tiny model: all agree before; JAX and MLX share the order and stay near."""
     model = str(finished / "run" / "model")
     options = {"model": model, "loss": loss, "accumulation": 2, "weight_decay": 0.1}
+    if loss == "dpo":
+        options["loss_settings"] = {"beta": 0.5}
     summaries = {}
     for backend in ("torch", "jax", "mlx"):
         folder = tmp_path / backend
@@ -175,13 +180,19 @@ def test_the_same_yaml_on_every_backend(finished: Path, tmp_path: Path, loss: st
         assert train(folder, backend=backend, **options) == 0
         summaries[backend] = json.loads((folder / "run" / "summary.json").read_text())
         assert "Reward accuracy" in (folder / "run" / "report.html").read_text()
+    if loss == "dpo":  # the policy is the reference yet
+        assert summaries["torch"]["before"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+        rows = [files.read_lines(tmp_path / backend / "run" / "metrics.jsonl") for backend in ("jax", "mlx")]
+        for line in zip(*rows, strict=True):  # in the same order, the same numbers
+            for name in ("eval_loss", "eval_reference/margins", "reference/margins"):
+                assert line[0].get(name, 0) == pytest.approx(line[1].get(name, 0), rel=1e-2, abs=2e-4), name
     for backend in ("jax", "mlx"):
         for name, value in summaries["torch"]["before"].items():
             assert summaries[backend]["before"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), (backend, name)
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
         after = [summaries[backend]["after"][name] for backend in ("jax", "mlx")]
         assert after[0] == pytest.approx(after[1], rel=1e-3, abs=2e-4), name
-        assert after[0] != pytest.approx(summaries["jax"]["before"][name], rel=1e-4), name
+        assert after[0] != pytest.approx(summaries["jax"]["before"][name], rel=1e-5), name
     # What JAX and MLX saved loads in PyTorch, and says the same there.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -224,6 +235,74 @@ def test_other_backends_resume_too(
         assert rows[0] == rows[1], name
 
 
+def test_reference_log_probs_are_those_of_the_start_also_after_resuming(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gapo.experiments import train_torch
+
+    options = {"model": str(finished / "run" / "model"), "loss": "dpo", "learning_rate": 0.05, "flip_rate": 0.0}
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    assert train(tmp_path / "whole", **options) == 0
+    metrics = files.read_lines(tmp_path / "whole" / "run" / "metrics.jsonl")
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # the policy is the reference at the first step
+    assert abs(losses[-1] - math.log(2)) > 1e-3
+    right = [row["eval_reference/accuracies"] for row in metrics if "eval_loss" in row]
+    assert right[0] < 0.6 < right[-1]
+
+    plain = train_torch._Recorder.on_step
+
+    def interrupted(self: Any, result: Any, batch: Any) -> None:
+        plain(self, result, batch)
+        if self._step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_torch._Recorder, "on_step", interrupted)
+    assert train(tmp_path / "cut", **options) == 130
+    monkeypatch.undo()
+    kept = tmp_path / "cut" / "run" / "reference.safetensors"
+    before = kept.read_bytes()
+
+    def measured_anew(*args: Any) -> Any:
+        raise AssertionError("a resumed run measured its reference anew")
+
+    monkeypatch.setattr(train_torch, "summed_logps", measured_anew)
+    assert train(tmp_path / "cut", **options) == 0
+    assert kept.read_bytes() == before == (tmp_path / "whole" / "run" / "reference.safetensors").read_bytes()
+    again = files.read_lines(tmp_path / "cut" / "run" / "metrics.jsonl")
+    assert [row["loss"] for row in again if "loss" in row] == losses
+
+    with pytest.raises(ConfigError, match="holds the reference log-probabilities of other pairs"):
+        with_kept_reference([{name: [1] for name in collate.TOKENIZED}], [], None, kept, pad_token_id=0, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loss": "dpo", "loss_settings": {"gamma": 1}}, r"objective 'dpo' has no setting 'gamma'; it takes beta"),
+        ({"loss": "ipo", "loss_settings": {"tau": -1}}, "tau must be a finite number > 0, got -1.0"),
+        (
+            {"loss": "simpo", "loss_settings": {"beta": 1}},
+            "objective 'simpo' takes beta and gamma from gapo.GAPOConfig",
+        ),
+        ({"loss": "dpo", "beta": 0.5}, r"beta=0.5 is a setting of gapo and simpo.*--loss_settings.beta 0.1"),
+    ],
+)
+def test_settings_of_a_loss_are_checked(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    (tmp_path / "a.yaml").write_text(json.dumps(given))
+    with pytest.raises(ConfigError, match=message):
+        parse([str(tmp_path / "a.yaml")])
+
+
+def test_settings_of_a_loss_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("loss: rdpo\nloss_settings: {beta: 0.3}\nbeta: 2.0\n")
+    run, step = parse([str(tmp_path / "a.yaml"), "--loss_settings.label_smoothing", "0.2"])
+    assert (run.loss_settings, step.beta) == ({"beta": 0.3, "label_smoothing": 0.2}, 2.0)
+    run, _ = parse(["--loss", "dpo", "--loss_settings.beta=0.01"])
+    assert run.loss_settings == {"beta": 0.01}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -261,7 +340,7 @@ def test_simpo_and_lora_and_files(finished: Path, tmp_path: Path) -> None:
         ({"batch_size": 0}, 2, "batch_size must be > 0, got 0"),
         ({"flip_rate": 2.0}, 2, r"flip_rate must be in \[0, 1\], got 2.0"),
         ({"learning_rat": 1.0}, 2, "Did you mean 'learning_rate'"),
-        ({"loss": "dpo"}, 2, "loss"),
+        ({"loss": "orpo"}, 2, "loss must be one of 'gapo', 'simpo', .*'unhinged', got 'orpo'"),
         ({"epochs": "many"}, 2, "epochs"),
         ({"tiny_text": "gone.txt"}, 1, "there is no file 'gone.txt'"),
         ({"model": "no/such-model"}, 1, "no/such-model"),

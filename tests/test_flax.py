@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import gapo
 from gapo.adapters.flax import make_eval_step, make_train_step, pair_logps
+from gapo.data import collate
 from gapo.metrics import reward_metrics, step_metrics
 
 CONFIG = gapo.GAPOConfig(rho=0.3)
@@ -182,3 +184,39 @@ def test_errors() -> None:
         make_train_step()(model, batch())
     with pytest.raises(KeyError, match=r"a batch of pairs needs .* 'chosen_input_ids' is missing, got input_ids"):
         make_train_step()(model, optimizer, {"input_ids": 1})
+
+
+def with_reference(model: Any, data: Any) -> dict[str, np.ndarray]:
+    """The batch with the model's own summed log-probabilities for the reference's."""
+    averages = pair_logps(lambda ids, _: model(ids), data)
+    lengths = [(data[f"{side}_labels"] != -100).sum(-1) for side in ("chosen", "rejected")]
+    return {**data, **{n: np.array(a * c) for n, a, c in zip(collate.REFERENCE, averages, lengths, strict=True)}}
+
+
+def test_dpo_takes_its_own_gradient() -> None:
+    model, optimizer = nnx_problem()
+    plain, data = batch(), with_reference(model, batch())
+    before = nnx.state(model, nnx.Param)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def half_margins(p: Any) -> Any:  # where the policy is the reference, -beta / 2 times the summed margins
+        chosen, rejected = pair_logps(lambda ids, _: nnx.merge(graph, p, rest, copy=True)(ids), plain)
+        chosen, rejected = (
+            x * (plain[f"{side}_labels"] != -100).sum(-1) for x, side in ((chosen, "chosen"), (rejected, "rejected"))
+        )
+        return -0.25 * jnp.mean(chosen - rejected)
+
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, before, jax.grad(half_margins)(params))
+    options = {"objective": "dpo", "objective_settings": {"beta": 0.5}}
+    assert float(make_eval_step(**options)(model, data)["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    train_step = make_train_step(**options)
+    metrics, result = train_step(model, optimizer, data)
+    assert result is None
+    assert float(metrics["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    assert_close(nnx.state(model, nnx.Param), expected)
+    with pytest.raises(ValueError, match=r"objective 'dpo' needs ref_chosen_logps and ref_rejected_logps"):
+        train_step(model, optimizer, plain)
+    with pytest.raises(ValueError, match=r"gamma is of objectives 'gapo' and 'simpo'; 'dpo' takes beta"):
+        train_step(model, optimizer, data, gamma=0.1)
+    with pytest.raises(ValueError, match="objective must be one of 'gapo', 'simpo'"):
+        make_train_step(objective="orpo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import pickle
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gapo import GAPOConfig
-from gapo.adapters.hf import GAPOCallback, PreferenceCollator
-from gapo.adapters.hf.margins import pair_logps
+from gapo.adapters.hf import GAPOCallback, PreferenceCollator, with_reference_logps
+from gapo.adapters.hf.margins import log_probs, pair_logps
+from gapo.objectives import OBJECTIVES
 
 CONFIG = GAPOConfig(rho=0.3)
 TRL_KEYS = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} | {
@@ -317,10 +319,90 @@ def test_simpo_is_the_control_without_an_anchor(tmp_path: Path) -> None:
     row = next(row for row in trainer.state.log_history if "loss" in row)
     assert set(row) >= TRL_KEYS
     assert not any(name.startswith("gapo/") for name in row)
-    with pytest.raises(ValueError, match="objective must be one of 'gapo', 'simpo', got 'dpo'"):
-        GAPOCallback(objective="dpo")
+    with pytest.raises(ValueError, match=r"objective must be one of 'gapo', 'simpo', .*, got 'orpo'"):
+        GAPOCallback(objective="orpo")
     with pytest.raises(TypeError, match=r"config must be a gapo.GAPOConfig, got dict"):
         GAPOCallback({})  # type: ignore[arg-type]
+
+
+def dpo_gradient(model: Any, batch: dict[str, torch.Tensor], beta: float) -> dict[str, torch.Tensor]:
+    """Gradient of -mean log sigmoid(beta z) where the policy is the reference (z = 0): by autograd, from logits."""
+    policy = copy.deepcopy(model)
+    sums = []
+    for side in ("chosen", "rejected"):
+        ids, mask, labels = (batch[f"{side}_{part}"] for part in ("input_ids", "attention_mask", "labels"))
+        logits = policy(input_ids=ids, attention_mask=mask).logits
+        kept = labels[:, 1:] != -100
+        picked = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+        sums.append((picked * kept).sum(-1))
+    (-0.5 * beta * (sums[0] - sums[1])).mean().backward()  # sigmoid(0) is a half
+    return {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def test_dpo_compares_with_where_it_started(tmp_path: Path) -> None:
+    model = hf_models.make("llama")
+    before = copy.deepcopy(model)
+    rows = with_reference_logps(model, hf_models.pairs(8), batch_size=3, progress=None)
+    options = {"objective": "dpo", "objective_settings": {"beta": 0.5}}
+    trainer = make_trainer(tmp_path, model, rows=rows, callback=options, max_grad_norm=0.0, max_steps=4)
+    trainer.eval_dataset = rows
+    batches: list[Any] = []
+    callback_of(trainer).on_step = lambda result, batch: batches.append(batch)
+    start = trainer.evaluate()
+    assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert start["eval_reference/margins"] == pytest.approx(0, abs=1e-4)
+    gradient = first_gradient(trainer)
+    for name, expected in dpo_gradient(before, batches[0], 0.5).items():
+        assert float((gradient[name] - expected).norm() / expected.norm()) < 1e-4, name
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    after = trainer.evaluate()
+    assert after["eval_reference/accuracies"] > 0.9
+    assert set(after) >= {f"eval_{name}" for name in TRL_KEYS}
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "gapo"])
+def test_every_objective_trains_and_is_evaluated_by_its_own_loss(tmp_path: Path, name: str) -> None:
+    model = hf_models.make("llama")
+    rows = with_reference_logps(model, hf_models.pairs(8), progress=None)
+    objective = OBJECTIVES[name]
+    settings = {"beta": CONFIG.beta, "gamma": CONFIG.gamma} if name == "simpo" else {}
+    trainer = make_trainer(tmp_path, model, rows=rows, callback={"objective": name}, max_steps=1)
+    trainer.eval_dataset = rows
+    loss = trainer.evaluate()["eval_loss"]
+    collated = [trainer.data_collator(rows[i : i + 3]) for i in (0, 3, 6)]
+    with torch.no_grad():
+        losses = torch.cat([objective.losses(log_probs(model, batch), **settings) for batch in collated])
+    assert loss == pytest.approx(float(losses.mean()), rel=1e-4, abs=1e-6)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_what_an_objective_needs_is_told(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callback={"objective": "dpo"})
+    with pytest.raises(ValueError, match=r"objective 'dpo' needs ref_chosen_logps and .*with_reference_logps"):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"objective 'dpo' has no setting 'gamma'; it takes beta \(0.1\)"):
+        GAPOCallback(objective="dpo", objective_settings={"gamma": 1})
+    with pytest.raises(ValueError, match=r"objective 'gapo' takes beta and gamma from gapo.GAPOConfig"):
+        GAPOCallback(objective_settings={"beta": 1})
+
+
+def test_reference_log_probs_are_sums_without_dropout() -> None:
+    model = hf_models.make("gpt2", dropout=0.5).train()
+    rows = hf_models.pairs(5)
+    found = with_reference_logps(model, rows, batch_size=2, progress=None)
+    assert model.training
+    assert [row["id"] for row in found] == [row["id"] for row in rows]
+    batch = PreferenceCollator(hf_models.tokenizer())(rows)
+    with torch.no_grad():
+        chosen, rejected = pair_logps(model.eval(), batch)
+    for side, averages in (("chosen", chosen), ("rejected", rejected)):
+        lengths = torch.tensor([sum(label != -100 for label in row[f"{side}_labels"]) for row in rows])
+        sums = torch.tensor([row[f"ref_{side}_logps"] for row in found])
+        torch.testing.assert_close(sums, averages * lengths, rtol=1e-5, atol=1e-4)
 
 
 def test_rho_zero_is_not_simpo_but_a_linear_loss(tmp_path: Path) -> None:

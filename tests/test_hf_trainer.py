@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer
 
 import gapo
-from gapo.adapters.hf import GAPOCallback, GAPOConfig, GAPOTrainer, PreferenceCollator
+from gapo.adapters.hf import GAPOCallback, GAPOConfig, GAPOTrainer, PreferenceCollator, with_reference_logps
 from gapo.data import write_rows
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -131,12 +132,26 @@ def test_pushing_goes_the_trainers_way(tmp_path: Path, monkeypatch: pytest.Monke
     assert "2602.04909" in (tmp_path / "README.md").read_text()
 
 
+def test_other_objectives_bring_their_settings_and_claim_no_gapo(tmp_path: Path) -> None:
+    model = hf_models.make("llama")
+    rows = with_reference_logps(model, hf_models.pairs(8), progress=None)
+    args = arguments(tmp_path, objective="rdpo", objective_settings='{"label_smoothing": 0.25}', logging_steps=1)
+    assert args.objective_settings == {"label_smoothing": 0.25}
+    trainer = GAPOTrainer(model, args, train_dataset=rows, processing_class=hf_models.tokenizer())
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # (0.75 - 0.25) / 0.5 log 2
+    trainer.create_model_card()
+    assert "2602.04909" not in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="objective 'rdpo' has no setting 'rho'"):
+        arguments(tmp_path, objective="rdpo", objective_settings={"rho": 1})
+
+
 def test_settings_are_the_cores_and_checked(tmp_path: Path) -> None:
     assert GAPOConfig(str(tmp_path)).step_config() == gapo.GAPOConfig()
     with pytest.raises(ValueError, match=r"rho must be a finite number >= 0, got -0\.1"):
         GAPOConfig(str(tmp_path), rho=-0.1)
-    with pytest.raises(ValueError, match="objective must be one of 'gapo', 'simpo', got 'dpo'"):
-        GAPOConfig(str(tmp_path), objective="dpo")
+    with pytest.raises(ValueError, match=r"objective must be one of 'gapo', 'simpo', .*, got 'orpo'"):
+        GAPOConfig(str(tmp_path), objective="orpo")
     with pytest.raises(TypeError, match=r"args must be a gapo.adapters.hf.GAPOConfig, got GAPOConfig"):
         GAPOTrainer(hf_models.make("llama"), gapo.GAPOConfig())  # type: ignore[arg-type]
     with pytest.raises(

@@ -31,7 +31,9 @@ print(json.dumps({{"modules": sorted(sys.modules), "seconds": seconds}}))
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("statement", ["import gapo", "import gapo.data, gapo.cli, gapo.metrics, gapo.backends.numpy"])
+@pytest.mark.parametrize(
+    "statement", ["import gapo", "import gapo.data, gapo.cli, gapo.metrics, gapo.objectives, gapo.backends.numpy"]
+)
 def test_no_framework_is_loaded(statement: str) -> None:
     found = loaded_after(statement)["modules"]
     assert "gapo.step" in found
@@ -56,6 +58,7 @@ def test_public_surface() -> None:
 def test_imports_run_one_way() -> None:
     """The core imports neither backends' frameworks nor adapters, data or experiments."""
     core = [f"gapo/{name}.py" for name in ("objective", "logps", "geometry", "config", "step", "selection", "metrics")]
+    core += [f"gapo/objectives/{path.name}" for path in (ROOT / "gapo" / "objectives").glob("*.py")]
     for path in [*core, *(str(p.relative_to(ROOT)) for p in (ROOT / "gapo" / "backends").rglob("*.py"))]:
         text = (ROOT / path).read_text()
         assert not re.search(r"^\s*(from|import) gapo\.(adapters|data|experiments|cli)", text, re.MULTILINE), path

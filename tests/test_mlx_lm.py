@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -161,6 +162,40 @@ def test_evaluation_is_the_probe_loss_over_pairs(folder: Path) -> None:
         losses += [float(x) for x in mx.logaddexp(mx.array(0.0), CONFIG.gamma - CONFIG.beta * (chosen - rejected))]
     assert len(losses) == 8
     assert value == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_dpo_trains_from_where_it_started(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+
+    def summed(batch: Any) -> Any:
+        ids, labels = (
+            mx.array(np.concatenate([batch[f"{side}_{part}"] for side in ("chosen", "rejected")]))
+            for part in ("input_ids", "labels")
+        )
+        averages = adapter.pair_logps(model, (ids, labels))
+        lengths = [(batch[f"{side}_labels"] != -100).sum(-1) for side in ("chosen", "rejected")]
+        return [np.array(a) * n for a, n in zip(averages, lengths, strict=True)]
+
+    rows = data.with_reference_logps(hf_models.pairs(8), summed, pad_token_id=0, progress=None)
+    loss = adapter.make_loss(CONFIG, objective="dpo", objective_settings={"beta": 0.5})
+    batch = next(adapter.iterate_batches(rows, 4, 64))
+    assert [tuple(x.shape) for x in batch] == [(8, batch[0].shape[1])] * 2 + [(2, 4)]
+    model.train()
+    value, grads = nn.value_and_grad(model, lambda m: loss(m, *batch)[0])(model)[:2]
+    assert float(value) == pytest.approx(math.log(2), abs=1e-5)
+
+    def half_margins(m: nn.Module) -> Any:  # where the policy is the reference, -beta / 2 times the summed margins
+        lengths = mx.sum(batch[1][:, 1:] != -100, axis=-1)
+        chosen, rejected = adapter.pair_logps(m, batch[:2])
+        return -0.25 * mx.mean(chosen * lengths[:4] - rejected * lengths[4:])
+
+    assert_close(grads, nn.value_and_grad(model, half_margins)(model)[1])
+    args = TrainingArgs(batch_size=4, iters=4, max_seq_length=64, adapter_file=str(tmp_path / "a.safetensors"))
+    train(model, optim.SGD(0.05), rows, rows, args, loss=loss, iterate_batches=adapter.iterate_batches)
+    trained = evaluate(model, rows, 4, -1, 64, loss=loss, iterate_batches=adapter.iterate_batches)
+    assert trained < math.log(2)
+    with pytest.raises(ValueError, match=r"objective 'dpo' needs ref_chosen_logps and ref_rejected_logps"):
+        loss(model, *batch[:2])
 
 
 def test_gradient_checkpointing_changes_nothing(folder: Path, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_page_of_the_docs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The blocks of a page run one after another."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     subject = {"flax.md": "Flax", "mlx.md": "MLX", "trainer.md": "Trainer", "index.md": "Trainer"}
+    subject["objectives.md"] = "Trainer"
     subject |= dict.fromkeys(("loop.md", "choosing.md"), "own loop")
     names = {"folder": tmp_path, **given(subject.get(page, page), tmp_path, monkeypatch)}
     for block in blocks:

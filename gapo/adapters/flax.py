@@ -17,9 +17,12 @@ except ModuleNotFoundError as error:
 
 from gapo.backends.jax import JaxBackend, JaxForward
 from gapo.config import GAPOConfig
-from gapo.data.collate import PARTS
-from gapo.metrics import reward_metrics, step_metrics
-from gapo.step import StepResult, probe_losses, require_objective, run, run_probe
+from gapo.data.collate import PARTS, REFERENCE
+from gapo.data.reference import require_reference
+from gapo.logps import response_lengths
+from gapo.metrics import pair_metrics, step_metrics
+from gapo.objectives import LogProbs, without_anchor
+from gapo.step import StepResult, run
 
 Metrics = dict[str, jax.Array]
 # `logits_fn(model, input_ids, attention_mask) -> (batch, seq, vocab)`; for Linen the model is the tree of parameters.
@@ -31,6 +34,7 @@ def make_train_step(
     config: GAPOConfig | None = None,
     *,
     objective: str = "gapo",
+    objective_settings: Mapping[str, Any] | None = None,
     wrt: Any = nnx.Param,
     axis_name: str | None = None,
 ) -> Callable[..., Any]:
@@ -45,29 +49,40 @@ def make_train_step(
             model with `input_ids`, and a Linen one as `state.apply_fn({"params": params}, input_ids)`: right for causal
             models whose padding stands on the right.
         config: settings of the step; None for the defaults.
-        objective: "gapo", or "simpo" for the control on the probe loss, whose `result` is None.
+        objective: "gapo"; "simpo" for the control on the probe loss; or another name of `gapo.objectives.OBJECTIVES`.
+            Their `result` is None. Those that compare with a reference need its log-probabilities in the batch, as
+            `gapo.data.with_reference_logps` puts them in the rows; those of the batch's statistics take the batch as it
+            lies on a device.
+        objective_settings: settings of the other objectives, such as {"beta": 0.1}; None for their defaults. "gapo" and
+            "simpo" take theirs from `config`.
         wrt: which NNX variables train, as the optimizer was told: `nnx.Param`, or `nnx.LoRAParam`.
         axis_name: data axis of a surrounding `shard_map`, whose members share one anchor. Its caller averages nothing.
 
     Returns:
         `train_step`. `batch` is what `gapo.data.collate_pairs` makes: each (N, seq),
-        {chosen,rejected}_{input_ids,attention_mask,labels}. `metrics` are scalars: "loss", TRL's keys and "gapo/";
-        `result` is the `gapo.StepResult`. `gamma` and `rng` are as in `gapo.value_and_grad`.
+        {chosen,rejected}_{input_ids,attention_mask,labels}, besides reference log-probabilities (N,). `metrics` are
+        scalars: "loss", TRL's keys and "gapo/"; `result` is the `gapo.StepResult`. `gamma` and `rng` are as in
+        `gapo.value_and_grad`.
 
     Source: method document, "The step".
     """
     config = GAPOConfig() if config is None else config
     backend = JaxBackend(axis_name)
-    require_objective(objective)
+    measure = _measure(objective, config, objective_settings)
 
-    def gradients(forward: JaxForward, gamma: Any, rng: Any) -> tuple[StepResult | None, Metrics, Any]:
+    def gradients(forward: JaxForward, batch: Any, gamma: Any, rng: Any) -> tuple[StepResult | None, Metrics, Any]:
         if objective == "gapo":
             result, cotangents = run(forward, config, backend, gamma=gamma, rng=rng)
             metrics = {"loss": result.loss, **step_metrics(result, config)}
         else:
-            loss, cotangents = run_probe(forward, config, backend, gamma=gamma)
-            chosen, rejected = forward.outputs
-            result, metrics = None, {"loss": loss, **reward_metrics(chosen, rejected, config)}
+            over = {} if gamma is None else {"gamma": gamma}
+
+            def loss(outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
+                found = measure(outputs, batch, **over)
+                return found["loss"], found
+
+            result = None
+            cotangents, metrics = jax.grad(loss, has_aux=True)(forward.outputs)
         grads = {name: backend.all_reduce(g, "mean") for name, g in forward.pullback(cotangents).items()}
         return result, metrics, forward.pack(grads)
 
@@ -81,7 +96,7 @@ def make_train_step(
             return logps, nnx.state(merged, nnx.filterlib.Not(wrt))
 
         forward = JaxForward(margin_fn, params, batch, axis_name, has_aux=True)
-        result, metrics, grads = gradients(forward, gamma, rng)
+        result, metrics, grads = gradients(forward, batch, gamma, rng)
         nnx.update(model, forward.aux)
         optimizer.update(model, grads)
         return metrics, result
@@ -92,7 +107,7 @@ def make_train_step(
             fn = logits_fn or (lambda params, ids, _: state.apply_fn({"params": params}, ids))
             return pair_logps(lambda ids, mask: fn(p, ids, mask), b)
 
-        result, metrics, grads = gradients(JaxForward(margin_fn, state.params, batch, axis_name), gamma, rng)
+        result, metrics, grads = gradients(JaxForward(margin_fn, state.params, batch, axis_name), batch, gamma, rng)
         return state.apply_gradients(grads=grads), metrics, result
 
     def train_step(*args: Any, gamma: Any = None, rng: Any = None) -> Any:
@@ -108,33 +123,35 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(logits_fn: LogitsFn | None = None, config: GAPOConfig | None = None) -> Callable[..., Metrics]:
+def make_eval_step(
+    logits_fn: LogitsFn | None = None,
+    config: GAPOConfig | None = None,
+    *,
+    objective: str = "gapo",
+    objective_settings: Mapping[str, Any] | None = None,
+) -> Callable[..., Metrics]:
     """A jitted evaluation: `eval_step(model_or_state, batch) -> metrics`, without an anchor.
 
     Args:
         logits_fn: as in `make_train_step`.
         config: as in `make_train_step`.
+        objective: likewise.
+        objective_settings: likewise.
 
     Returns:
-        `eval_step`: the mean probe loss under "loss", and the rewards under TRL's keys (method document, step 6).
+        `eval_step`: the mean probe loss, or another objective's own, under "loss", and the rewards under TRL's keys
+        (method document, step 6).
     """
-    config = GAPOConfig() if config is None else config
-
-    def measure(logits: Callable[..., jax.Array], batch: Any) -> Metrics:
-        chosen, rejected = pair_logps(logits, batch)
-        return {
-            "loss": jnp.mean(probe_losses(chosen - rejected, config, jnp)),
-            **reward_metrics(chosen, rejected, config),
-        }
+    measure = _measure(objective, GAPOConfig() if config is None else config, objective_settings)
 
     @nnx.jit
     def nnx_step(model: Any, batch: Any) -> Metrics:
-        return measure(lambda ids, mask: (logits_fn or _call)(model, ids, mask), batch)
+        return measure(pair_logps(lambda ids, mask: (logits_fn or _call)(model, ids, mask), batch), batch)
 
     @jax.jit
     def linen_step(state: Any, batch: Any) -> Metrics:
         fn = logits_fn or (lambda params, ids, _: state.apply_fn({"params": params}, ids))
-        return measure(lambda ids, mask: fn(state.params, ids, mask), batch)
+        return measure(pair_logps(lambda ids, mask: fn(state.params, ids, mask), batch), batch)
 
     def eval_step(model: Any, batch: Any) -> Metrics:
         return (nnx_step if isinstance(model, nnx.Module) else linen_step)(model, _arrays(batch))
@@ -150,6 +167,25 @@ def pair_logps(logits: Callable[..., jax.Array], batch: Mapping[str, Any]) -> tu
     return logps[:half], logps[half:]
 
 
+def _measure(objective: str, config: GAPOConfig, given: Mapping[str, Any] | None) -> Callable[..., Metrics]:
+    """`measure(outputs, batch) -> metrics`: the mean loss without an anchor under "loss", and TRL's rewards."""
+    found, settings = without_anchor(objective, config, given)
+
+    def measure(outputs: tuple[jax.Array, ...], batch: Mapping[str, jax.Array], **over: Any) -> Metrics:
+        if found.needs_reference:
+            require_reference(found.name, batch)
+        if over and "gamma" not in settings:
+            raise ValueError(f"gamma is of objectives 'gapo' and 'simpo'; {found.name!r} takes {', '.join(settings)}")
+        labels = jnp.concatenate([batch["chosen_labels"], batch["rejected_labels"]])
+        ref_chosen, ref_rejected = (batch.get(name) for name in REFERENCE)
+        chosen, rejected = outputs
+        logps = LogProbs.from_averages(chosen, rejected, response_lengths(labels), ref_chosen, ref_rejected)
+        losses = found.losses(logps, **{**settings, **over})
+        return {"loss": jnp.mean(losses), **pair_metrics(logps, config)}
+
+    return measure
+
+
 def _call(model: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
     return model(input_ids)
 
@@ -160,6 +196,7 @@ def _arrays(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     missing = [name for name in wanted if name not in batch]
     if missing:
         raise KeyError(f"a batch of pairs needs {', '.join(wanted)}; {missing[0]!r} is missing, got {', '.join(batch)}")
+    wanted += [name for name in REFERENCE if name in batch]
     return {name: jnp.asarray(batch[name]) for name in wanted}
 
 

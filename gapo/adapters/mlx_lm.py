@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import gapo
 from gapo.adapters import missing
@@ -23,9 +25,12 @@ except ModuleNotFoundError as error:
 from gapo.backends.mlx import MlxBackend, MlxForward
 from gapo.config import GAPOConfig
 from gapo.data import batches, read_pairs, tokenize_pair
-from gapo.data.collate import TOKENIZED
-from gapo.metrics import reward_metrics, step_metrics
-from gapo.step import StepResult, probe_losses, require_objective, run
+from gapo.data.collate import REFERENCE, TOKENIZED
+from gapo.data.reference import require_reference
+from gapo.logps import response_lengths
+from gapo.metrics import pair_metrics, step_metrics
+from gapo.objectives import LogProbs, without_anchor
+from gapo.step import StepResult, run
 
 # Metrics stand in the module, whose state mlx-lm's compiled step hands out; "_" keeps them from the parameters.
 # Training and evaluation have a place each, since the compiled step writes its outputs back by position.
@@ -37,35 +42,48 @@ def make_loss(
     config: GAPOConfig | None = None,
     *,
     objective: str = "gapo",
+    objective_settings: Mapping[str, Any] | None = None,
     on_step: Callable[[StepResult], None] | None = None,
 ) -> Callable[..., tuple[mx.array, mx.array]]:
     """A loss for `mlx_lm.tuner.trainer.train` and `evaluate`: `loss(model, *batch) -> (scalar, count)`.
 
     In training (`model.training`) it is the GAPO step of the batch, and the count its answers' tokens. In evaluation it
-    is the probe loss, without an anchor, and the count its pairs, over which mlx-lm averages.
+    is the probe loss, or another objective's own, without an anchor, and the count its pairs, over which mlx-lm
+    averages.
 
     Args:
         config: settings of the step; None for the defaults.
-        objective: "gapo", or "simpo" for the control on the probe loss.
+        objective: "gapo"; "simpo" for the control on the probe loss; or another name of `gapo.objectives.OBJECTIVES`.
+            Those that compare with a reference need its log-probabilities, which `iterate_batches` hands over where the
+            rows have them (`gapo.data.with_reference_logps`).
+        objective_settings: settings of the other objectives, such as {"beta": 0.1}; None for their defaults. "gapo" and
+            "simpo" take theirs from `config`.
         on_step: called with each step's result; not under `mx.compile`, which would call it once.
 
     Raises:
-        ValueError: an unknown objective. From the loss: dropout together with mlx-lm's `grad_checkpoint`, whose
+        ValueError: an unknown objective, or settings that are not its own. From the loss: no reference where one is
+            needed; dropout together with mlx-lm's `grad_checkpoint`, whose
             gradients are wrong for any loss, since the recomputed forward draws other masks.
 
     Source: method document, "The step".
     """
     config = GAPOConfig() if config is None else config
     backend = MlxBackend()
-    require_objective(objective)
+    other, settings = without_anchor(objective, config, objective_settings)
 
-    def loss(model: nn.Module, ids: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
-        if not model.training or objective == "simpo":
-            chosen, rejected = pair_logps(model, (ids, labels))
-            metrics = reward_metrics(mx.stop_gradient(chosen), mx.stop_gradient(rejected), config)
-            model[_TRAIN if model.training else _VALID] = metrics
-            count = mx.sum(labels != -100) if model.training else mx.array(len(chosen))
-            return mx.mean(probe_losses(chosen - rejected, config, mx)), count
+    def loss(
+        model: nn.Module, ids: mx.array, labels: mx.array, reference: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        if not model.training or objective != "gapo":
+            if other.needs_reference:
+                require_reference(other.name, () if reference is None else REFERENCE)
+            logps = LogProbs.from_averages(
+                *pair_logps(model, (ids, labels)), response_lengths(labels), *(() if reference is None else reference)
+            )
+            metrics = pair_metrics(logps, config)
+            model[_TRAIN if model.training else _VALID] = {k: mx.stop_gradient(v) for k, v in metrics.items()}
+            count = mx.sum(labels != -100) if model.training else mx.array(len(logps.chosen))
+            return mx.mean(other.losses(logps, **settings)), count
         _refuse_checkpointed_dropout(model)
         # `trainable_parameters` are the tracers of the caller's gradient here: the clean forward is the one it goes
         # back through, and the step's cotangents, constants to it, make the loss's gradient the step's.
@@ -123,8 +141,10 @@ def iterate_batches(
     loop: bool = False,
     seed: int | None = None,
     comm_group: Any = None,
-) -> Iterator[tuple[mx.array, mx.array]]:
+) -> Iterator[tuple[mx.array, ...]]:
     """Batches of (ids, labels), each (2N, seq), chosen rows first; mlx-lm's signature and sharding over ranks.
+
+    Where the rows have reference log-probabilities a third array follows, (2, N): of the chosen and rejected responses.
 
     Args:
         dataset: rows of `load_pairs` or `gapo.data.tokenize_pair`.
@@ -161,7 +181,8 @@ def iterate_batches(
             [batch[f"{side}_{part}"][rank::size] for side in ("chosen", "rejected")] for part in ("input_ids", "labels")
         ]
         ids, labels = (mx.concatenate([mx.array(side) for side in sides]) for sides in parts)
-        yield ids, labels
+        reference = [batch[name][rank::size] for name in REFERENCE if name in batch]
+        yield (ids, labels, mx.array(np.stack(reference))) if reference else (ids, labels)
 
 
 class MetricsCallback(TrainingCallback):

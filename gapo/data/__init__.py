@@ -4,6 +4,7 @@ from gapo.data.collate import batches, collate_pairs
 from gapo.data.demo import generate_pairs, warmup_text
 from gapo.data.flip import flip_pairs
 from gapo.data.pairs import PairError, Pairs, Problem, read_pairs, write_rows
+from gapo.data.reference import with_reference_logps
 from gapo.data.tokenize import tokenize_pair
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "read_pairs",
     "tokenize_pair",
     "warmup_text",
+    "with_reference_logps",
     "write_rows",
 ]

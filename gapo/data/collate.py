@@ -11,6 +11,8 @@ import numpy as np
 from gapo.data.tokenize import IGNORE_INDEX
 
 PARTS = ("input_ids", "attention_mask", "labels")
+# TRL's names for reference log-probabilities: sums over the response's tokens, nats.
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
 
@@ -23,7 +25,8 @@ def collate_pairs(
 ) -> dict[str, np.ndarray]:
     """Pad N tokenised pairs to one length: {chosen,rejected}_{input_ids,attention_mask,labels}, each (N, seq) int64.
 
-    Both answers get the same seq, so that they can be stacked. Labels are -100 on padding.
+    Both answers get the same seq, so that they can be stacked. Labels are -100 on padding. Where all rows have the
+    columns `REFERENCE`, so has the batch: each (N,) float32.
 
     Raises:
         ValueError: no pair, a column is missing, or an unknown side.
@@ -44,6 +47,8 @@ def collate_pairs(
         batch[f"{side}_input_ids"] = _pad(ids, seq, pad_token_id, padding_side)
         batch[f"{side}_attention_mask"] = _pad([[1] * len(row) for row in ids], seq, 0, padding_side)
         batch[f"{side}_labels"] = _pad([row[f"{side}_labels"] for row in tokenized], seq, IGNORE_INDEX, padding_side)
+    if all(name in row for name in REFERENCE for row in tokenized):
+        batch |= {name: np.array([row[name] for row in tokenized], dtype=np.float32) for name in REFERENCE}
     return batch
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from gapo.config import GAPOConfig
+from gapo.objectives import OBJECTIVES, without_anchor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,10 @@ class TrainConfig:
         lora_r: rank of LoRA adapters (peft); 0 trains all weights.
         lora_alpha: scale of the adapters.
         lora_targets: names of the modules that get them, comma separated; none for peft's default.
-        loss: "gapo", or "simpo" for the control without an anchor.
+        loss: "gapo", or "simpo" for the control without an anchor, or another objective to compare with: amapo, dpo,
+            cdpo, rdpo, dr_dpo, ipo, ropo, hypo, rpo, sigmoid_loss, ramp, unhinged.
+        loss_settings: settings of the other objectives, such as {beta: 0.1}; those left out keep their defaults. "gapo"
+            and "simpo" take theirs from the fields of GAPOConfig.
         backend: framework that trains.
         output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
         overwrite: start anew in a folder that holds a finished run.
@@ -94,7 +98,8 @@ class TrainConfig:
     lora_r: int = 0
     lora_alpha: int = 16
     lora_targets: str | None = None
-    loss: Literal["gapo", "simpo"] = "gapo"
+    loss: str = "gapo"
+    loss_settings: dict[str, float] = field(default_factory=dict)
     backend: Literal["torch", "jax", "mlx"] = "torch"
     output_dir: str = "runs/gapo"
     overwrite: bool = False
@@ -125,10 +130,29 @@ class TrainConfig:
         for name in ("flip_rate", "eval_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+        if self.loss not in OBJECTIVES:
+            raise ValueError(f"loss must be one of {', '.join(map(repr, OBJECTIVES))}, got {self.loss!r}")
 
 
 class ConfigError(ValueError):
     """A configuration or command line cannot be used."""
+
+
+def require_loss_settings(run: TrainConfig, step: GAPOConfig) -> None:
+    """Raise ConfigError for settings that the loss does not take, or that were given where it does not look."""
+    try:
+        objective, settings = without_anchor(run.loss, step, run.loss_settings)
+    except ValueError as error:
+        raise ConfigError(f"loss_settings: {error}") from error
+    if objective.name == "simpo":
+        return
+    for name in settings:
+        elsewhere = getattr(step, name, None)
+        if name not in run.loss_settings and elsewhere != getattr(GAPOConfig(), name, None):
+            raise ConfigError(
+                f"{name}={elsewhere!r} is a setting of gapo and simpo, and loss {run.loss!r} has its own: give "
+                f"loss_settings: {{{name}: {settings[name]}}}, or --loss_settings.{name} {settings[name]}"
+            )
 
 
 def make_parser() -> Any:
@@ -159,12 +183,16 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
         ConfigError: a key or a value is not accepted, or the file cannot be read. YAML is read safely: no tag runs
         code.
     """
-    run, step = parse_fields(make_parser(), arguments, (TrainConfig, GAPOConfig))
+    run, step = parse_fields(make_parser(), arguments, (TrainConfig, GAPOConfig), require_loss_settings)
     return run, step
 
 
-def parse_fields(parser: Any, arguments: Sequence[str], classes: Sequence[type]) -> list[Any]:
+def parse_fields(
+    parser: Any, arguments: Sequence[str], classes: Sequence[type], check: Callable[..., Any] | None = None
+) -> list[Any]:
     """`[CONFIG.yaml] [--key value ...]` by a parser of the fields of these data classes: one instance of each.
+
+    `check` is called with the instances; the ValueError that it raises is told like any other.
 
     Raises:
         ConfigError: as `parse`.
@@ -179,7 +207,10 @@ def parse_fields(parser: Any, arguments: Sequence[str], classes: Sequence[type])
     arguments = _with_values(arguments, classes)
     try:
         found = parser.parse_args(arguments)
-        return [kind(**{f.name: found[f.name] for f in fields(kind)}) for kind in classes]
+        made = [kind(**{f.name: found[f.name] for f in fields(kind)}) for kind in classes]
+        if check is not None:
+            check(*made)
+        return made
     except (ArgumentError, ValueError) as error:
         raise ConfigError(_with_closest_key(" ".join(str(error).split()), classes)) from error
 

@@ -12,18 +12,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import array_api_compat.numpy as xp
 import numpy as np
 from tqdm.auto import tqdm
 
 from gapo.config import GAPOConfig
 from gapo.data import batches
-from gapo.data.collate import collate_pairs
+from gapo.data.collate import REFERENCE, collate_pairs
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, read_lines
 from gapo.experiments.records import RunData, step_row, tokenize_rows
-from gapo.metrics import combine, reward_metrics
-from gapo.step import StepResult, probe_losses
+from gapo.experiments.reference import with_kept_reference
+from gapo.logps import response_lengths
+from gapo.metrics import combine, reference_metrics, reward_metrics
+from gapo.objectives import LogProbs, without_anchor
+from gapo.step import StepResult
 
 _SCHEDULES = ("cosine", "linear", "constant")
 _TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
@@ -69,6 +71,16 @@ def train(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
+    pad = tokenizer.pad_token_id
+    if without_anchor(config.loss, step, config.loss_settings)[0].needs_reference:
+        train_rows, held_out = with_kept_reference(
+            train_rows,
+            held_out,
+            lambda batch: _sums(trainee, batch),
+            folder / "reference.safetensors",
+            pad_token_id=pad,
+            batch_size=4 * config.batch_size,
+        )
     per_epoch = math.ceil(len(train_rows) / (config.batch_size * config.accumulation))
     total = config.max_steps if config.max_steps > 0 else max(1, int(config.epochs * per_epoch))
     every = config.eval_steps or max(1, total // 10)
@@ -79,7 +91,6 @@ def train(
     metrics_log, steps_log = (
         JsonLines(folder / name, until_step=done or -1) for name in ("metrics.jsonl", "steps.jsonl")
     )
-    pad = tokenizer.pad_token_id
     stream = batches(
         train_rows, config.batch_size, pad_token_id=pad, seed=config.seed, epochs=None, skip=done * config.accumulation
     )
@@ -138,15 +149,34 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
 def evaluate(
     trainee: Trainee, rows: list[dict[str, Any]], config: TrainConfig, step: GAPOConfig, pad_token_id: int
 ) -> dict[str, float]:
-    """The probe loss and TRL's reward metrics of `rows` under "eval_", without an anchor (method document, step 6)."""
+    """The loss without an anchor and TRL's reward metrics of `rows` under "eval_" (method document, step 6).
+
+    A loss that looks at its batch sees one of four times `batch_size`, as in PyTorch.
+    """
+    objective, settings = without_anchor(config.loss, step, config.loss_settings)
     size = 4 * config.batch_size
-    sides = [
-        trainee.logps(collate_pairs(rows[i : i + size], pad_token_id=pad_token_id, pad_to_multiple_of=32))
-        for i in range(0, len(rows), size)
-    ]
-    chosen, rejected = (np.concatenate(side) for side in zip(*sides, strict=True))
-    metrics = {"loss": probe_losses(chosen - rejected, step, xp).mean(), **reward_metrics(chosen, rejected, step)}
+    found = []
+    for i in range(0, len(rows), size):
+        batch = collate_pairs(rows[i : i + size], pad_token_id=pad_token_id, pad_to_multiple_of=32)
+        logps = _log_probs(trainee, batch)
+        averages, margins = logps.per_token(), logps.log_ratio_margins()
+        columns = [objective.losses(logps, **settings), averages.chosen, averages.rejected]
+        found.append(np.stack(columns if margins is None else [*columns, margins]))
+    losses, chosen, rejected, *log_ratio_margins = np.concatenate(found, axis=-1)
+    metrics = {"loss": losses.mean(), **reward_metrics(chosen, rejected, step)}
+    if log_ratio_margins:
+        metrics |= reference_metrics(log_ratio_margins[0])
     return {f"eval_{name}": float(value) for name, value in metrics.items()}
+
+
+def _log_probs(trainee: Trainee, batch: Mapping[str, np.ndarray]) -> LogProbs:
+    lengths = response_lengths(np.concatenate([batch["chosen_labels"], batch["rejected_labels"]]))
+    return LogProbs.from_averages(*trainee.logps(batch), lengths, *(batch.get(name) for name in REFERENCE))
+
+
+def _sums(trainee: Trainee, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    logps = _log_probs(trainee, batch)
+    return logps.chosen, logps.rejected
 
 
 def _save(trainee: Trainee, path: Path, step: int) -> None:

@@ -15,12 +15,13 @@ import numpy as np
 import gapo
 from gapo.config import GAPOConfig
 from gapo.data import Pairs, flip_pairs, generate_pairs, read_pairs
-from gapo.experiments.config import ConfigError, TrainConfig, as_dict
+from gapo.experiments.config import ConfigError, TrainConfig, as_dict, require_loss_settings
 from gapo.experiments.files import write_text
 from gapo.experiments.records import RunData
 from gapo.experiments.report import write_report
 from gapo.experiments.tiny import tiny_model
 
+_FILES = ("summary.json", "report.html", "metrics.jsonl", "steps.jsonl", "config.json", "reference.safetensors")
 _VERSIONS = ("torch", "transformers", "accelerate", "peft", "jax", "flax", "mlx", "mlx-lm", "numpy", "tokenizers")
 
 
@@ -31,6 +32,7 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
         ConfigError: the output folder holds a finished run, or one of other settings.
         gapo.data.PairError: the pairs cannot be read.
     """
+    require_loss_settings(run, step)
     folder = Path(run.output_dir)
     _prepare_folder(folder, run, step)
     data = load_data(run)
@@ -107,7 +109,14 @@ def _prepare_folder(folder: Path, run: TrainConfig, step: GAPOConfig) -> None:
     if (folder / "summary.json").exists() and not run.overwrite:
         raise ConfigError(f"{run.output_dir} holds a finished run: give another output_dir, or --overwrite true")
     if run.overwrite:
-        for name in ("summary.json", "report.html", "metrics.jsonl", "steps.jsonl", "config.json"):
+        for name in (
+            "summary.json",
+            "report.html",
+            "metrics.jsonl",
+            "steps.jsonl",
+            "config.json",
+            "reference.safetensors",
+        ):
             (folder / name).unlink(missing_ok=True)
         return
     if (folder / "config.json").exists():

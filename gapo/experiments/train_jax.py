@@ -33,7 +33,7 @@ class JaxTrainee:
             tx = optax.MultiSteps(tx, config.accumulation).gradient_transformation()
         forward = lambda params, ids, _: llama.logits(params, ids, settings)  # noqa: E731
         self._state = TrainState.create(apply_fn=forward, params=params, tx=tx)
-        self._step = make_train_step(forward, step, objective=config.loss)
+        self._step = make_train_step(forward, step, objective=config.loss, objective_settings=config.loss_settings)
         self._logps = jax.jit(lambda p, batch: pair_logps(lambda ids, mask: forward(p, ids, mask), batch))
         self._key = jax.random.key(config.seed)
 

@@ -16,6 +16,7 @@ from mlx_lm.utils import load, save_config, save_model
 
 from gapo.adapters.mlx_lm import last_metrics, make_loss, pair_logps
 from gapo.config import GAPOConfig
+from gapo.data.collate import REFERENCE
 from gapo.experiments import loop
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.records import RunData
@@ -35,7 +36,9 @@ class MlxTrainee:
         self._optimizer = optim.AdamW(0.0, weight_decay=config.weight_decay, bias_correction=True)
         self._optimizer.init(self._model.trainable_parameters())
         self._results: list[StepResult] = []
-        loss = make_loss(step, objective=config.loss, on_step=self._results.append)
+        loss = make_loss(
+            step, objective=config.loss, objective_settings=config.loss_settings, on_step=self._results.append
+        )
         self._value_and_grad = nn.value_and_grad(self._model, loss)
         self._clip, self._accumulation = config.max_grad_norm, config.accumulation
         self._grads: list[Any] = []
@@ -59,7 +62,8 @@ class MlxTrainee:
 
     def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         self._model.eval()
-        chosen, rejected = pair_logps(self._model, _arrays(batch))
+        ids, labels, *_ = _arrays(batch)
+        chosen, rejected = pair_logps(self._model, (ids, labels))
         return np.array(chosen), np.array(rejected)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -79,10 +83,11 @@ class MlxTrainee:
         self.tokenizer.save_pretrained(folder)
 
 
-def _arrays(batch: Mapping[str, np.ndarray]) -> tuple[mx.array, mx.array]:
-    """(ids, labels), chosen rows first."""
+def _arrays(batch: Mapping[str, np.ndarray]) -> tuple[mx.array, ...]:
+    """(ids, labels), chosen rows first, and reference log-probabilities (2, N) where the batch has them."""
     stack = partial(_stack, batch)
-    return stack("input_ids"), stack("labels")
+    reference = [batch[name] for name in REFERENCE if name in batch]
+    return stack("input_ids"), stack("labels"), *([mx.array(np.stack(reference))] if reference else [])
 
 
 def _stack(batch: Mapping[str, np.ndarray], part: str) -> mx.array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator
+from gapo.adapters.hf.reference import summed_logps
 from gapo.config import GAPOConfig
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, read_lines
 from gapo.experiments.records import RunData, step_row, tokenize_rows
+from gapo.experiments.reference import with_kept_reference
+from gapo.objectives import without_anchor
 from gapo.step import StepResult
 
 
@@ -39,12 +43,23 @@ def run(
     collator = PreferenceCollator(tokenizer, max_length=config.max_length)
     flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped",))
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
+    if without_anchor(config.loss, step, config.loss_settings)[0].needs_reference:
+        train_rows, held_out = with_kept_reference(
+            train_rows,
+            held_out,
+            partial(summed_logps, model),
+            folder / "reference.safetensors",
+            pad_token_id=0,  # padding never counts
+            batch_size=4 * config.batch_size,
+        )
     checkpoints = folder / "checkpoints"
     if config.overwrite:
         shutil.rmtree(checkpoints, ignore_errors=True)
     last = get_last_checkpoint(str(checkpoints)) if config.resume and checkpoints.is_dir() else None
     recorder = _Recorder(folder, until_step=int(last.rsplit("-", 1)[1]) if last else -1)
-    callback = GAPOCallback(step, objective=config.loss, on_step=recorder.on_step)
+    callback = GAPOCallback(
+        step, objective=config.loss, objective_settings=config.loss_settings, on_step=recorder.on_step
+    )
     trainer = _TrainerWithFlips(
         model,
         _arguments(config, checkpoints, len(train_rows)),

@@ -1,4 +1,4 @@
-"""What every objective asks of its arrays and settings, before a formula sees them."""
+"""What every objective asks of its arrays and settings, and the log-ratio margin that most of them start from."""
 
 from __future__ import annotations
 
@@ -44,3 +44,26 @@ def prepare(backend: str | None, **arrays: Array) -> tuple[Namespace, list[Array
     check_batches(arrays, xp)
     wide = {name: at_least_float32(x, xp) for name, x in arrays.items()}
     return xp, [stop_gradient(x) if name.startswith("ref_") else x for name, x in wide.items()]
+
+
+def policy_and_reference(
+    chosen_logps: Array, rejected_logps: Array, ref_chosen_logps: Array, ref_rejected_logps: Array, backend: str | None
+) -> tuple[Namespace, list[Array]]:
+    """`prepare` for the four arrays of an objective with a reference, in DPO's order."""
+    return prepare(
+        backend,
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+    )
+
+
+def log_ratio_margins(
+    chosen_logps: Array, rejected_logps: Array, ref_chosen_logps: Array, ref_rejected_logps: Array, backend: str | None
+) -> tuple[Namespace, Array]:
+    """The arrays' namespace, and z (N,): the policy's margin minus the reference's, which is a constant."""
+    xp, (chosen, rejected, ref_chosen, ref_rejected) = policy_and_reference(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, backend
+    )
+    return xp, (chosen - rejected) - (ref_chosen - ref_rejected)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gapo.objective
 from gapo._namespace import Array, namespace
-from gapo.objectives import with_reference, without_reference
-from gapo.objectives.checks import check_settings
+from gapo.config import GAPOConfig
+from gapo.objectives import robust, symmetric, with_reference, without_reference
+from gapo.objectives.checks import check_settings, log_ratio_margins
 
+_SIDES = ("chosen", "rejected")
+_REFERENCE = ("ref_chosen", "ref_rejected")
+_ANCHOR = ("anchor_chosen", "anchor_rejected")
 _CALL = ("reduction", "backend")  # arguments of how a function is called, not of which loss it is
 
 
@@ -39,8 +43,53 @@ class LogProbs:
     anchor_chosen: Array | None = None
     anchor_rejected: Array | None = None
 
+    @classmethod
+    def from_averages(
+        cls,
+        chosen: Array,
+        rejected: Array,
+        lengths: Array,
+        ref_chosen: Array | None = None,
+        ref_rejected: Array | None = None,
+    ) -> LogProbs:
+        """From length-normalised log-probabilities under the policy.
 
-@dataclass(frozen=True, kw_only=True)
+        Args:
+            chosen: (N,) nats per token.
+            rejected: (N,) nats per token.
+            lengths: (2N,) numbers of tokens, those of the chosen responses first.
+            ref_chosen: (N,) summed, nats, as the columns of a data set hold them; None without a reference.
+            ref_rejected: (N,) likewise.
+        """
+        n = chosen.shape[0]
+        xp = namespace(chosen=chosen, lengths=lengths)
+        counts = xp.astype(lengths, chosen.dtype)
+        return cls(
+            chosen=chosen * counts[:n],
+            rejected=rejected * counts[n:],
+            chosen_lengths=lengths[:n],
+            rejected_lengths=lengths[n:],
+            ref_chosen=ref_chosen,
+            ref_rejected=ref_rejected,
+        )
+
+    def log_ratio_margins(self) -> Array | None:
+        """z (N,), the policy's margin minus the reference's, summed, nats; None without a reference."""
+        if self.ref_chosen is None or self.ref_rejected is None:
+            return None
+        return log_ratio_margins(self.chosen, self.rejected, self.ref_chosen, self.ref_rejected, None)[1]
+
+    def per_token(self) -> LogProbs:
+        """The same with every log-probability divided by its response's length: nats per token."""
+        divided = {}
+        for name in (*_SIDES, *_REFERENCE, *_ANCHOR):
+            sums = getattr(self, name)
+            lengths = self.chosen_lengths if name.endswith("chosen") else self.rejected_lengths
+            divided[name] = None if sums is None else _per_token(sums, lengths)
+        return replace(self, **divided)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Objective:
     """One objective, and what it needs.
 
@@ -101,16 +150,13 @@ class Objective:
         return self.function(*self._arguments(logps), **self.settings(settings), reduction="none")
 
     def _arguments(self, logps: LogProbs) -> list[Array]:
-        sides = [("chosen", "rejected")]
-        sides += [("ref_chosen", "ref_rejected")] * self.needs_reference
-        sides += [("anchor_chosen", "anchor_rejected")] * self.needs_anchor
-        arrays = []
-        for pair in sides:
-            for name, lengths in zip(pair, (logps.chosen_lengths, logps.rejected_lengths), strict=True):
-                sums = getattr(logps, name)
-                if sums is None:
-                    raise ValueError(f"objective {self.name!r} needs LogProbs({pair[0]}=..., {pair[1]}=...), got None")
-                arrays.append(_per_token(sums, lengths) if self.average else sums)
+        names = _SIDES + _REFERENCE * self.needs_reference + _ANCHOR * self.needs_anchor
+        for name in names:
+            if getattr(logps, name) is None:
+                needed = ", ".join(f"{missing}=..." for missing in names[2:])
+                raise ValueError(f"objective {self.name!r} needs LogProbs({needed}), got {name}=None")
+        taken = logps.per_token() if self.average else logps
+        arrays = [getattr(taken, name) for name in names]
         return [*arrays, logps.chosen_lengths] if self.needs_lengths else arrays
 
 
@@ -125,6 +171,27 @@ def find(name: str) -> Objective:
     if name not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {name!r}")
     return OBJECTIVES[name]
+
+
+def without_anchor(
+    name: str, config: GAPOConfig, given: Mapping[str, Any] | None = None
+) -> tuple[Objective, dict[str, Any]]:
+    """The loss that objective `name` is evaluated by, and all but "gapo" are trained by, with its settings.
+
+    For "gapo" it is the probe's, SimPO's. These two take their settings from `config`, the others `given` ones.
+
+    Raises:
+        ValueError: an unknown name, or settings that are not accepted.
+    """
+    objective = find(name)
+    if name in ("gapo", "simpo"):
+        if given:
+            raise ValueError(
+                f"objective {name!r} takes beta and gamma from gapo.GAPOConfig, not from settings of its own; "
+                f"got {dict(given)}"
+            )
+        return OBJECTIVES["simpo"], {"beta": config.beta, "gamma": config.gamma}
+    return objective, objective.settings(given)
 
 
 _LIST = (
@@ -146,19 +213,19 @@ _LIST = (
     Objective(name="dpo", function=with_reference.dpo, paper="Rafailov et al., arXiv 2305.18290", needs_reference=True),
     Objective(
         name="cdpo",
-        function=with_reference.cdpo,
+        function=robust.cdpo,
         paper="Mitchell, A note on DPO with noisy preferences (2023)",
         needs_reference=True,
     ),
     Objective(
         name="rdpo",
-        function=with_reference.rdpo,
+        function=robust.rdpo,
         paper="Chowdhury, Kini, Natarajan, arXiv 2403.00409",
         needs_reference=True,
     ),
     Objective(
         name="dr_dpo",
-        function=with_reference.dr_dpo,
+        function=robust.dr_dpo,
         paper="Wu et al., arXiv 2407.07880",
         needs_reference=True,
         batch_statistics=True,
@@ -170,7 +237,7 @@ _LIST = (
         needs_reference=True,
         average=True,
     ),
-    Objective(name="ropo", function=with_reference.ropo, paper="Liang et al., arXiv 2404.04102", needs_reference=True),
+    Objective(name="ropo", function=robust.ropo, paper="Liang et al., arXiv 2404.04102", needs_reference=True),
     Objective(name="hypo", function=with_reference.hypo, paper="Yuan et al., arXiv 2602.11902", needs_reference=True),
     Objective(
         name="rpo",
@@ -182,7 +249,7 @@ _LIST = (
     *(
         Objective(
             name=name,
-            function=getattr(with_reference, name),
+            function=getattr(symmetric, name),
             paper="Nishimori et al., arXiv 2505.24709",
             needs_reference=True,
         )

@@ -6,8 +6,9 @@ try:
     from gapo.adapters.hf.arguments import GAPOConfig
     from gapo.adapters.hf.callback import GAPOCallback
     from gapo.adapters.hf.collator import PreferenceCollator
+    from gapo.adapters.hf.reference import with_reference_logps
     from gapo.adapters.hf.trainer import GAPOTrainer
 except ModuleNotFoundError as error:
     raise missing("hf", error) from error
 
-__all__ = ["GAPOCallback", "GAPOConfig", "GAPOTrainer", "PreferenceCollator"]
+__all__ = ["GAPOCallback", "GAPOConfig", "GAPOTrainer", "PreferenceCollator", "with_reference_logps"]

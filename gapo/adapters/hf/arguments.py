@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 import gapo
-from gapo.step import OBJECTIVES, require_objective
+from gapo.objectives import OBJECTIVES, without_anchor
 
 _CORE = gapo.GAPOConfig()
 
@@ -25,7 +25,7 @@ class GAPOConfig(TrainingArguments):
         ValueError: a value is out of its range, naming the argument, what is accepted and what came.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "objective_settings"]  # noqa: RUF012
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate of the optimizer."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate after the warm-up."})
@@ -82,8 +82,16 @@ class GAPOConfig(TrainingArguments):
         default=_CORE.sft_weight, metadata={"help": "Weight of the negative log-likelihood of chosen answers, >= 0."}
     )
     objective: str = field(
-        default=OBJECTIVES[0],
-        metadata={"help": "gapo, or simpo for the control without an anchor.", "choices": list(OBJECTIVES)},
+        default="gapo",
+        metadata={
+            "help": "gapo, simpo for the control without an anchor, or another objective of gapo.objectives. Those "
+            "that compare with a reference need its log-probabilities in the data set: see with_reference_logps.",
+            "choices": list(OBJECTIVES),
+        },
+    )
+    objective_settings: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Settings of the other objectives, such as {"beta": 0.1}; their defaults without.'},
     )
 
     max_length: int = field(default=1024, metadata={"help": "Most tokens of prompt and answer together."})
@@ -101,8 +109,8 @@ class GAPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.step_config()
-        require_objective(self.objective)
+        given: Any = self.objective_settings  # text was parsed above
+        without_anchor(self.objective, self.step_config(), given)
         if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
             self.gradient_checkpointing_kwargs: Any = {"use_reentrant": False}
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from gapo.adapters.hf.margins import pair_logps
+from gapo.adapters.hf.margins import log_probs, pair_logps
 from gapo.backends.base import by_pairs
 from gapo.backends.torch import TorchBackend
-from gapo.metrics import combine, reward_metrics, step_metrics
-from gapo.step import StepResult, probe_losses, run
+from gapo.data.reference import require_reference
+from gapo.metrics import combine, pair_metrics, reference_metrics, reward_metrics, step_metrics
+from gapo.objectives import LogProbs
+from gapo.step import StepResult, run
 
 if TYPE_CHECKING:
     from gapo.adapters.hf.callback import GAPOCallback
@@ -70,10 +72,9 @@ class Attachment:
     ) -> Any:
         """The training loss of a micro-batch: its value, and through its backward the gradient of the step."""
         result = None
-        if self._callback.objective == "simpo":
-            chosen, rejected = pair_logps(model, inputs)
-            loss = probe_losses(chosen - rejected, self._config, self._backend.xp).mean()
-            metrics = reward_metrics(chosen.detach(), rejected.detach(), self._config)
+        if self._callback.objective != "gapo":
+            logps, losses = self._losses(model, inputs)
+            loss, metrics = losses.mean(), pair_metrics(logps, self._config)
         else:
             loss, result = self._step(model, inputs)
             metrics = step_metrics(result, self._config)
@@ -83,6 +84,14 @@ class Attachment:
         if self._callback.on_step is not None:
             self._callback.on_step(result, inputs)
         return (loss, {}) if return_outputs else loss
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LogProbs, Tensor]:
+        """Log-probabilities of a batch, and the loss without an anchor of each pair."""
+        objective, settings = self._callback.losses_without_anchor
+        if objective.needs_reference:
+            require_reference(objective.name, inputs)
+        logps = log_probs(model, inputs)
+        return logps, objective.losses(logps, **settings)
 
     def _step(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, StepResult]:
         bare = self.trainer.accelerator.unwrap_model(model)
@@ -118,24 +127,29 @@ class Attachment:
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The probe loss of a batch (no anchor), its log-probabilities (N, 2) as predictions, and labels of 1."""
+        """The loss of a batch without an anchor, its log-probabilities (N, 2) as predictions, and labels of 1."""
         inputs = self.trainer._prepare_inputs(inputs)
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
-            chosen, rejected = pair_logps(model, inputs)
-            losses = probe_losses(chosen - rejected, self._config, self._backend.xp)
-        logps = torch.stack([chosen, rejected], dim=-1)
-        self._evaluated.append(self.trainer.accelerator.gather_for_metrics(logps))
+            sums, losses = self._losses(model, inputs)
+        averages = sums.per_token()
+        logps = torch.stack([averages.chosen, averages.rejected], dim=-1)
+        margins = sums.log_ratio_margins()
+        columns = logps if margins is None else torch.cat([logps, margins[:, None]], dim=-1)
+        self._evaluated.append(self.trainer.accelerator.gather_for_metrics(columns))
         if prediction_loss_only:
             return losses.mean(), None, None
-        return losses.mean(), logps, torch.ones_like(chosen)
+        return losses.mean(), logps, torch.ones_like(averages.chosen)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop, with the reward metrics of all its pairs added."""
         self._evaluated = []
         output = self._own["evaluation_loop"](*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        chosen, rejected = torch.cat(self._evaluated).unbind(-1)
-        for name, value in reward_metrics(chosen, rejected, self._config).items():
+        chosen, rejected, *log_ratio_margins = torch.cat(self._evaluated).unbind(-1)
+        metrics = reward_metrics(chosen, rejected, self._config)
+        if log_ratio_margins:
+            metrics |= reference_metrics(log_ratio_margins[0])
+        for name, value in metrics.items():
             output.metrics[f"{prefix}_{name}"] = float(value)
         self._evaluated = []
         return output

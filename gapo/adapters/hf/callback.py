@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from gapo.adapters.hf.attachment import Attachment
 from gapo.config import GAPOConfig
-from gapo.step import StepResult, require_objective
+from gapo.objectives import without_anchor
+from gapo.step import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +22,22 @@ class GAPOCallback(TrainerCallback):
     """Train with GAPO in a Trainer that exists already, nothing else changed.
 
     `Trainer(model, args, ..., data_collator=PreferenceCollator(tokenizer), callbacks=[GAPOCallback(config)])`. While
-    attached, the trainer's `compute_loss` is the GAPO step, its evaluation gives the probe loss (`eval_loss`) and
-    `eval_rewards/accuracies`, and its logs carry TRL's keys and GAPO's. The model itself is not touched: its `forward`
-    and its weights between steps are its own. `detach()` undoes it all.
+    attached, the trainer's `compute_loss` is the GAPO step, its evaluation gives the probe loss (`eval_loss`; another
+    objective's own loss) and `eval_rewards/accuracies`, and its logs carry TRL's keys and GAPO's. The model itself is
+    not touched: its `forward` and its weights between steps are its own. `detach()` undoes it all.
 
     Select models on `eval_loss` or `eval_rewards/accuracies`, never on the training loss: GAPO's stays flat while
     margins grow.
 
     Args:
         config: settings of the step; None for the defaults.
-        objective: "gapo", or "simpo" for the control: the same training on the probe loss, without an anchor.
+        objective: "gapo"; "simpo" for the control, the same training on the probe loss, without an anchor; or another
+            name of `gapo.objectives.OBJECTIVES`. Those that compare with a reference need its log-probabilities in each
+            batch: see `with_reference_logps`.
+        objective_settings: settings of the other objectives, such as {"beta": 0.1}; None for their defaults. "gapo" and
+            "simpo" take theirs from `config`.
         on_step: called as `on_step(result, batch)` after each training micro-batch, with the `gapo.StepResult` (None
-            for "simpo") and the batch.
+            for other objectives) and the batch.
         disable_dropout: True sets all dropout to 0 while attached, as TRL does: a preference margin under dropout is
             noise.
 
@@ -46,13 +51,15 @@ class GAPOCallback(TrainerCallback):
         config: GAPOConfig | None = None,
         *,
         objective: str = "gapo",
+        objective_settings: Mapping[str, Any] | None = None,
         on_step: Callable[[StepResult | None, dict[str, Any]], None] | None = None,
         disable_dropout: bool = True,
     ) -> None:
         if config is not None and not isinstance(config, GAPOConfig):
             raise TypeError(f"config must be a gapo.GAPOConfig, got {type(config).__name__}")
         self.config = GAPOConfig() if config is None else config
-        self.objective = require_objective(objective)
+        self.objective = objective
+        self.losses_without_anchor = without_anchor(objective, self.config, objective_settings)
         self.on_step = on_step
         self.disable_dropout = disable_dropout
         self._attachment: Attachment | None = None

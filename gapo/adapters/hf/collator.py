@@ -25,7 +25,8 @@ class PreferenceCollator:
         max_prompt_length: most tokens of the prompt, or None.
         padding_side: "left" or "right"; None for the tokenizer's own.
         pad_to_multiple_of: round the length up, e.g. to 8 for tensor cores.
-        keep: other columns (numbers or booleans) to pass on as tensors, such as "is_flipped".
+        keep: other columns (numbers or booleans) to pass on as tensors, such as "is_flipped". Reference
+            log-probabilities, "ref_chosen_logps" and "ref_rejected_logps", are passed on wherever all rows have them.
 
     Raises:
         ValueError: the tokenizer can pad with nothing. When called: a row is no pair, naming the fault.
@@ -54,7 +55,7 @@ class PreferenceCollator:
         }
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        arrays = collate_pairs([self.tokenize(row) for row in rows], **self._padding)
+        arrays = collate_pairs([{**row, **self.tokenize(row)} for row in rows], **self._padding)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         for name in self.keep:
             if any(name not in row for row in rows):

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import gapo
 from gapo.backends.base import by_pairs
-from gapo.data.collate import PARTS
+from gapo.data.collate import PARTS, REFERENCE
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.logps import response_lengths
+from gapo.objectives import LogProbs
 
 KEYS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in PARTS)
 TRL_KEYS = ("input_ids", "attention_mask", "completion_mask")
@@ -76,6 +78,17 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tens
     logps = gapo.sequence_logps(logits, labels, backend="torch")
     half = len(logps) // 2
     return logps[:half], logps[half:]
+
+
+def log_probs(model: nn.Module, batch: Mapping[str, Any]) -> LogProbs:
+    """The same for any objective of `gapo.objectives`: sums and lengths, and the batch's reference log-probabilities.
+
+    These are "ref_chosen_logps" and "ref_rejected_logps", each (N,), summed, nats, as TRL names them; None without.
+    """
+    lengths = response_lengths(stack_pairs(batch)["labels"])
+    ref_chosen, ref_rejected = (batch.get(name) for name in REFERENCE)
+    chosen, rejected = pair_logps(model, batch)
+    return LogProbs.from_averages(chosen, rejected, lengths, ref_chosen, ref_rejected)
 
 
 def forward_parameters(model: Any) -> set[str]:

@@ -101,7 +101,13 @@ class GAPOTrainer(Trainer):
                 if isinstance(eval_dataset, dict)
                 else _tokenized(eval_dataset, "eval_dataset", data_collator, args)
             )
-        step = GAPOCallback(args.step_config(), objective=args.objective, disable_dropout=args.disable_dropout)
+        settings: Any = args.objective_settings
+        step = GAPOCallback(
+            args.step_config(),
+            objective=args.objective,
+            objective_settings=settings,
+            disable_dropout=args.disable_dropout,
+        )
         super().__init__(
             model,
             args,
@@ -117,10 +123,10 @@ class GAPOTrainer(Trainer):
             self.model.add_model_tags(list(self._tag_names))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card of `transformers.Trainer`, with the method, its settings and the paper's citation."""
+        """The card of `transformers.Trainer`; of GAPO's training with the method, its settings and the citation."""
         super().create_model_card(*args, **kwargs)
         path = Path(self.args.output_dir, "README.md")
-        if not self.is_world_process_zero() or not path.exists():
+        if not self.is_world_process_zero() or not path.exists() or self.args.objective != "gapo":
             return
         from huggingface_hub import ModelCard
 

@@ -1,0 +1,65 @@
+"""Reference log-probabilities of pairs under a PyTorch model, as columns of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gapo import data
+from gapo.adapters.hf.margins import log_probs
+
+
+def with_reference_logps(
+    model: nn.Module,
+    tokenized: Sequence[dict[str, Any]],
+    *,
+    batch_size: int = 16,
+    progress: str | None = "reference log-probabilities",
+) -> list[dict[str, Any]]:
+    """The rows with "ref_chosen_logps" and "ref_rejected_logps": summed log-probabilities under `model`, nats.
+
+    Call it on the model that training starts from, before it starts; dropout is off meanwhile.
+
+    Args:
+        model: a causal language model, the reference.
+        tokenized: rows of `gapo.data.tokenize_pair`.
+        batch_size: pairs in a batch; no gradient is kept.
+        progress: what the progress bar says; None for no bar.
+
+    Returns:
+        New rows, in the order of `tokenized`, for `PreferenceCollator`.
+
+    Raises:
+        ValueError: a row is not tokenised.
+        FloatingPointError: a log-probability is not finite, naming the row.
+    """
+    measure = partial(summed_logps, model)
+    return data.with_reference_logps(
+        tokenized,
+        measure,
+        pad_token_id=0,  # padding never counts
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def summed_logps(model: nn.Module, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Summed log-probabilities (chosen, rejected), each (N,), of a batch of NumPy arrays; no gradient, no dropout."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            found = log_probs(model, {name: torch.from_numpy(x).to(device) for name, x in batch.items()})
+    finally:
+        model.train(training)
+    return _array(found.chosen), _array(found.rejected)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.double().cpu().numpy()
