@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from gapo.experiments.plots import BLUE, GREEN, ORANGE, figure
-from gapo.experiments.study.cells import Cell
 from gapo.experiments.study.records import SPANS
 from gapo.experiments.study.statistics import intervals
 from gapo.experiments.study.tables import NAMES
-
-Records = dict[Cell, dict[str, Any]]
 
 # Arms in colour; others stand as thin grey lines behind them. Colours of Okabe and Ito, as in `plots`.
 _COLOURS = {"gapo": ORANGE, "simpo": BLUE, "dpo": GREEN, "dr_dpo": "#cc79a7", "ropo": "#a08000"}
@@ -66,18 +63,14 @@ def _band(axes: Any, found: pd.DataFrame, label: str, colour: str | None) -> Non
     axes.fill_between(x, 100 * found["low"], 100 * found["high"], color=colour, alpha=0.18, linewidth=0)
 
 
-def weights_over_time(records: Records, cells: Sequence[Cell], arms: Sequence[str], title: str) -> str:
-    """Mean weight of flipped pairs over that of clean ones through the run, mean over the seeds."""
+def weights_over_time(groups: dict[str, list[dict[str, Any]]], title: str) -> str:
+    """Mean weight of flipped pairs over that of clean ones through the run: a line for each {label: records}."""
 
     def draw(axes: Any) -> None:
-        for arm in arms:
-            curves = [_ratio(records[c]["over_time"]) for c in cells if c.arm == arm and "failed" not in records[c]]
-            if curves:
-                at = (np.arange(SPANS) + 0.5) / SPANS
-                colour = {**_CONTROL_COLOURS, **_COLOURS}.get(arm, _GREY)
-                axes.plot(
-                    100 * at, pd.DataFrame(curves).mean(), marker="o", markersize=3, color=colour, label=NAMES[arm]
-                )
+        for label, colour in _coloured(groups):
+            curves = [_ratio(record["over_time"]) for record in groups[label]]
+            at = (np.arange(SPANS) + 0.5) / SPANS
+            axes.plot(100 * at, pd.DataFrame(curves).mean(), marker="o", markersize=3, color=colour, label=label)
         axes.axhline(1, color=_GREY, linewidth=0.8)
 
     return figure(title, "share of the run, %", "weight of flipped / weight of clean pairs", draw)
@@ -88,20 +81,25 @@ def _ratio(over_time: dict[str, list[float | None]]) -> np.ndarray:
     return np.divide(flipped, clean, out=np.full(SPANS, np.nan), where=clean != 0)
 
 
-def fifths(runs: pd.DataFrame, arms: Sequence[str], rate: float, title: str) -> str:
-    """Share of flipped pairs in each fifth of the weights; the line is what chance gives."""
-    columns = [f"flips_in_fifth_{at}" for at in range(1, 6)]
+def fifths(groups: dict[str, list[dict[str, Any]]], rate: float, title: str) -> str:
+    """Share of flipped pairs in each fifth of the weights, {label: records}; the line is what chance gives."""
 
     def draw(axes: Any) -> None:
-        width = 0.8 / len(arms)
-        for at, arm in enumerate(arms):
-            shares = 100 * runs[runs["arm"] == arm][columns].mean()
-            colour = {**_CONTROL_COLOURS, **_COLOURS}.get(arm, _GREY)
-            axes.bar(np.arange(5) + (at - (len(arms) - 1) / 2) * width, shares, width, color=colour, label=NAMES[arm])
+        width = 0.8 / len(groups)
+        for at, (label, colour) in enumerate(_coloured(groups)):
+            shares = 100 * np.mean([record["fifths"] for record in groups[label]], 0)
+            axes.bar(np.arange(5) + (at - (len(groups) - 1) / 2) * width, shares, width, color=colour, label=label)
         axes.axhline(100 * rate, color=_GREY, linewidth=0.8)
         axes.set_xticks(range(5), ["lowest", "second", "third", "fourth", "highest"])
 
     return figure(title, "fifth of the weights", "flipped pairs in it, %", draw)
+
+
+def _coloured(labels: Iterable[str]) -> list[tuple[str, str]]:
+    """(label, colour): an arm's own, else the next of the palette."""
+    known = {NAMES[arm]: colour for arm, colour in {**_COLOURS, **_CONTROL_COLOURS}.items()}
+    palette = iter(list(_CONTROL_COLOURS.values())[1:] * 3)
+    return [(label, known.get(label) or next(palette)) for label in labels]
 
 
 def bars(values: dict[str, Any], title: str, label: str) -> str:

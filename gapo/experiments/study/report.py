@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 from gapo.experiments.files import write_bytes, write_text
 from gapo.experiments.pages import render_page
 from gapo.experiments.study import figures, tables
+from gapo.experiments.study.cells import Cell
 from gapo.experiments.study.config import as_dict
 from gapo.experiments.study.markdown import facts, render_markdown
 from gapo.experiments.study.statistics import Interval, bootstrap, intervals
@@ -23,8 +24,15 @@ if TYPE_CHECKING:
 _TEST = "reward accuracy, clean test pairs, %"
 _TRUE = "reward accuracy, true labels of train pairs, %"
 _MODES = {"random": "flipped at random", "length": "flipped to favour longer answers"}
+_WEIGHTS = {
+    "flipped_weight_change": "weight of flipped over clean, minus 1, %",
+    "flips_in_fifth_1": "flips in lowest fifth, %",
+    "flips_in_fifth_5": "in highest fifth, %",
+    "auroc_weight": "AUROC of low weight, %",
+    "auroc_gap": "AUROC of gap, %",
+}
 _DIAGNOSED = 0.2  # share of flips at which the paper shows its diagnostics; the nearest of the study is taken
-_DETECTORS = ("gapo", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order", "simpo", "dpo")
+_DETECTORS = ("gapo", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order", "simpo")
 
 
 def write_report(folder: Path, study: Study) -> None:
@@ -107,21 +115,19 @@ def _accuracies(done: pd.DataFrame, mode: str, value: str) -> dict[str, Any]:
 
 def _diagnostics(noisy: pd.DataFrame) -> dict[str, Any]:
     """Weights of flipped and clean pairs in the later half of the runs, for every arm that has weights."""
-    columns = {
-        "flipped_weight_change": "weight of flipped over clean, minus 1, %",
-        "flips_in_fifth_1": "flips in lowest fifth, %",
-        "flips_in_fifth_5": "in highest fifth, %",
-        "auroc_weight": "AUROC of low weight, %",
-        "auroc_gap": "AUROC of gap, %",
-        "auroc_margin": "AUROC of low margin, %",
-    }
     rows = []
     for arm, group in noisy.groupby("arm", sort=False):
-        values = [group.get(name, pd.Series(dtype=float)).dropna() for name in columns]
         gap = group.get("mean_gap_late", pd.Series(dtype=float)).dropna()
-        cells = [percent(bootstrap(v.to_numpy())) if len(v) else "" for v in values]
+        cells = [_over_seeds(group, name) for name in (*_WEIGHTS, "auroc_margin")]
         rows.append([NAMES.get(str(arm), str(arm)), *cells, f"{gap.mean():.3f}" if len(gap) else ""])
-    return {"head": ["objective", *columns.values(), "mean gap, nats per token"], "rows": rows}
+    head = ["objective", *_WEIGHTS.values(), "AUROC of low margin, %", "mean gap, nats per token"]
+    return {"head": head, "rows": rows}
+
+
+def _over_seeds(group: pd.DataFrame, name: str) -> str:
+    """The interval of a column in percent; empty where it was not measured."""
+    values = group.get(name, pd.Series(dtype=float)).dropna()
+    return percent(bootstrap(values.to_numpy())) if len(values) else ""
 
 
 def _logps(noisy: pd.DataFrame, before: Mapping[str, float]) -> dict[str, Any]:
@@ -166,13 +172,12 @@ def _curves(study: Study) -> list[dict[str, Any]]:
         runs = _curve_frame(study, part)
         if runs.empty:
             continue
-        rows = []
-        for value, group in runs.groupby(column):
-            detects = group.get("auroc_weight", pd.Series(dtype=float)).dropna()
-            rows.append([f"{value:g}", percent(bootstrap(group["accuracy"].to_numpy())),
-                         f"{group['mean_gap_late'].mean():.3f}",
-                         percent(bootstrap(detects.to_numpy())) if len(detects) else ""])  # fmt: skip
-        tabled.append({"head": [label, _TEST, "mean gap, nats per token", "AUROC of low weight, %"], "rows": rows})
+        rows = [
+            [f"{value:g}", percent(bootstrap(group["accuracy"].to_numpy())), f"{group['mean_gap_late'].mean():.3f}",
+             *(_over_seeds(group, name) for name in _WEIGHTS)]
+            for value, group in runs.groupby(column)
+        ]  # fmt: skip
+        tabled.append({"head": [label, _TEST, "mean gap, nats per token", *_WEIGHTS.values()], "rows": rows})
     return tabled
 
 
@@ -192,7 +197,7 @@ def _valuation(study: Study) -> dict[str, Any] | None:
 
 
 def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, at: float) -> dict[str, str]:
-    config, records = study.config, study.records
+    config = study.config
     pictures = {}
     for mode in config.modes:
         if (done[done["mode"] == mode]["rate"] > 0).any():
@@ -203,14 +208,19 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, at: float) 
             )
             if any(arm.startswith("gapo-") for arm in done["arm"]):
                 pictures[f"controls_{mode}"] = figures.controls(done, mode, f"GAPO's controls. {title}", _TEST)
-    arms = [arm for arm in _DETECTORS if arm in set(noisy["arm"])]
     share = f"{100 * at:g} % flips"
-    if arms and at:
-        cells = [c for c in study.parts["grid"] if c.mode == config.modes[0] and c.rate == at]
-        pictures["weights"] = figures.weights_over_time(records, cells, arms, f"Do flips lose weight? {share}")
-        if "flips_in_fifth_1" in noisy:
-            gapo_like = [arm for arm in arms if arm in ("gapo", "gapo-margin", "gapo-l2", "simpo")] or arms
-            pictures["fifths"] = figures.fifths(noisy, gapo_like, at, f"Where the flips are, {share}")
+    by_arm = {
+        NAMES[arm]: _measured(study, [c for c in study.parts["grid"] if c.arm == arm and c.rate == at])
+        for arm in _DETECTORS
+    }
+    by_rho: dict[str, list[dict[str, Any]]] = {}
+    for cell in study.parts.get("rho", []):
+        by_rho.setdefault(f"rho {dict(cell.settings)['rho']:g}", []).extend(_measured(study, [cell]))
+    for name, groups, what in (("arm", by_arm, "by objective"), ("rho", by_rho, "GAPO by rho")):
+        groups = {label: found for label, found in groups.items() if found}
+        if groups:
+            pictures[f"weights_by_{name}"] = figures.weights_over_time(groups, f"Do flips lose weight? {share}, {what}")
+            pictures[f"fifths_by_{name}"] = figures.fifths(groups, at, f"Where the flips are, {share}, {what}")
     costs = intervals(noisy, ["arm"], "cpu_seconds")
     pictures["cost"] = figures.bars(_named(costs, 1), "What a run costs", "CPU seconds of training, one thread")
     chosen = intervals(noisy, ["arm"], "chosen_logp")
@@ -226,11 +236,17 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, at: float) 
                 intervals(runs, [column], "accuracy").sort_values(column), column, title,
                 f"{label} (below: mean gap, nats per token)", {x: f"{gap:.2f}" for x, gap in gaps.items()},
             )  # fmt: skip
-    valued = tables.valuation_frame(records, study.parts.get("valuation", []))
+    valued = tables.valuation_frame(study.records, study.parts.get("valuation", []))
     if not valued.empty:
         title = f"SimPO on {100 * config.valuation_share:g} % of the pairs, by gap"
         pictures["valuation"] = figures.valuation(intervals(valued, ["arm", "rate"], "accuracy"), title)
     return pictures
+
+
+def _measured(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Records of cells of the first flip mode in which flipped and clean pairs had weights."""
+    records = [study.records[cell] for cell in cells if cell.mode == study.config.modes[0]]
+    return [record for record in records if "fifths" in record]
 
 
 def _named(found: pd.DataFrame, scale: float) -> dict[str, tuple[float, float, float]]:
