@@ -83,7 +83,9 @@ def _measured(config: StudyConfig, split: Split, folder: Path) -> Study:
     with Grid(config, folder, material) as grid:
         chosen, tries = tune(config, grid)
         parts = plan(config, chosen, noises)
-        records = grid.run([cell for cells in parts.values() for cell in cells], "study")
+        every = [cell for cells in parts.values() for cell in cells]
+        # Seed by seed, so that a study that is cut short is a whole one of fewer seeds.
+        records = grid.run(sorted(every, key=lambda cell: cell.seed), "study")
     facts = {
         "data": split.summary,
         "before": start,
@@ -114,7 +116,7 @@ def possible_noises(material: Material, config: StudyConfig) -> tuple[list[tuple
 
 
 def plan(config: StudyConfig, chosen: dict[str, Settings], noises: list[tuple[str, float]]) -> dict[str, list[Cell]]:
-    """The cells of each part, in the order in which they run: methods before controls, seed by seed."""
+    """The cells of each part: the grid (methods, then controls), the curves, the valuation."""
     methods = [name for name in chosen if not ARMS[name].control]
     controls = [name for name in chosen if ARMS[name].control]
     fewer = [(mode, rate) for mode, rate in noises if rate in (config.control_flip_rates or config.flip_rates)]
