@@ -75,4 +75,4 @@ def require(module: str) -> Any:
     except ModuleNotFoundError:
         if os.environ.get("CI"):
             pytest.fail(f"{module} is not installed, and CI must test every framework")
-        pytest.skip(f"{module} is not installed")
+        pytest.skip(f"{module} is not installed", allow_module_level=True)

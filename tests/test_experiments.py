@@ -128,7 +128,8 @@ def test_a_finished_run_is_not_overwritten_unasked(finished: Path, capsys: pytes
     assert (finished / "run" / "summary.json").read_bytes() == before
 
 
-def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `gapo train` on PyTorch be interrupted there, until the patch is undone."""
     from gapo.experiments import train_torch
 
     plain = train_torch._Recorder.on_step
@@ -139,6 +140,10 @@ def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train_torch._Recorder, "on_step", interrupted)
+
+
+def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at_step_3(monkeypatch)
     options = {"cache_dir": str(finished / "cache")}
     assert train(tmp_path, **options) == 130
     monkeypatch.undo()
@@ -248,6 +253,10 @@ def test_reference_log_probs_are_those_of_the_start_also_after_resuming(
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # the policy is the reference at the first step
     assert abs(losses[-1] - math.log(2)) > 1e-3
+    text = (tmp_path / "whole" / "run" / "report.html").read_text()
+    assert re.search(r'class="lead">dpo on\s+60 pairs', text)
+    assert "margin minus the reference&#39;s, nats" in text
+    assert "compares the policy with its own anchor" not in text
     right = [row["eval_reference/accuracies"] for row in metrics if "eval_loss" in row]
     assert right[0] < 0.6 < right[-1]
 

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gapo
+from gapo.logps import response_lengths
 
 over_libraries = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -97,3 +98,12 @@ def test_under_jit_an_empty_row_is_nan():
         got = jax.jit(lambda x, y: gapo.sequence_logps(x, y, average=average))(jax.numpy.zeros((2, 3, 4)), labels)  # noqa: B023
         assert np.isfinite(got[0])
         assert np.isnan(got[1])
+
+
+def test_lengths_are_what_the_average_divides_by(library):
+    labels = np.array([[-100, 1, 2, -100], [3, -100, 0, -100]])
+    lengths = response_lengths(library.asarray(labels))
+    assert library.numpy(lengths).tolist() == [2, 1]  # nothing predicts the label at position 0
+    logits = library.asarray(np.random.default_rng(0).normal(size=(2, 4, 5)))
+    mean, total = (gapo.sequence_logps(logits, library.asarray(labels), average=average) for average in (True, False))
+    np.testing.assert_allclose(library.numpy(mean) * [2, 1], library.numpy(total), rtol=1e-5)

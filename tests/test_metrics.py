@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from gapo import GAPOConfig, value_and_grad
-from gapo.metrics import combine, reward_metrics, step_metrics
+from gapo.metrics import combine, pair_metrics, reference_metrics, reward_metrics, step_metrics
+from gapo.objectives import LogProbs
 
 
 def test_reward_metrics_are_trls() -> None:
@@ -16,6 +17,23 @@ def test_reward_metrics_are_trls() -> None:
         "rewards/margins": 0.5,
         "logps/chosen": -1.75,
         "logps/rejected": -2.0,
+    }
+
+
+def test_with_a_reference_the_log_ratios_are_measured_too() -> None:
+    margins = np.array([0.5, -1.5, 0.0, 3.0])
+    assert reference_metrics(margins) == {"reference/accuracies": 0.5, "reference/margins": 0.5}
+    averages, lengths = (np.array([-1.0, -2.0]), np.array([-2.0, -1.0])), np.array([2, 3, 4, 5])
+    plain = LogProbs.from_averages(*averages, lengths)
+    assert plain.chosen.tolist() == [-2.0, -6.0]
+    assert plain.rejected.tolist() == [-8.0, -5.0]
+    assert plain.log_ratio_margins() is None
+    assert pair_metrics(plain, GAPOConfig()) == reward_metrics(*averages, GAPOConfig())
+    compared = LogProbs.from_averages(*averages, lengths, np.array([-3.0, -6.0]), np.array([-8.0, -9.0]))
+    assert pair_metrics(compared, GAPOConfig()) == {
+        **reward_metrics(*averages, GAPOConfig()),
+        "reference/accuracies": 0.5,  # z is 6 - 5 and -1 - 3
+        "reference/margins": -1.5,
     }
 
 

@@ -81,6 +81,51 @@ def test_gradient_of_the_loss_is_the_steps(folder: Path, lora: bool, anchor: str
     assert int(count) == int((one_batch()[1] != -100).sum())
 
 
+def quantised(folder: Path) -> nn.Module:
+    """The same with its linear layers in 4 bits, where a row is whole groups, and adapters over them that do work."""
+    model = load(folder)
+    nn.quantize(
+        model,
+        group_size=32,
+        bits=4,
+        class_predicate=lambda _, m: isinstance(m, nn.Linear) and m.weight.shape[1] % 32 == 0,
+    )
+    model.freeze()
+    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 10.0, "dropout": 0.0})
+    mx.random.seed(1)
+    drawn = [(name, 0.1 * mx.random.normal(x.shape)) for name, x in tree_flatten(model.trainable_parameters())]
+    model.load_weights(drawn, strict=False)
+    return model
+
+
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_the_step_over_a_quantised_base_is_that_of_the_dequantised_one(folder: Path, anchor: str) -> None:
+    from mlx_lm.utils import dequantize_model
+
+    model = quantised(folder).train()
+    plain = dequantize_model(quantised(folder)).train()
+    plain.freeze()
+    plain.unfreeze(keys=["lora_a", "lora_b"])
+    layers = [{type(m).__name__ for m in one.modules()} for one in (model, plain)]
+    assert "QuantizedLinear" in layers[0] - layers[1]
+    config = gapo.GAPOConfig(rho=0.3, anchor=anchor)
+    (found, grads), (expected, plain_grads) = (bare_step(one, one_batch(), config) for one in (model, plain))
+    np.testing.assert_allclose(np.array(found.anchor_gaps), np.array(expected.anchor_gaps), rtol=1e-3, atol=5e-6)
+    assert float(mx.abs(found.anchor_gaps).min()) > 1e-4
+    assert_close(grads, plain_grads, 1e-3)
+    (_, _), in_loss = nn.value_and_grad(model, adapter.make_loss(config))(model, *one_batch())
+    assert_close(in_loss, grads)
+
+
+def test_training_over_a_quantised_base_moves_the_adapters_alone(folder: Path, tmp_path: Path) -> None:
+    model = quantised(folder)
+    before = {name: np.array(x) for name, x in tree_flatten(model.parameters())}
+    run(model, tmp_path)
+    moved = {name for name, x in tree_flatten(model.parameters()) if not np.array_equal(np.array(x), before[name])}
+    assert moved == {name for name in before if name.endswith(("lora_a", "lora_b"))}
+    assert len(moved) == 2 * 2 * 7  # two layers of seven matrices
+
+
 def test_the_models_agree_with_pytorch(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

@@ -69,6 +69,19 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         mlx_names = {"mlx_model": test_backend_mlx.mixer(), "mlx_batch": test_backend_mlx.BATCH}
         names = {"gapo": gapo, "jax": jax, "params": params, "batch": batch, **mlx_names}
         return {**names, "margin_fn": test_backend_jax.margin_fn, "mlx_margin_fn": test_backend_mlx.margin_fn}
+    if heading in ("drift.md", "quantised.md"):
+        from test_quantised import save_wide_llama
+
+        arguments = TrainingArguments(str(folder), max_steps=2, save_steps=2, report_to="none", use_cpu=True)
+        names = {
+            "Trainer": Trainer,
+            "args": arguments,
+            "pairs": hf_models.pairs(8),
+            "held_out": hf_models.pairs(9, seed=1),
+        }
+        save_wide_llama(folder / "model")
+        names |= {"path": folder / "model", "tokenizer": hf_models.tokenizer(), "model": hf_models.make("llama")}
+        return names
     if heading == "score.md":
         hf_models.make("llama").save_pretrained(folder / "model")
         hf_models.tokenizer().save_pretrained(folder / "model")

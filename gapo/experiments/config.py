@@ -70,6 +70,10 @@ class TrainConfig:
         bf16: train under bfloat16 autocast.
         gradient_checkpointing: trade time for memory.
         report_to: trackers of transformers, comma separated, or "none".
+        drift: measure the drift from the starting policy at each checkpoint.
+        drift_pairs: training and held-out pairs to measure it on, so many of each.
+        drift_prompts: held-out prompts to generate responses for; 0 for none.
+        drift_max_new_tokens: most tokens of a generated response.
     """
 
     pairs: str = "demo"
@@ -121,10 +125,14 @@ class TrainConfig:
     bf16: bool = False
     gradient_checkpointing: bool = False
     report_to: str = "none"
+    drift: bool = False
+    drift_pairs: int = 32
+    drift_prompts: int = 16
+    drift_max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
         positive = ("demo_size", "batch_size", "accumulation", "logging_steps", "epochs", "learning_rate", "max_length")
-        for name in positive:
+        for name in (*positive, "drift_pairs", "drift_max_new_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
         for name in ("flip_rate", "eval_fraction", "warmup_ratio"):

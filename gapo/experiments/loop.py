@@ -28,7 +28,7 @@ from gapo.objectives import LogProbs, without_anchor
 from gapo.step import StepResult
 
 _SCHEDULES = ("cosine", "linear", "constant")
-_TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+_TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "drift": False}
 
 
 class Trainee(Protocol):

@@ -73,6 +73,27 @@ def logps(metrics: Sequence[Row]) -> str:
     return figure("Log-probabilities, held-out pairs", "step", "nats per token", draw)
 
 
+def drift(metrics: Sequence[Row]) -> list[str]:
+    """How far the policy is from where it started: KL, margins of two fixed samples, lengths of responses."""
+
+    def kl(axes: Any) -> None:
+        _line(axes, metrics, "drift/kl", "held-out answers", BLUE, marker="o")
+
+    def margins_of_samples(axes: Any) -> None:
+        _line(axes, metrics, "drift/train_margin", "training pairs", BLUE, marker="o")
+        _line(axes, metrics, "drift/held_out_margin", "held-out pairs", ORANGE, marker="o")
+
+    def lengths(axes: Any) -> None:
+        _line(axes, metrics, "drift/response_length", "mean over held-out prompts", GREEN, marker="o")
+        axes.set_ylim(bottom=0)
+
+    return [
+        figure("KL to the starting policy", "step", "nats per token", kl),
+        figure("Margins of two fixed samples", "step", "nats per token", margins_of_samples),
+        figure("Length of generated responses", "step", "tokens", lengths),
+    ]
+
+
 def spread_over_time(steps: Sequence[Row], name: str, title: str, ylabel: str) -> str:
     """Quantiles of a per-pair column over the steps: median, middle half, middle nine tenths."""
 

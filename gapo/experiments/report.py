@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from gapo.experiments import plots
 from gapo.experiments.files import read_lines, write_text
 from gapo.experiments.noise import pair_columns, weight_diagnostics
@@ -15,6 +17,8 @@ _MEASURES = {
     "eval_rewards/accuracies": "reward accuracy",
     "eval_loss": "loss (no anchor)",
     "eval_rewards/margins": "reward margin, beta x nats per token",
+    "eval_reference/accuracies": "share of pairs whose margin has grown on the reference's",
+    "eval_reference/margins": "margin minus the reference's, nats",
     "eval_logps/chosen": "log-probability of chosen, nats per token",
     "eval_logps/rejected": "log-probability of rejected, nats per token",
 }
@@ -29,7 +33,8 @@ def write_report(folder: Path, summary: dict[str, Any]) -> Path:
 
 def render(folder: Path, summary: dict[str, Any]) -> str:
     """The page as text. All that came from users (names, data, settings) is escaped."""
-    steps = read_lines(folder / "steps.jsonl")
+    steps, metrics = read_lines(folder / "steps.jsonl"), read_lines(folder / "metrics.jsonl")
+    drifts = [row for row in metrics if "drift/held_out_margin" in row]
     return render_page(
         "report.html.jinja",
         title=folder.name,
@@ -38,7 +43,9 @@ def render(folder: Path, summary: dict[str, Any]) -> str:
         flips=diagnostics(steps),
         data=(folder / "data.txt").read_text(encoding="utf-8"),
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        pictures=_pictures(read_lines(folder / "metrics.jsonl"), steps),
+        pictures=_pictures(metrics, steps),
+        drifts=drifts,
+        drift_pictures=[Markup(svg) for svg in plots.drift(drifts)] if drifts else [],
     )
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from gapo.adapters.hf import GAPOCallback, PreferenceCollator
+from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.reference import summed_logps
 from gapo.config import GAPOConfig
 from gapo.experiments.config import ConfigError, TrainConfig
@@ -56,6 +56,7 @@ def run(
     if config.overwrite:
         shutil.rmtree(checkpoints, ignore_errors=True)
     last = get_last_checkpoint(str(checkpoints)) if config.resume and checkpoints.is_dir() else None
+    drift = _drift(config)
     recorder = _Recorder(folder, until_step=int(last.rsplit("-", 1)[1]) if last else -1)
     callback = GAPOCallback(
         step, objective=config.loss, objective_settings=config.loss_settings, on_step=recorder.on_step
@@ -66,7 +67,7 @@ def run(
         train_dataset=train_rows,
         eval_dataset=held_out,
         data_collator=collator,
-        callbacks=[callback, recorder],
+        callbacks=[callback, recorder, *drift],
         processing_class=tokenizer,
     )
     trainer.train_collator = flipped
@@ -83,10 +84,27 @@ def run(
     return _rewards(recorder.first_evaluation), after
 
 
+def _drift(config: TrainConfig) -> list[TrainerCallback]:
+    if not config.drift:
+        return []
+    return [
+        DriftCallback(
+            pairs=config.drift_pairs,
+            prompts=config.drift_prompts,
+            max_new_tokens=config.drift_max_new_tokens,
+            seed=config.seed,
+        )
+    ]
+
+
 def _load_model(config: TrainConfig, name: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype="float32"
     )  # float32 weights: 16-bit ones round the anchor away
+    if getattr(model, "is_quantized", False) and not config.lora_r:
+        raise ConfigError(
+            f"model {name!r} is quantised, and such weights cannot be trained: train adapters, --lora_r 16"
+        )
     if config.lora_r:
         from peft import LoraConfig, get_peft_model
 
@@ -138,6 +156,8 @@ def _rewards(metrics: dict[str, float]) -> dict[str, float]:
         "eval_loss",
         "eval_rewards/accuracies",
         "eval_rewards/margins",
+        "eval_reference/accuracies",
+        "eval_reference/margins",
         "eval_logps/chosen",
         "eval_logps/rejected",
     )

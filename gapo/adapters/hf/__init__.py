@@ -6,9 +6,17 @@ try:
     from gapo.adapters.hf.arguments import GAPOConfig
     from gapo.adapters.hf.callback import GAPOCallback
     from gapo.adapters.hf.collator import PreferenceCollator
+    from gapo.adapters.hf.drift import DriftCallback
     from gapo.adapters.hf.reference import with_reference_logps
     from gapo.adapters.hf.trainer import GAPOTrainer
 except ModuleNotFoundError as error:
     raise missing("hf", error) from error
 
-__all__ = ["GAPOCallback", "GAPOConfig", "GAPOTrainer", "PreferenceCollator", "with_reference_logps"]
+__all__ = [
+    "DriftCallback",
+    "GAPOCallback",
+    "GAPOConfig",
+    "GAPOTrainer",
+    "PreferenceCollator",
+    "with_reference_logps",
+]

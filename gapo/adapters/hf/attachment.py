@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from gapo.adapters.hf.margins import log_probs, pair_logps
+from gapo.adapters.hf.quantised import stay_differentiable
 from gapo.backends.base import by_pairs
 from gapo.backends.torch import TorchBackend
 from gapo.data.reference import require_reference
@@ -35,7 +36,8 @@ class Attachment:
         self._window: dict[str, list[Tensor]] = defaultdict(list)
         self._evaluated: list[Tensor] = []
         _require_supported(trainer)
-        self._dropout = _disable_dropout(trainer.model) if callback.disable_dropout else []
+        self._changed = stay_differentiable(trainer.model)
+        self._changed += _disable_dropout(trainer.model) if callback.disable_dropout else []
         self._flags = {
             name: getattr(trainer, name)
             for name in ("loss_is_scaled_for_ga", "model_accepts_loss_kwargs")
@@ -58,12 +60,12 @@ class Attachment:
         return getattr(trainer, "_gapo_attachment", None)
 
     def undo(self) -> None:
-        """The trainer as it was; dropout as it was."""
+        """The trainer as it was; the model's dropout and kernels as they were."""
         for name in _REPLACED:
             delattr(self.trainer, name)
         for name, value in self._flags.items():
             setattr(self.trainer, name, value)
-        for module, attribute, value in self._dropout:
+        for module, attribute, value in self._changed:
             setattr(module, attribute, value)
         del self.trainer._gapo_attachment
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -94,12 +95,19 @@ class GAPOCallback(TrainerCallback):
         self._attach_to_caller()  # add_callback() after construction never fires on_init_end
 
     def _attach_to_caller(self) -> None:
-        # A callback is never handed its trainer, but the trainer calls it: one of the frames above is its method.
-        frame = sys._getframe()
-        while frame is not None:
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, Trainer) and self in caller.callback_handler.callbacks:
-                self.attach(caller)
-                return
-            frame = frame.f_back  # type: ignore[assignment]
-        raise RuntimeError("no Trainer was found that calls this callback: use GAPOCallback(config).attach(trainer)")
+        self.attach(calling_trainer(self))
+
+
+def calling_trainer(callback: TrainerCallback) -> Trainer:
+    """The trainer that is calling `callback` now.
+
+    A callback is never handed its trainer, but the trainer calls it: one of the frames above is its method.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    name = type(callback).__name__
+    raise RuntimeError(f"no Trainer was found that calls this {name}: give it to one, as one of its callbacks")

@@ -54,10 +54,17 @@ def stack_pairs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(chosen_logps, rejected_logps), each (N,), nats per token, of a causal language model on a batch of pairs.
 
-    Padding may stand on either side. Only the logits from the first to the last labelled position are asked for, where
-    the model can leave the others out.
+    Padding may stand on either side.
     """
-    rows = stack_pairs(batch)
+    logps = gapo.sequence_logps(*row_logits(model, stack_pairs(batch)), backend="torch")
+    half = len(logps) // 2
+    return logps[:half], logps[half:]
+
+
+def row_logits(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(logits, labels) of the rows of `stack_pairs`, (rows, seq, vocab) and (rows, seq), from the first to the last
+    labelled position where the model can leave the others out. Position t of the logits predicts label t + 1.
+    """
     accepted = forward_parameters(model)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     if "position_ids" in accepted:  # with padding on the left, positions are not the columns
@@ -75,9 +82,7 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tens
             f"the model's forward returns no logits ({type(outputs).__name__}); GAPO needs a causal language model "
             "whose forward returns them: switch a fused linear cross-entropy (Liger's) off, which leaves them out"
         )
-    logps = gapo.sequence_logps(logits, labels, backend="torch")
-    half = len(logps) // 2
-    return logps[:half], logps[half:]
+    return logits, labels
 
 
 def log_probs(model: nn.Module, batch: Mapping[str, Any]) -> LogProbs:

@@ -21,7 +21,7 @@ class _TokenLogps(torch.autograd.Function):
     def forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits.dtype, torch.float32)
         normalizer = torch.empty(targets.shape, dtype=wide, device=logits.device)
-        for chunk in _chunks(logits):
+        for chunk in chunks(logits):
             normalizer[chunk] = torch.logsumexp(logits[chunk].to(wide), -1)
         picked = logits.gather(-1, targets[..., None])[..., 0].to(wide)
         return picked - normalizer, normalizer
@@ -36,7 +36,7 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         logits, targets, normalizer = ctx.saved_tensors
         out = torch.empty_like(logits)
-        for chunk in _chunks(logits):  # (one-hot - softmax) times the gradient
+        for chunk in chunks(logits):  # (one-hot - softmax) times the gradient
             part = (logits[chunk].to(normalizer.dtype) - normalizer[chunk][..., None]).exp_()
             part.mul_(-grad[chunk][..., None])
             part.scatter_add_(-1, targets[chunk][..., None], grad[chunk][..., None])
@@ -44,7 +44,8 @@ class _TokenLogps(torch.autograd.Function):
         return out, None
 
 
-def _chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
+def chunks(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    """Indices of the parts of `logits` (batch, seq, vocab) that are small enough to be held in float32."""
     batch, seq, vocab = logits.shape
     tokens = max(1, _CHUNK.get(logits.device.type, _CHUNK["cuda"]) // vocab)
     for row in range(batch):

@@ -1,0 +1,63 @@
+"""Lengths of the responses that a policy generates, for `DriftCallback`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from gapo.data.tokenize import IGNORE_INDEX
+
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Responses:
+    """How responses are generated.
+
+    Args:
+        max_new_tokens: most tokens of a response.
+        temperature: 0 for greedy responses, else they are sampled at it, from the whole distribution.
+    """
+
+    max_new_tokens: int
+    temperature: float
+
+    def lengths(
+        self, model: Any, prompts: Sequence[Tensor], ends: Sequence[int], **options: Any
+    ) -> Iterator[list[float]]:
+        """For each prompt, token ids (seq,): tokens generated before a closing one, and 1.0 if one came, else 0.0.
+
+        `ends` are the ids that close a response. Sampling draws from the global random state.
+        """
+        sampled = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=list(ends) or None,
+            pad_token_id=ends[0] if ends else 0,
+            **(sampled if self.temperature else {"do_sample": False}),
+        )
+        for start in range(0, len(prompts), _AT_ONCE):
+            ids, mask = _left_padded(prompts[start : start + _AT_ONCE], model.device)
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
+            closing = torch.isin(output[:, ids.shape[1] :], torch.tensor(list(ends), device=output.device))
+            for row in closing.int().cpu():
+                ended = bool(row.any())
+                yield [float(row.argmax() if ended else len(row)), float(ended)]
+
+
+def prompt_of(rows: dict[str, Tensor]) -> Tensor:
+    """(seq,) the prompt's token ids: what stands before the first answer's first token in the rows of a pair."""
+    ids, mask, labels = (rows[name][0] for name in ("input_ids", "attention_mask", "labels"))
+    first = int((labels != IGNORE_INDEX).int().argmax())
+    return ids[:first][mask[:first].bool()]
+
+
+def _left_padded(prompts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    reversed_ = torch.nn.utils.rnn.pad_sequence([ids.flip(0) for ids in prompts], batch_first=True, padding_value=-1)
+    ids = reversed_.flip(1).to(device)
+    return ids.clamp(min=0), (ids >= 0).long()
