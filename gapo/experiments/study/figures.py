@@ -39,19 +39,40 @@ def accuracy(runs: pd.DataFrame, mode: str, title: str, ylabel: str, value: str 
 
 def controls(runs: pd.DataFrame, mode: str, title: str, ylabel: str) -> str:
     """GAPO and its controls: accuracy against flip rate, at the rates where the controls were run."""
-    arms = [arm for arm in runs["arm"].unique() if arm in _CONTROL_COLOURS]
-    rates = set(runs[runs["arm"] != "gapo"]["rate"]) if len(arms) < 2 else set(
-        runs[(runs["arm"].isin(arms)) & (runs["arm"] != "gapo")]["rate"]
-    )  # fmt: skip
-    found = intervals(
-        runs[(runs["mode"] == mode) & runs["arm"].isin(arms) & runs["rate"].isin(rates)], ["arm", "rate"], "accuracy"
-    )
+    runs = runs[(runs["mode"] == mode) & runs["arm"].isin(list(_CONTROL_COLOURS))]
+    runs = runs[runs["rate"].isin(set(runs[runs["arm"] != "gapo"]["rate"]))]
+    found = intervals(runs, ["arm", "rate"], "accuracy")
+    return _against_rate(found, {arm: (NAMES[arm], _CONTROL_COLOURS[arm]) for arm in _CONTROL_COLOURS}, title, ylabel)
 
-    def draw(axes: Any) -> None:
-        for arm in arms:
-            _band(axes, found[found["arm"] == arm], NAMES[arm], _CONTROL_COLOURS[arm])
 
-    return figure(title, "flipped training labels, %", ylabel, draw)
+def valuation(found: pd.DataFrame, title: str) -> str:
+    """Accuracy of SimPO on the pairs with the lowest, random and highest gaps, against the share of flips."""
+    parts = {"lowest": GREEN, "random": BLUE, "highest": ORANGE}
+    lines = {part: (f"{part} gaps" if part != "random" else "random pairs", parts[part]) for part in parts}
+    return _against_rate(found, lines, title, "reward accuracy, clean test pairs, %")
+
+
+def _against_rate(found: pd.DataFrame, lines: dict[str, tuple[str, str]], title: str, ylabel: str) -> str:
+    """Bands for {arm: (label, colour)} against the flip rate; a point with its interval for each where there is one."""
+    lines = {arm: line for arm, line in lines.items() if arm in set(found["arm"])}
+    rates = found["rate"].unique()
+
+    def bands(axes: Any) -> None:
+        for arm, (label, colour) in lines.items():
+            _band(axes, found[found["arm"] == arm], label, colour)
+
+    def points(axes: Any) -> None:
+        for at, (arm, (label, colour)) in enumerate(reversed(lines.items())):
+            mean, low, high = 100 * found[found["arm"] == arm].iloc[0][["mean", "low", "high"]].astype(float)
+            axes.plot([low, high], [at, at], color=colour)
+            axes.plot(mean, at, "o", color=colour, markersize=5)
+            axes.annotate(label, (low, at), xytext=(-6, 0), textcoords="offset points", ha="right", va="center")
+        axes.margins(x=0.5, y=0.2)
+        axes.set_yticks([])
+
+    if len(rates) > 1:
+        return figure(title, "flipped training labels, %", ylabel, bands)
+    return figure(f"{title}, {100 * rates[0]:g} % flips", ylabel, "", points)
 
 
 def _band(axes: Any, found: pd.DataFrame, label: str, colour: str | None) -> None:
@@ -72,6 +93,7 @@ def weights_over_time(groups: dict[str, list[dict[str, Any]]], title: str) -> st
             at = (np.arange(SPANS) + 0.5) / SPANS
             axes.plot(100 * at, pd.DataFrame(curves).mean(), marker="o", markersize=3, color=colour, label=label)
         axes.axhline(1, color=_GREY, linewidth=0.8)
+        axes.margins(y=0.3)  # room for the legend
 
     return figure(title, "share of the run, %", "weight of flipped / weight of clean pairs", draw)
 
@@ -91,6 +113,7 @@ def fifths(groups: dict[str, list[dict[str, Any]]], rate: float, title: str) -> 
             axes.bar(np.arange(5) + (at - (len(groups) - 1) / 2) * width, shares, width, color=colour, label=label)
         axes.axhline(100 * rate, color=_GREY, linewidth=0.8)
         axes.set_xticks(range(5), ["lowest", "second", "third", "fourth", "highest"])
+        axes.margins(y=0.4)  # room for the legend
 
     return figure(title, "fifth of the weights", "flipped pairs in it, %", draw)
 
@@ -126,14 +149,3 @@ def curve(found: pd.DataFrame, x: str, title: str, xlabel: str, notes: dict[floa
         axes.set_xticks(at, [f"{value:g}" + (f"\n{notes[value]}" if notes else "") for value in found[x]])
 
     return figure(title, xlabel, "reward accuracy, clean test pairs, %", draw)
-
-
-def valuation(found: pd.DataFrame, title: str) -> str:
-    """Accuracy of SimPO on the pairs with the lowest, random and highest gaps, against the share of flips."""
-    colours = {"lowest": GREEN, "random": BLUE, "highest": ORANGE}
-
-    def draw(axes: Any) -> None:
-        for arm, colour in colours.items():
-            _band(axes, found[found["arm"] == arm], f"{arm} gaps", colour)
-
-    return figure(title, "flipped training labels, %", "reward accuracy, clean test pairs, %", draw)
