@@ -216,6 +216,10 @@ def test_plan_runs_methods_first_and_controls_at_their_rates(config: StudyConfig
     assert {c.rate for c in grid if c.arm == "gapo-rho0"} == {0.0}
     assert {c.anchor_pairs for c in parts["anchor"]} == {4, 0}
     assert all(dict(c.valuation) == chosen["simpo"] for c in parts["valuation"])
+    fewer = plan(replace(config, control_seeds=1), chosen, [("random", 0.0), ("random", 0.25)])
+    assert {c.seed for c in fewer["grid"] if c.arm == "gapo-rho0"} == {0}
+    assert [len(fewer[part]) for part in ("rho", "anchor", "valuation")] == [2, 2, 1]
+    assert len(fewer["grid"]) == len(grid) - 1
 
 
 def test_a_killed_grid_goes_on_where_it_was(

@@ -25,6 +25,7 @@ class StudyConfig:
         flip_modes: which labels are flipped, comma separated: "random", or "length" to favour longer answers.
         flip_rates: shares of the training labels to flip. What is no longer possible in a mode is left out and said.
         control_flip_rates: shares for the controls of GAPO, fewer to save time; empty for all of flip_rates.
+        control_seeds: seeds of the controls, the curves and the valuation, fewer to save time; 0 for all of them.
         seeds: number of seeds. A seed draws the training pairs, their order and the flips, the same for every arm.
         train_pairs: pairs of one training run, drawn by its seed.
         validation_pairs: clean pairs held out by prompt, on which the settings of every arm are chosen.
@@ -67,6 +68,7 @@ class StudyConfig:
     flip_modes: str = "random,length"
     flip_rates: list[float] | tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4)
     control_flip_rates: list[float] | tuple[float, ...] = ()
+    control_seeds: int = 0
     seeds: int = 5
     train_pairs: int = 1000
     validation_pairs: int = 300
@@ -103,8 +105,9 @@ class StudyConfig:
         for name in (*whole, "max_length", "tune_seeds"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be >= 0, got {self.workers!r}")
+        for name in ("workers", "control_seeds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}")
         for name in (
             "flip_rates",
             "control_flip_rates",

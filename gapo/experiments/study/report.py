@@ -188,8 +188,9 @@ def _valuation(study: Study) -> dict[str, Any] | None:
     rows = []
     for (rate, arm), group in runs.groupby(["rate", "arm"], sort=False):
         reference = runs[(runs["rate"] == rate) & (runs["arm"] == "random")].set_index("seed")["accuracy"]
+        label = "random pairs" if arm == "random" else f"{arm} gaps"
         difference = bootstrap((group.set_index("seed")["accuracy"] - reference).dropna().to_numpy())
-        rows.append([f"{100 * rate:g} %", f"{arm} gaps" if arm != "random" else "random pairs", percent(bootstrap(group["accuracy"].to_numpy())),
+        rows.append([f"{100 * rate:g} %", label, percent(bootstrap(group["accuracy"].to_numpy())),
                      percent(difference, signed=True) if arm != "random" else "",
                      f"{100 * group['flipped_share'].mean():.1f}"])  # fmt: skip
     return {"head": ["flipped labels", "kept pairs", _TEST, "minus random pairs, paired", "flips kept, %"],

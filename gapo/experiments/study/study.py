@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,9 @@ def plan(config: StudyConfig, chosen: dict[str, Settings], noises: list[tuple[st
     controls = [name for name in chosen if ARMS[name].control]
     fewer = [(mode, rate) for mode, rate in noises if rate in (config.control_flip_rates or config.flip_rates)]
     seeds = range(config.seeds)
+    fewer_seeds = seeds[: config.control_seeds or config.seeds]
 
-    def cells(names: list[str], at: list[tuple[str, float]]) -> list[Cell]:
+    def cells(names: list[str], at: list[tuple[str, float]], seeds: Sequence[int]) -> list[Cell]:
         return [
             Cell(name, settings_key(chosen[name]), mode, rate, seed)
             for seed in seeds
@@ -130,26 +132,25 @@ def plan(config: StudyConfig, chosen: dict[str, Settings], noises: list[tuple[st
             for name in names
         ]
 
-    parts = {"grid": cells(methods, noises)}
+    parts = {"grid": cells(methods, noises, seeds) + cells(controls, fewer, fewer_seeds)}
     if "gapo" in chosen:
         gapo, rate = chosen["gapo"], config.curve_flip_rate
         parts["rho"] = [
             Cell("gapo", settings_key({**gapo, "rho": rho}), "random", rate, seed)
-            for seed in seeds
+            for seed in fewer_seeds
             for rho in config.curve_rhos
         ]
         parts["anchor"] = [
             Cell("gapo", settings_key(gapo), "random", rate, seed, anchor_pairs=pairs % config.batch_size)
-            for seed in seeds
+            for seed in fewer_seeds
             for pairs in config.curve_anchor_pairs
         ]
         if "simpo" in chosen:
             parts["valuation"] = [
                 Cell("gapo", settings_key(gapo), "random", rate, seed, valuation=settings_key(chosen["simpo"]))
-                for seed in seeds
+                for seed in fewer_seeds
                 for rate in config.valuation_rates
             ]
-    parts["grid"] = parts["grid"] + cells(controls, fewer)
     return parts
 
 
