@@ -22,25 +22,22 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gapo
+from gapo import objectives
 from gapo.adapters.hf.margins import pair_logps
-from gapo.step import probe_losses
 
 Step = Callable[[torch.nn.Module, dict[str, torch.Tensor]], None]
 
 
 def simpo(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
     """One forward and one backward on the probe loss."""
-    chosen, rejected = pair_logps(model, batch)
-    config = gapo.GAPOConfig()
-    probe_losses(chosen - rejected, config, torch).mean().backward()
+    objectives.simpo(*pair_logps(model, batch)).backward()
     model.zero_grad()
 
 
 def three_forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
     """The step as its description reads: a forward and backward for the probe, the anchor's forward, and both again."""
     config = gapo.GAPOConfig()
-    chosen, rejected = pair_logps(model, batch)
-    probe_losses(chosen - rejected, config, torch).mean().backward()
+    objectives.simpo(*pair_logps(model, batch)).backward()
     moved = [p for n, p in model.named_parameters() if p.grad is not None and not n.endswith("lm_head.weight")]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.detach() * p.grad) for p in moved]))
     saved = [p.detach().clone() for p in moved]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import gapo
+from gapo import objectives
 
 ANCHORS = ("exact", "first_order")
 
@@ -51,7 +52,6 @@ def jax_ways(folder: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[]
 
     from gapo.adapters.flax import pair_logps
     from gapo.experiments import llama
-    from gapo.step import probe_losses
 
     settings, params = llama.load(folder)
     data = {name: jnp.asarray(x) for name, x in batch.items()}
@@ -61,8 +61,7 @@ def jax_ways(folder: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[]
 
     def simpo(p: Any, b: Any) -> Any:
         def loss(q: Any) -> Any:
-            chosen, rejected = margin_fn(q, b)
-            return jnp.mean(probe_losses(chosen - rejected, gapo.GAPOConfig(), jnp))
+            return objectives.simpo(*margin_fn(q, b))
 
         return jax.value_and_grad(loss)(p)
 

@@ -69,7 +69,7 @@ def value_and_grad(
         dict of float64 arrays. `gamma` overrides the config's by a float or (N,) array of per-pair targets; `rng` feeds
         direction="gaussian" (a `torch.Generator`, a JAX or MLX key, a NumPy generator). `grads`: "torch" and "numpy" a
         dict by parameter name; "jax" and "mlx" a tree like the trainable parameters. They are this rank's own, not
-        averaged over ranks.
+        averaged over ranks; under FSDP2 the ranks' average, as shards.
 
     Raises:
         ModuleNotFoundError: the backend's framework is not installed.
@@ -135,6 +135,8 @@ def run(
         radius, changed = perturbation.applied()
         gaps = margins - anchor_margins
 
+    drop = backend.all_reduce(xp.sum(pull * gaps), "mean")  # not finite on all ranks if a margin is not on one
+
     # 5. The loss, and its derivative by each output.
     terms = (config.beta, gamma, config.loss_type, config.label_smoothing, xp)
     loss = objective.reduce(objective.pair_losses(gaps, *terms), "mean", xp)
@@ -144,7 +146,8 @@ def run(
         loss, cotangents = _add_sft(loss, cotangents, values, config.sft_weight, xp)
     if is_concrete(loss):  # the first look at a value: a lazy framework has been lazy so far
         _require_finite(margins, grad_norm, g, xp)
-        _require_finite_margins(anchor_margins, f"the anchor forward; rho={config.rho} moves the weights too far", xp)
+        where = f"the anchor forward; rho={config.rho} moves the weights too far"
+        _require_finite_margins(anchor_margins, where, xp, over_ranks=drop)
         perturbation.check_rounding(radius, changed, names)
     result = StepResult(
         loss=loss,
@@ -155,7 +158,7 @@ def run(
         grad_norm=grad_norm,
         radius=radius,
         changed_fraction=changed,
-        first_order_ratio=perturbation.first_order_ratio(backend.all_reduce(xp.sum(pull * gaps), "mean")),
+        first_order_ratio=perturbation.first_order_ratio(drop),
         chosen_logps=values[0] if len(values) == 2 else None,
         rejected_logps=values[1] if len(values) == 2 else None,
     )
@@ -165,12 +168,6 @@ def run(
 def margins_of(outputs: tuple[Array, ...]) -> Array:
     """(N,) margins of (margins,) or (chosen_logps, rejected_logps)."""
     return outputs[0] if len(outputs) == 1 else outputs[0] - outputs[1]
-
-
-def probe_losses(margins: Array, config: GAPOConfig, xp: Namespace, gamma: Any = None) -> Array:
-    """The loss without an anchor, (N,): `-log sigmoid(beta * M - gamma)`, SimPO's (method document, steps 2 and 6)."""
-    gamma = config.gamma if gamma is None else gamma
-    return objective.pair_losses(margins, config.beta, gamma, "sigmoid", 0.0, xp)
 
 
 def probe_pull(margins: Array, gamma: Any, config: GAPOConfig, backend: Backend) -> tuple[Array, Array]:
@@ -216,7 +213,7 @@ class _Perturbation:
         if _numel(theta):
             applied = at_least_float32(moved, xp) - wide
             unscaled = geometry.unscaled_delta(wide, applied, self._config.adaptive, xp)
-            changed = xp.mean(xp.astype(applied != 0, wide.dtype))
+            changed = self._backend.mean(xp.astype(applied != 0, wide.dtype))
             self._applied.append((_numel(theta), self._backend.norm(unscaled), changed))
         return moved
 
@@ -305,16 +302,18 @@ def _require_finite(margins: Array, grad_norm: Array, g: dict[str, Array], xp: N
     )
 
 
-def _require_finite_margins(margins: Array, where: str, xp: Namespace) -> None:
+def _require_finite_margins(margins: Array, where: str, xp: Namespace, over_ranks: Array | None = None) -> None:
+    """Raise where a margin is not finite; with `over_ranks`, a scalar made of all ranks' margins, on every rank."""
     if not bool(xp.all(xp.isfinite(margins))):
         bad = [i for i in range(margins.shape[0]) if not bool(xp.isfinite(margins[i]))]
         raise FloatingPointError(f"the margins of pairs {bad} are not finite in {where}")
+    if over_ranks is not None and not bool(xp.isfinite(over_ranks)):
+        raise FloatingPointError(f"the margins of another rank's pairs are not finite in {where}")
 
 
 __all__ = [
     "StepResult",
     "margins_of",
-    "probe_losses",
     "run",
     "value_and_grad",
 ]

@@ -9,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import hf_models
 import torch
-from ddp_script import InOrder
 from transformers import TrainingArguments
 
 from gapo import GAPOConfig
@@ -31,7 +30,7 @@ def main(folder: str, batch_size: int) -> None:
         dataloader_pin_memory=False,
         ddp_backend="gloo" if "RANK" in os.environ else None,
     )
-    trainer = InOrder(
+    trainer = hf_models.InOrder(
         hf_models.make("llama"),
         arguments,
         train_dataset=hf_models.pairs(16),

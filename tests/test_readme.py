@@ -29,6 +29,13 @@ def examples() -> dict[str, str]:
 
 def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the example under `heading` takes for given."""
+    if heading == "devices.md":
+        import test_backend_jax
+
+        params, batch = test_backend_jax.problem()
+        jax_names = {"params": params, "jax_batch": batch, "margin_fn": test_backend_jax.margin_fn}
+        torch_names = {"sharded": hf_models.make("llama"), "batch": hf_models.batch()}
+        return {**given("Trainer", folder, monkeypatch), **torch_names, **jax_names}
     if "Trainer" in heading:
         arguments = TrainingArguments(str(folder), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
         names = {"Trainer": Trainer, "args": arguments, "pairs": hf_models.pairs(8)}

@@ -61,7 +61,10 @@ class Backend(Protocol):
         """
 
     def norm(self, x: Array) -> Array:
-        """Euclidean norm of one array: `geometry.norm`, or the framework's fused kernel where it is as safe."""
+        """Euclidean norm of one array, whole where ranks hold a shard each: `geometry.norm`, or a kernel as safe."""
+
+    def mean(self, x: Array) -> Array:
+        """Mean of the entries of one array, whole likewise."""
 
     def all_reduce(self, x: Array, op: str) -> Array:
         """`x` reduced by "mean", "max" or "sum" over the data-parallel ranks, which share one anchor."""

@@ -95,6 +95,9 @@ class JaxBackend:
     def norm(self, x: Array) -> Array:
         return geometry.norm(x, jnp)
 
+    def mean(self, x: Array) -> Array:
+        return jnp.mean(x)
+
     def all_reduce(self, x: Array, op: str) -> Array:
         if self._axis_name is None:
             return x

@@ -88,6 +88,9 @@ class MlxBackend:
     def norm(self, x: mx.array) -> mx.array:
         return geometry.norm(x, mx)
 
+    def mean(self, x: mx.array) -> mx.array:
+        return mx.mean(x)
+
     def all_reduce(self, x: mx.array, op: str) -> mx.array:
         if self._group.size() == 1:
             return x

@@ -13,7 +13,8 @@ from transformers import Trainer
 from gapo.adapters.hf.margins import log_probs, pair_logps
 from gapo.adapters.hf.quantised import stay_differentiable
 from gapo.backends.base import by_pairs
-from gapo.backends.torch import TorchBackend
+from gapo.backends.torch import TorchBackend, TorchForward
+from gapo.backends.torch.zero3 import Zero3Forward, is_zero3
 from gapo.data.reference import require_reference
 from gapo.metrics import combine, pair_metrics, reference_metrics, reward_metrics, step_metrics
 from gapo.objectives import LogProbs
@@ -48,6 +49,11 @@ class Attachment:
         if trainer.args.remove_unused_columns:
             logger.info("remove_unused_columns was True, which would drop the pairs' columns: set to False")
             trainer.args.remove_unused_columns = False
+        # FSDP2's shards get their gradients in a backward that reduces, and the probe of every micro-step needs them.
+        self._accumulation = trainer.accelerator.gradient_state.plugin_kwargs
+        self._set_sync = trainer.accelerator.is_fsdp2 and not self._accumulation.get("sync_each_batch")
+        if self._set_sync:
+            self._accumulation["sync_each_batch"] = True
         self._own = {name: getattr(trainer, name) for name in _REPLACED}
         for name in _REPLACED:
             setattr(trainer, name, getattr(self, name))
@@ -67,6 +73,8 @@ class Attachment:
             setattr(self.trainer, name, value)
         for module, attribute, value in self._changed:
             setattr(module, attribute, value)
+        if self._set_sync:
+            self._accumulation["sync_each_batch"] = False
         del self.trainer._gapo_attachment
 
     def compute_loss(
@@ -101,9 +109,16 @@ class Attachment:
         @by_pairs
         def margin_fn(_: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
             # The clean forward goes through DDP, which prepares its reduction; the anchor's has no backward to prepare.
-            return pair_logps(model if torch.is_grad_enabled() else bare, batch)
+            # DeepSpeed's engine would take the probe's backward for the update's.
+            return pair_logps(
+                model if torch.is_grad_enabled() and not self.trainer.is_deepspeed_enabled else bare, batch
+            )
 
-        forward = self._backend.forward(margin_fn, bare, inputs, self._config)
+        forward: TorchForward
+        if is_zero3(bare):
+            forward = Zero3Forward(pair_logps, model, inputs, self._config)
+        else:
+            forward = self._backend.forward(margin_fn, bare, inputs, self._config)
         result, cotangents = run(forward, self._config, self._backend)
         if float(result.radius) == 0 and self._config.rho > 0:
             self._tell(
@@ -179,6 +194,8 @@ class Attachment:
 
 def _require_supported(trainer: Trainer) -> None:
     args = trainer.args
+    if getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "fsdp_version", 2) == 1:
+        raise ValueError('FSDP1 is not supported: set fsdp_config={"version": 2}, or fsdp_version: 2 for accelerate')
     if args.n_gpu > 1:
         raise ValueError("nn.DataParallel is not supported: start the script with torchrun or `accelerate launch`")
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):

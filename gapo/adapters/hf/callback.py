@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from gapo.adapters.hf.attachment import Attachment
 from gapo.config import GAPOConfig
@@ -17,6 +18,9 @@ from gapo.objectives import without_anchor
 from gapo.step import StepResult
 
 logger = logging.getLogger(__name__)
+
+# Where trainer_state.json keeps the settings. No callback has this name, so that none is made anew of it.
+_STATE = "gapo"
 
 
 class GAPOCallback(TrainerCallback):
@@ -93,6 +97,16 @@ class GAPOCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         self._attach_to_caller()  # add_callback() after construction never fires on_init_end
+        self._compare_settings(state)
+
+    def _compare_settings(self, state: TrainerState) -> None:
+        """Say which settings differ from the resumed checkpoint's; put these into the checkpoints to come."""
+        settings = {"objective": self.objective, **self.losses_without_anchor[1], **asdict(self.config)}
+        kept = state.stateful_callbacks.get(_STATE, {}).get("attributes", settings)
+        changes = [f"{name}: {kept.get(name)!r} -> {new!r}" for name, new in settings.items() if kept.get(name) != new]
+        if changes:
+            logger.warning("the checkpoint was trained with other settings of GAPO: %s", ", ".join(changes))
+        state.stateful_callbacks[_STATE] = {"args": {}, "attributes": settings}
 
     def _attach_to_caller(self) -> None:
         self.attach(calling_trainer(self))

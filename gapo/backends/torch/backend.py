@@ -14,7 +14,9 @@ from gapo import geometry
 from gapo.backends.base import MarginFn
 from gapo.backends.torch.forward import TorchForward
 from gapo.backends.torch.onepass import OnePassForward
+from gapo.backends.torch.sharded import ShardedForward, by_rank, fsdp_units, is_shard, like_shard
 from gapo.backends.torch.token_logps import token_logps  # noqa: F401  (takes its place in gapo.logps)
+from gapo.backends.torch.zero3 import is_zero3
 from gapo.config import GAPOConfig
 
 
@@ -32,6 +34,13 @@ class TorchBackend:
     def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> TorchForward:
         if not isinstance(params, nn.Module):
             raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(params).__name__}')
+        if is_zero3(params):
+            raise ValueError(
+                "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
+                "Trainer, or shard with FSDP2 in a loop of your own"
+            )
+        if fsdp_units(params):
+            return ShardedForward(margin_fn, params, batch, config)
         # The SFT term weighs the rows of a pair differently, and float16's gradient scaler must see the backward.
         float16 = any(
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
@@ -42,12 +51,19 @@ class TorchBackend:
         return TorchForward(margin_fn, params, batch, config)
 
     def norm(self, x: Tensor) -> Tensor:
+        if is_shard(x):
+            return self.norm(by_rank(x, self.norm))
         if x.dtype == torch.float64 or x.device.type == "mps":
             return geometry.norm(x, xp)
         # One fused pass; the square of a float32 can neither vanish nor overflow in float64.
         return torch.linalg.vector_norm(x, dtype=torch.float64).to(x.dtype)
 
+    def mean(self, x: Tensor) -> Tensor:
+        return by_rank(x, torch.sum).sum() / x.numel() if is_shard(x) else x.mean()
+
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        if is_shard(x):  # reduced as it came to be one
+            return x
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return x
         reduced = x.clone()
@@ -62,7 +78,8 @@ class TorchBackend:
         for name in names:
             p = parameters[name]
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            draws[name] = torch.randn(p.shape, generator=rng, dtype=dtype, device=rng.device).to(p.device)
+            draw = torch.randn(p.shape, generator=rng, dtype=dtype, device=rng.device).to(p.device)
+            draws[name] = like_shard(draw, p) if is_shard(p) else draw
         return draws
 
     def pack(self, forward: Any, grads: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,131 @@
+"""FSDP2: the clean forward of a module whose parameters are shards, and what shards ask of the backend's verbs.
+
+Autograd's graph ends at the gathered weights, which are gone after the layer; only a real backward reduces their
+gradients to the shards. So the pullback is a backward with the optimiser's `.grad` set aside. Its gradients, like the
+shards, are `DTensor`s: averaged over the ranks already, and arithmetic on them is each rank's own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gapo.backends.base import LeafRule, MarginFn
+from gapo.backends.torch.forward import TorchForward
+from gapo.config import GAPOConfig
+
+
+class ShardedForward(TorchForward):
+    """A clean forward through `torch.distributed.fsdp.fully_shard`; its gradients are the ranks' average, as shards."""
+
+    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
+        self._units = fsdp_units(module)  # the root first
+        self._reshard()  # after a forward without backward some parameters are still the gathered ones
+        super().__init__(margin_fn, module, batch, config)
+
+    def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        aside = {name: p.grad for name, p in self.parameters.items()}
+        try:
+            for p in self.parameters.values():
+                p.grad = None
+            torch.autograd.backward(self.outputs, list(cotangents), retain_graph=names is not None)
+            grads = {name: p.grad for name, p in self.parameters.items()}
+        finally:
+            for name, p in self.parameters.items():
+                p.grad = aside[name]
+        if all(g is None for g in grads.values()):
+            raise RuntimeError(
+                "FSDP2 holds gradients back (set_requires_gradient_sync(False), or accelerate's no_sync), but ranks "
+                "that share an anchor reduce at every backward: set sync_each_batch=True in "
+                "accelerate.utils.GradientAccumulationPlugin, or call set_requires_gradient_sync(True)"
+            )
+        wanted = self.parameters if names is None else names
+        return {name: torch.zeros_like(self.parameters[name]) if (g := grads[name]) is None else g for name in wanted}
+
+    def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
+        # What is gathered is gathered from theta until it is resharded, and afterwards from the anchor: without the
+        # first the gap is wrong, without the second the update.
+        self._reshard()
+        try:
+            return super().at(move, names)
+        except BaseException:
+            self._recover()
+            raise
+        finally:
+            self._reshard()
+
+    def directional(self, delta: LeafRule, names: Iterable[str]) -> Tensor:
+        # A backward averages over the ranks, so each takes the pairs of one rank alone, which all ranks do together.
+        names = list(names)
+        deltas = [delta(name, self.parameters[name].detach()) for name in names]
+        mine, ranks = self.outputs[0].shape[0], dist.get_world_size()
+        pairs: list[Any] = [None] * ranks
+        dist.all_gather_object(pairs, mine)
+        along = torch.zeros_like(self.outputs[0], requires_grad=False)
+        for rank, there in enumerate(pairs):
+            for i in range(there):
+                one = torch.zeros_like(self.outputs[0])
+                if rank == dist.get_rank():
+                    one[i] = ranks
+                grads = self.pullback((one,) if len(self.outputs) == 1 else (one, -one), names).values()
+                product = sum(whole(torch.sum(g * d)) for g, d in zip(grads, deltas, strict=True))
+                if rank == dist.get_rank():
+                    along[i] = product
+        return along
+
+    def _reshard(self) -> None:
+        for unit in self._units:
+            unit.reshard()
+
+    def _recover(self) -> None:
+        """Leave no unit in the middle of a forward that failed; torch >= 2.13 can be told so, at the root."""
+        if hasattr(self._units[0], "reset_iter_state"):
+            self._units[0].reset_iter_state()
+
+
+def fsdp_units(module: nn.Module) -> list[Any]:
+    """The modules in `module`, itself included, that FSDP2 shards, the root first; empty for most.
+
+    Raises:
+        ValueError: it is sharded by FSDP1, whose flat parameters have no names of their own.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not loaded: nothing is sharded
+    if fsdp is None:
+        return []
+    if any(isinstance(m, fsdp.FullyShardedDataParallel) for m in module.modules()):
+        raise ValueError("the model is sharded by FSDP1: use FSDP2, fsdp_version=2 in accelerate")
+    return [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def is_shard(x: Any) -> bool:
+    """Whether `x` is a rank's shard of a parameter or of its gradient, a `DTensor`."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def whole(x: Any) -> Tensor:
+    """A `DTensor` gathered; any other tensor as it is."""
+    full: Tensor = x.full_tensor() if is_shard(x) else x
+    return full
+
+
+def by_rank(x: Any, of_shard: Callable[[Tensor], Tensor]) -> Tensor:
+    """`of_shard`, a scalar of a rank's own numbers, for every shard of `x`, as a vector; 0 where a shard is empty."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    local = x.to_local()
+    value = of_shard(local) if local.numel() else local.new_zeros(())
+    kept = [Replicate() if p.is_replicate() else Shard(0) for p in x.placements]
+    return whole(DTensor.from_local(value.reshape(1), x.device_mesh, kept, run_check=False))
+
+
+def like_shard(draw: Tensor, p: Any) -> Tensor:
+    """This rank's part of `draw`, which is the same on all ranks, placed as the parameter `p` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(draw, p.device_mesh, p.placements, src_data_rank=None)
