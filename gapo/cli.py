@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 _COMMANDS = {
     "train": "tune a language model on preference pairs, with a report",
+    "study": "compare objectives under flipped labels, with statistics and a report",
     "score": "the gap and the weight of each pair, under one model or several",
     "flip": "flip a known share of the labels, to study noise",
 }

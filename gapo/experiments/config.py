@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -165,17 +165,22 @@ def require_loss_settings(run: TrainConfig, step: GAPOConfig) -> None:
 
 def make_parser() -> Any:
     """The parser of `gapo train`: every field of `TrainConfig` and `GAPOConfig`, with help from their docstrings."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
+    return parser_of(
+        (TrainConfig, GAPOConfig),
         prog="gapo train",
         description="Tune a language model on preference pairs with GAPO.",
         epilog="example: gapo train examples/demo.yaml --rho 0.05 --output_dir runs/rho-0.05",
-        exit_on_error=False,
     )
+
+
+def parser_of(classes: Sequence[type], **about: str) -> Any:
+    """A parser of the fields of data classes, from YAML and from the command line; `about` is what its help says."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(**about, exit_on_error=False)
     parser.add_argument("--config", action="config", metavar="CONFIG.yaml", help="the same as the first argument")
-    parser.add_class_arguments(TrainConfig)
-    parser.add_class_arguments(GAPOConfig)
+    for kind in classes:
+        parser.add_class_arguments(kind)
     return parser
 
 
@@ -186,6 +191,20 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
         ConfigError: a key or a value is not accepted, or the file cannot be read. YAML is read safely: no tag runs
         code.
     """
+    run, step = parse_fields(make_parser(), arguments, (TrainConfig, GAPOConfig), require_loss_settings)
+    return run, step
+
+
+def parse_fields(
+    parser: Any, arguments: Sequence[str], classes: Sequence[type], check: Callable[..., Any] | None = None
+) -> list[Any]:
+    """`[CONFIG.yaml] [--key value ...]` by a parser of the fields of these data classes: one instance of each.
+
+    `check` is called with the instances; the ValueError that it raises is told like any other.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
     from jsonargparse import ArgumentError
 
     arguments = list(arguments)
@@ -193,20 +212,20 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
         if not Path(arguments[0]).is_file():
             raise ConfigError(f"there is no configuration file {arguments[0]!r}")
         arguments.insert(0, "--config")
-    arguments = _with_values(arguments)
+    arguments = _with_values(arguments, classes)
     try:
-        found = make_parser().parse_args(arguments)
-        run = TrainConfig(**{f.name: found[f.name] for f in fields(TrainConfig)})
-        step = GAPOConfig(**{f.name: found[f.name] for f in fields(GAPOConfig)})
-        require_loss_settings(run, step)
-        return run, step
+        found = parser.parse_args(arguments)
+        made = [kind(**{f.name: found[f.name] for f in fields(kind)}) for kind in classes]
+        if check is not None:
+            check(*made)
+        return made
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(_with_closest_key(" ".join(str(error).split()))) from error
+        raise ConfigError(_with_closest_key(" ".join(str(error).split()), classes)) from error
 
 
-def _with_values(arguments: list[str]) -> list[str]:
+def _with_values(arguments: list[str], classes: Sequence[type]) -> list[str]:
     """`--strict` alone is `--strict true`; so for every switch."""
-    switches = {f"--{f.name}" for f in (*fields(TrainConfig), *fields(GAPOConfig)) if f.type in ("bool", bool)}
+    switches = {f"--{f.name}" for kind in classes for f in fields(kind) if f.type in ("bool", bool)}
     completed = []
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         completed.append(argument)
@@ -215,15 +234,16 @@ def _with_values(arguments: list[str]) -> list[str]:
     return completed
 
 
-def known_keys() -> list[str]:
-    """Every key that `gapo train` accepts."""
-    return [f.name for f in (*fields(TrainConfig), *fields(GAPOConfig))]
+def known_keys(classes: Sequence[type] = (TrainConfig, GAPOConfig)) -> list[str]:
+    """Every key of these data classes; by default those that `gapo train` accepts."""
+    return [f.name for kind in classes for f in fields(kind)]
 
 
-def _with_closest_key(message: str) -> str:
+def _with_closest_key(message: str, classes: Sequence[type]) -> str:
+    known = known_keys(classes)
     words = [word.strip("'\"-,.:").split("=")[0] for word in message.split()]
     for word in words:
-        if word not in known_keys() and (close := difflib.get_close_matches(word, known_keys(), n=1, cutoff=0.75)):
+        if word not in known and (close := difflib.get_close_matches(word, known, n=1, cutoff=0.75)):
             return f"{message}. Did you mean {close[0]!r}?"
     return message
 
