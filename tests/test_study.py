@@ -352,6 +352,18 @@ def test_a_finished_study_is_not_run_again(
     assert (finished / "results.csv").read_text() == kept
 
 
+def test_controls_may_be_missing_in_a_mode(tmp_path: Path, config: StudyConfig) -> None:
+    one = replace(
+        config, arms="gapo,gapo-rho0", seeds=1, flip_rates=(0.0, 0.1, 0.5), control_flip_rates=(0.5,),
+        valuation_rates=(), curve_rhos=(), curve_anchor_pairs=(), output_dir=str(tmp_path),
+    )  # fmt: skip
+    study = run_study(one)
+    assert "length 0.5" in study.left_out
+    assert (tmp_path / "figures" / "controls_random.svg").exists()
+    assert not (tmp_path / "figures" / "controls_length.svg").exists()
+    assert "Labels flipped to favour longer answers" in (tmp_path / "study.md").read_text()
+
+
 def test_the_page_escapes_what_users_gave(tmp_path: Path, config: StudyConfig) -> None:
     rows = [{"prompt": f"{i} & ", "chosen": "yes " * (1 + i % 3), "rejected": "no"} for i in range(80)]
     name = tmp_path / "<script>alert(1)<!--.jsonl"

@@ -207,7 +207,7 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, at: float) 
             pictures[f"train_true_{mode}"] = figures.accuracy(
                 done, mode, f"{title}: train pairs", _TRUE, "train_true_accuracy"
             )
-            if any(arm.startswith("gapo-") for arm in done["arm"]):
+            if done[done["mode"] == mode]["arm"].str.startswith("gapo-").any():
                 pictures[f"controls_{mode}"] = figures.controls(done, mode, f"GAPO's controls. {title}", _TEST)
     share = f"{100 * at:g} % flips"
     by_arm = {
