@@ -250,23 +250,24 @@ def test_a_full_disk_costs_no_measurement(
     out = tmp_path / "s.jsonl"
     plain = files.JsonLines.write
 
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
     def full(log: files.JsonLines, row: dict[str, Any]) -> None:
         if row.get("step") == 3:
             log._file.write('{"step": 3')
-            raise OSError(28, "No space left on device")
+            log._file.flush = full_disk  # type: ignore[method-assign]
         plain(log, row)
 
     with monkeypatch.context() as patch:
         patch.setattr(files.JsonLines, "write", full)
         assert cli.main(command(folder, out)) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "gapo: error: [Errno 28] No space left on device"
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"s\.jsonl\.progress could not be written: No space left on device\. .*make room", error), error
     assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl.progress"]
 
-    def no_rename(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr("gapo.data.pairs.os.replace", no_rename)
+        patch.setattr("gapo.data.writing.os.replace", full_disk)
         assert cli.main(command(folder, out)) == 1
     assert not list(tmp_path.glob("*.part"))
     assert not out.exists()

@@ -160,9 +160,9 @@ def test_the_fingerprint_follows_the_weights(folder: Path, tmp_path: Path) -> No
 
 
 def test_loading_what_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"model 'org/gone' \(tokenizer 'org/gone', adapter None\) is not what"):
+    with pytest.raises(ConfigError, match="tokenizer 'org/gone' is not what save_pretrained leaves"):
         score_models.load(Source("a", "org/gone"), config(folder))
-    with pytest.raises(ConfigError, match=re.escape("adapter 'org/gone') is not what save_pretrained leaves")):
+    with pytest.raises(ConfigError, match="with adapter 'org/gone' is not what save_pretrained leaves"):
         score_models.load(Source("a", str(folder / "base"), "org/gone"), config(folder))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="PyTorch finds no CUDA device: give cpu or auto"):

@@ -3,9 +3,11 @@
 from gapo.data.collate import batches, collate_pairs
 from gapo.data.demo import generate_pairs, warmup_text
 from gapo.data.flip import flip_pairs
-from gapo.data.pairs import PairError, Pairs, Problem, read_pairs, write_rows
+from gapo.data.pairs import Pairs, Problem, read_pairs
 from gapo.data.reference import with_reference_logps
+from gapo.data.sources import PairError
 from gapo.data.tokenize import tokenize_pair
+from gapo.data.writing import write_rows
 
 __all__ = [
     "PairError",

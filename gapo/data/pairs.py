@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gapo.data.sources import PairError, Unreadable, is_utf8, read_rows
+
 ANSWERS = ("chosen", "rejected")
-_FILES = ".json, .jsonl (each also .gz), .csv, .parquet"
-_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".joblib")
-
-
-class PairError(ValueError):
-    """A source of pairs cannot be read, or a row of it is no pair and `strict` was asked for."""
+_DEEPEST = 50  # lists and objects within each other in a row: Python reads and compares more, but not much more
 
 
 @dataclass(frozen=True)
@@ -75,10 +67,10 @@ def read_pairs(source: str | Path, *, split: str = "train", strict: bool = False
     """
     rows: list[dict[str, Any]] = []
     problems: list[Problem] = []
-    for line, row in _read(source, split):
-        reason = row if isinstance(row, str) else fault(row)
+    for line, row in read_rows(source, split):
+        reason = row if isinstance(row, Unreadable) else fault(row)
         if reason is None:
-            rows.append(with_prompt(row))  # type: ignore[arg-type]
+            rows.append(with_prompt(row))
             if limit is not None and len(rows) >= limit:
                 break
             continue
@@ -95,6 +87,8 @@ def fault(row: Any) -> str | None:
     """Why `row` is no preference pair, or None if it is one."""
     if not isinstance(row, dict):
         return f"not an object with columns, but {type(row).__name__}"
+    if (reason := _fault_within(row)) is not None:
+        return reason
     missing = [name for name in ANSWERS if row.get(name) is None]
     if missing:
         return f"column {missing[0]!r} is missing"
@@ -116,6 +110,18 @@ def fault(row: Any) -> str | None:
         if not text_of(full[name]).strip():
             return f"column {name!r} is empty after the shared prompt"
     return None
+
+
+def _fault_within(value: Any, depth: int = 0) -> str | None:
+    """What in `value`, at any depth, could be read but not handled or written again."""
+    if isinstance(value, str):
+        return None if is_utf8(value) else "half a surrogate pair (such as \\ud800) is no text"
+    if not isinstance(value, (dict, list)):
+        return None
+    if depth >= _DEEPEST:
+        return f"nested more than {_DEEPEST} levels deep"
+    inner: Iterable[Any] = value if isinstance(value, list) else (part for item in value.items() for part in item)
+    return next((reason for part in inner if (reason := _fault_within(part, depth + 1)) is not None), None)
 
 
 def is_conversation(value: Any) -> bool:
@@ -145,113 +151,3 @@ def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 def text_of(answer: str | list[dict[str, str]]) -> str:
     """The text of an answer; of messages, their contents one after another."""
     return answer if isinstance(answer, str) else "".join(message["content"] for message in answer)
-
-
-def _read(source: str | Path, split: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Each row of `source` with its line, or the reason why it cannot be read."""
-    path = Path(source)
-    suffixes = [s.lower() for s in path.suffixes]
-    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
-    if kind in _PICKLES:
-        raise PairError(f"{source} is a {kind} file, which may run code when read; accepted are {_FILES}")
-    if path.is_file():
-        readers = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv}
-        if kind in readers:
-            return readers[kind](path)
-        if kind == ".parquet":
-            return enumerate(_datasets().Dataset.from_parquet(str(path), cache_dir=None), start=1)
-        raise PairError(f"{source} has no known ending; accepted are {_FILES}, or the name of a data set")
-    if kind in (".jsonl", ".json", ".csv", ".parquet"):
-        raise PairError(f"{source} does not exist; give a file ({_FILES}) or the name of a data set")
-    return enumerate(_load_dataset(str(source), split), start=1)
-
-
-def _bytes(path: Path) -> bytes:
-    raw = path.read_bytes()
-    try:
-        return gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
-    except (OSError, EOFError, ValueError) as error:
-        raise PairError(f"{path} is not a whole gzip file: {error}") from error
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(_bytes(path).split(b"\n"), start=1):
-        if line.strip():
-            yield number, _parse(line)
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    parsed = _parse(_bytes(path))
-    if not isinstance(parsed, list):
-        return _read_lines(path)  # one object a line under a .json name is common
-    return enumerate(parsed, start=1)
-
-
-def _parse(raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except (ValueError, RecursionError):
-        return "not valid JSON"
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    text = io.StringIO(_bytes(path).decode("utf-8", errors="surrogateescape"), newline="")
-    reader = csv.DictReader(text)
-    try:
-        for row in reader:
-            if any(isinstance(cell, str) and not _is_utf8(cell) for cell in row.values()):
-                yield reader.line_num, "not UTF-8"
-                continue
-            flag = {"true": True, "false": False, "1": True, "0": False}
-            if (flipped := row.get("is_flipped")) is not None:
-                row["is_flipped"] = flag.get(str(flipped).lower(), flipped)
-            yield reader.line_num, {name: cell for name, cell in row.items() if isinstance(name, str)}
-    except csv.Error as error:
-        yield reader.line_num, f"not valid CSV: {error}"
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        message = 'reading Parquet files and data sets needs datasets: pip install "gapo[hf]"'
-        raise ModuleNotFoundError(message, name="datasets") from error
-    return datasets
-
-
-def _load_dataset(name: str, split: str) -> Iterable[Any]:
-    datasets = _datasets()
-    try:
-        if Path(name).is_dir() and any(Path(name, file).exists() for file in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(name)
-            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library raises many kinds; all mean that nothing can be read
-        raise PairError(
-            f"{name!r} is neither a file ({_FILES}) nor a data set that could be loaded (split {split!r}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON lines, gzipped if the name ends in .gz; whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    try:
-        with open(partial, "wb") as raw:  # a gzip file without name and time: the same rows give the same bytes
-            opened = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
-            with io.TextIOWrapper(opened, encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

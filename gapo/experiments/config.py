@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from gapo.config import GAPOConfig
+from gapo.experiments.yaml_file import require_plain_yaml
 from gapo.objectives import OBJECTIVES, without_anchor
 
 
@@ -209,25 +213,53 @@ def parse_fields(
 
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
-        if not Path(arguments[0]).is_file():
-            raise ConfigError(f"there is no configuration file {arguments[0]!r}")
         arguments.insert(0, "--config")
-    arguments = _with_values(arguments, classes)
     try:
-        found = parser.parse_args(arguments)
-        made = [kind(**{f.name: found[f.name] for f in fields(kind)}) for kind in classes]
+        for path in _named_files(arguments):
+            require_plain_yaml(path)
+        found = parser.parse_args(_with_values(arguments, classes))
+        made = [kind(**_given(found, kind)) for kind in classes]
         if check is not None:
             check(*made)
         return made
+    except RecursionError as error:
+        raise ConfigError("a value is nested too deeply") from error
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(_with_closest_key(" ".join(str(error).split()), classes)) from error
+        raise ConfigError(_with_closest_key(_short(" ".join(str(error).split())), classes)) from error
+
+
+def _named_files(arguments: Sequence[str]) -> list[Path]:
+    """The configuration files of a command line."""
+    named = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    named += [following for a, following in pairwise(arguments) if a == "--config"]
+    for name in named:
+        if not os.path.isfile(name):
+            raise ConfigError(f"there is no configuration file {name!r}")
+    return [Path(name) for name in named]
+
+
+def _given(found: Any, kind: type) -> dict[str, Any]:
+    """The fields of one data class; the parser takes null for everything, and numbers that are none."""
+    given = {f.name: found[f.name] for f in fields(kind)}
+    for f in fields(kind):
+        value = given[f.name]
+        if value is None and "None" not in str(f.type):
+            raise ValueError(f"{f.name} must not be null")
+        values = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+        if not all(math.isfinite(v) for v in values if isinstance(v, float)):
+            raise ValueError(f"{f.name} must be finite, got {value!r}")
+    return given
+
+
+def _short(message: str, most: int = 500) -> str:
+    return message if len(message) <= most else f"{message[: most - 4]} ..."
 
 
 def _with_values(arguments: list[str], classes: Sequence[type]) -> list[str]:
     """`--strict` alone is `--strict true`; so for every switch."""
     switches = {f"--{f.name}" for kind in classes for f in fields(kind) if f.type in ("bool", bool)}
     completed = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         completed.append(argument)
         if argument in switches and following.startswith("--"):
             completed.append("true")

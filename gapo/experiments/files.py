@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from gapo.data.writing import cannot_write, whole
 
 
 def write_text(path: Path, text: str) -> None:
@@ -14,14 +16,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, whole or not at all: to a temporary file beside it, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
+    """Write `content` to `path`, whole or not at all."""
+    with whole(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -41,18 +38,26 @@ class JsonLines:
     Args:
         path: the file.
         until_step: keep what stands there up to this step, drop what came after: a resumed run does those steps again.
+
+    Raises:
+        OSError: it cannot be written; names the file. So may `write`.
     """
 
     def __init__(self, path: Path, until_step: int) -> None:
         kept = [row for row in read_lines(path) if row.get("step", 0) <= until_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Append one line. One that is cut by an error is left out by `read_lines`."""
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self.close()
+            raise cannot_write(self._path, error) from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Every line is in it already, or its error was raised."""
+        with suppress(OSError):
+            self._file.close()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from gapo.config import GAPOConfig
 from gapo.data import batches
 from gapo.data.collate import REFERENCE, collate_pairs
+from gapo.data.writing import whole
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, read_lines
 from gapo.experiments.records import RunData, step_row, tokenize_rows
@@ -183,13 +183,8 @@ def _save(trainee: Trainee, path: Path, step: int) -> None:
     """Everything needed to go on, in one file, whole or not at all."""
     from safetensors.numpy import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    try:
+    with whole(path) as partial:
         save_file(trainee.state(), partial, metadata={"step": json.dumps(step)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _restore(trainee: Trainee, path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ def figure(title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None]) ->
 
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     style = {**ink, "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "legend.frameon": False}
+    style["text.parse_math"] = False  # names of models may hold dollars
     with matplotlib.rc_context(style):
         drawing = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = drawing.subplots()
@@ -39,7 +41,7 @@ def figure(title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None]) ->
         drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
 
 
 def reward_accuracy(metrics: Sequence[Row]) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gapo.data import write_rows
+from gapo.data.writing import whole
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -26,9 +26,9 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     """Write `rows` to `path`, whole or not at all; the same rows give the same bytes.
 
     Raises:
-        ValueError: a column holds values of several kinds, which Parquet cannot.
+        ValueError: a column holds values of several kinds, which Parquet cannot, or of a kind that JSON cannot.
+        OSError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         _write_parquet(path, rows)
     else:
@@ -56,9 +56,5 @@ def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
         table = pa.table({name: [row.get(name) for row in rows] for name in names})
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path}: a column cannot be stored as Parquet ({error}); write .jsonl instead") from error
-    partial = path.with_name(path.name + ".part")
-    try:
+    with whole(path) as partial:
         pyarrow.parquet.write_table(table, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

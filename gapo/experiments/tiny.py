@@ -18,6 +18,7 @@ import numpy as np
 
 from gapo.data import warmup_text
 from gapo.data.pairs import text_of
+from gapo.data.writing import cannot_write, partial_of, sweep, write_errors
 from gapo.experiments.config import TrainConfig
 
 SEQUENCE = 128
@@ -41,10 +42,14 @@ def tiny_model(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> Path:
     answers = _answer_texts(config, rows)
     folder = Path(config.cache_dir) / f"tiny-{_key(config, plain, answers)}"
     if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.part{os.getpid()}")
+        sweep(folder)
+        partial = partial_of(folder)
         try:
             _make(config, plain, answers, partial)
             os.replace(partial, folder)
+        except write_errors() as error:
+            if not folder.exists():  # another process was first
+                raise cannot_write(folder, error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder

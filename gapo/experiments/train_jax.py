@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
-from transformers import AutoTokenizer
 
 from gapo.adapters.flax import make_train_step, pair_logps
 from gapo.config import GAPOConfig
 from gapo.experiments import llama, loop
 from gapo.experiments.config import TrainConfig
+from gapo.experiments.pretrained import load_tokenizer
 from gapo.experiments.records import RunData
 from gapo.step import StepResult
 
@@ -77,5 +77,5 @@ def run(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     loop.require_supported(config)
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or model_name)
+    tokenizer = load_tokenizer(config.tokenizer or model_name)
     return loop.train(JaxTrainee(config, step, model_name, tokenizer), config, step, data, tokenizer, folder)

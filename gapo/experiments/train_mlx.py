@@ -28,7 +28,9 @@ class MlxTrainee:
 
     def __init__(self, config: TrainConfig, step: GAPOConfig, model: str) -> None:
         try:
-            self._model, wrapper, self._config = load(model, return_config=True)
+            self._model, wrapper, self._config = load(
+                model, tokenizer_config={"trust_remote_code": False}, return_config=True
+            )
         except (FileNotFoundError, ValueError, OSError) as error:
             raise ConfigError(f"model {model!r} could not be loaded by mlx-lm: {error}") from error
         self.tokenizer = wrapper._tokenizer

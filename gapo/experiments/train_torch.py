@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -22,6 +21,7 @@ from gapo.adapters.hf.reference import summed_logps
 from gapo.config import GAPOConfig
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, read_lines
+from gapo.experiments.pretrained import load_model
 from gapo.experiments.records import RunData, step_row, tokenize_rows
 from gapo.experiments.reference import with_kept_reference
 from gapo.objectives import without_anchor
@@ -32,14 +32,7 @@ def run(
     config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or model_name)
-        model = _load_model(config, model_name)
-    except OSError as error:
-        raise ConfigError(
-            f"model {model_name!r} (tokenizer {config.tokenizer or model_name!r}) is neither a folder saved by "
-            f"save_pretrained nor a Hub name that could be loaded: {error}"
-        ) from error
+    model, tokenizer = _load_model(config, model_name)
     collator = PreferenceCollator(tokenizer, max_length=config.max_length)
     flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped",))
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
@@ -78,6 +71,11 @@ def run(
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=last)
         after = _rewards(trainer.evaluate())
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{last} holds a file that is no checkpoint, and might have run code: remove that folder, and the same "
+            f"command goes on from the checkpoint before it ({' '.join(str(error).split())[-200:]})"
+        ) from error
     finally:
         recorder.close()
     trainer.save_model(str(folder / "model"))
@@ -97,10 +95,9 @@ def _drift(config: TrainConfig) -> list[TrainerCallback]:
     ]
 
 
-def _load_model(config: TrainConfig, name: str) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype="float32"
-    )  # float32 weights: 16-bit ones round the anchor away
+def _load_model(config: TrainConfig, name: str) -> tuple[Any, Any]:
+    """The model to train and its tokenizer; in float32, since 16-bit weights round the anchor away."""
+    model, tokenizer = load_model(name, tokenizer=config.tokenizer, dtype="float32")
     if getattr(model, "is_quantized", False) and not config.lora_r:
         raise ConfigError(
             f"model {name!r} is quantised, and such weights cannot be trained: train adapters, --lora_r 16"
@@ -117,7 +114,7 @@ def _load_model(config: TrainConfig, name: str) -> Any:
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
-    return model
+    return model, tokenizer
 
 
 def _arguments(config: TrainConfig, checkpoints: Path, pairs: int) -> TrainingArguments:

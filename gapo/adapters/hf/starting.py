@@ -8,7 +8,6 @@ output folder, one for each pair, and read pair by pair. Either way a resumed ru
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from gapo.adapters.hf.margins import row_logits
 from gapo.backends.torch.token_kl import token_kl
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.data.writing import whole
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +69,8 @@ class StartingPolicy:
         answers = {
             f"logps_{r}": answer.float().log_softmax(-1).half() for r, answer in enumerate(_answers(model, rows))
         }
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(index)
-        partial = path.with_suffix(".part")
-        try:
+        with whole(self._path(index)) as partial:
             save_file({name: x.cpu().contiguous() for name, x in {**answers, "tokens": _tokens(rows)}.items()}, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def has(self, index: int) -> bool:
         """Whether `kl` can be asked of this pair."""

@@ -66,6 +66,7 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
         kept = files.settings()
         _require_same({**settings, **_of_models(kept)} if reread else settings, kept, files.output)
         scores = read_table(files.output)
+        files.log.unlink(missing_ok=True)  # a kill may have come just before
     else:
         scores = _measure_all(pairs.rows, sources, settings, config, step, files)
     write_page(files.page, pairs.rows, scores, files.settings())

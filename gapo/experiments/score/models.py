@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gapo.experiments.config import ConfigError
+from gapo.experiments.pretrained import load_model
 from gapo.experiments.score.config import ScoreConfig
 
 _ADAPTER = "adapter_config.json"
@@ -106,25 +107,13 @@ def load(source: Source, config: ScoreConfig) -> tuple[Any, Any]:
     Raises:
         ConfigError: a folder or name cannot be loaded, or there is no such device.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     device = find_device(config.device)
     with_tokenizer = (
         source.adapter if source.adapter and Path(source.adapter, "tokenizer_config.json").exists() else None
     )
-    tokenizer_name = config.tokenizer or with_tokenizer or source.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-        model = AutoModelForCausalLM.from_pretrained(source.model, dtype=config.dtype)
-        if source.adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {source.model!r} (tokenizer {tokenizer_name!r}, adapter {source.adapter!r}) is not what "
-            f"save_pretrained leaves, nor a Hub name that could be loaded: {error}"
-        ) from error
+    model, tokenizer = load_model(
+        source.model, tokenizer=config.tokenizer or with_tokenizer, adapter=source.adapter, dtype=config.dtype
+    )
     return model.eval().to(device), tokenizer
 
 

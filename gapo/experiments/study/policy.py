@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from gapo.backends.base import by_pairs
 from gapo.data import collate_pairs, generate_pairs, read_pairs, tokenize_pair
 from gapo.data.tokenize import IGNORE_INDEX
 from gapo.experiments.files import write_bytes
+from gapo.experiments.pretrained import load_model
 from gapo.experiments.study.config import ConfigError, StudyConfig
 from gapo.experiments.tiny import tiny_model
 
@@ -104,13 +106,11 @@ class Material:
     """
 
     def __init__(self, config: StudyConfig, split: Split) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         self.split = split
         self.folder = tiny_model(config.policy(), split.pool)
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        model, tokenizer = load_model(str(self.folder), dtype="float32")
+        self.model: Any = model.eval()
         self.pad: int = tokenizer.pad_token_id
-        self.model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32").eval()
         self._first = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         parts = {"pool": split.pool, "validation": split.validation, "test": split.test}
         self.tokens = {
@@ -149,8 +149,14 @@ class Material:
             content = io.BytesIO()
             np.savez(content, **made)  # type: ignore[arg-type]
             write_bytes(path, content.getvalue())
-        with np.load(path) as kept:
-            return {name: kept[name] for name in kept.files}
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                return {name: kept[name] for name in self.tokens}
+        except (ValueError, KeyError, OSError, EOFError, AttributeError, BadZipFile) as error:
+            raise ConfigError(
+                f"{path} does not hold the log-probabilities of the policy: remove it, and they are measured anew "
+                f"({error})"
+            ) from error
 
     def _with_counts(self, tokens: Sequence[Row]) -> np.ndarray:
         sides = ("chosen_labels", "rejected_labels")

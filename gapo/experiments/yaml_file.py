@@ -1,0 +1,50 @@
+"""YAML of a configuration, looked at before it is parsed: what would hang, crash or be ignored is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+_DEEPEST = 20  # lists and mappings within each other; configurations have two
+
+
+def require_plain_yaml(path: Path) -> None:
+    """Raise ValueError, naming the file, unless it is YAML of `key: value` lines, not nested deeply, in UTF-8.
+
+    Aliases are refused, since a few of them (`*name` of `*name`) stand for billions of values; a key that stands twice,
+    since one of its values would be dropped in silence; and a configuration that names another.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    try:
+        reason = _harm(text) or _not_read(yaml.compose(text, yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        reason = f"is not valid YAML: {error}"
+    if reason is not None:
+        raise ValueError(f"{path} {reason}")
+
+
+def _harm(text: str) -> str | None:
+    """What would take long or exhaust the stack. Event by event, which does neither."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            return f"has a YAML alias, *{event.anchor}, which is not accepted: write the value out"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            return f"is nested more than {_DEEPEST} levels deep"
+    return None
+
+
+def _not_read(root: yaml.Node | None) -> str | None:
+    """What would be ignored, or read from elsewhere."""
+    if not isinstance(root, yaml.MappingNode):
+        return "holds no `key: value` lines"
+    keys = [key.value for key, _ in root.value if isinstance(key, yaml.ScalarNode)]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        return f"has the key {twice!r} twice"
+    return "names another configuration, which is not read: put its lines here" if "config" in keys else None
