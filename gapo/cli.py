@@ -35,8 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"gapo: error: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"gapo: error: {_printable(' '.join(str(message).split()))}", file=sys.stderr)
         return 1
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey, such as an escape sequence in the name of a file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 _COMMANDS = {

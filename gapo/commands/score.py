@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gapo.config import GAPOConfig
+    from gapo.experiments.score.config import ScoreConfig
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo score` with `arguments`; returns the exit status."""
+    config, step = parse(arguments)
+    from gapo.experiments.score.flow import Files, score
+
+    scores = score(config, step)
+    files = Files(config.output)
+    print(f"{len(scores)} scores: {files.output}; settings {files.sidecar.name}, page {files.page}")
+    if config.select is not None:
+        which, share = config.select
+        print(f"selected: the {share:.4g} of the pairs with the {which} gaps, {config.select_output}")
+    return 0
+
+
+def make_parser() -> Any:
+    """The parser of `gapo score`: every field of `ScoreConfig`, and those of `gapo.GAPOConfig` that change a score."""
     try:
         from jsonargparse import ArgumentParser
     except ModuleNotFoundError as error:
@@ -24,21 +42,22 @@ def main(arguments: Sequence[str]) -> int:
     )
     _add_arguments(parser, ScoreConfig)
     parser.add_class_arguments(GAPOConfig, skip={"sft_weight"})
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> tuple[ScoreConfig, GAPOConfig]:
+    """The command line as the two configurations; where it is none, the process ends with status 2, saying why."""
+    parser = make_parser()
+    from gapo.config import GAPOConfig
+    from gapo.experiments.score.config import ScoreConfig
+
     found = parser.parse_args(list(arguments))
     try:
         config = ScoreConfig(**{f.name: found[f.name] for f in fields(ScoreConfig)} | _converted(found))
         step = GAPOConfig(**{f.name: found[f.name] for f in fields(GAPOConfig) if f.name != "sft_weight"})
     except ValueError as error:
         parser.error(str(error))
-    from gapo.experiments.score.flow import Files, score
-
-    scores = score(config, step)
-    files = Files(config.output)
-    print(f"{len(scores)} scores: {files.output}; settings {files.sidecar.name}, page {files.page}")
-    if config.select is not None:
-        which, share = config.select
-        print(f"selected: the {share:.4g} of the pairs with the {which} gaps, {config.select_output}")
-    return 0
+    return config, step
 
 
 def _add_arguments(parser: Any, config: type) -> None:

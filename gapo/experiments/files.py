@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from gapo.data.writing import cannot_write, whole
+from gapo.experiments.config import ConfigError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,6 +32,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """The safetensors file `path` of a run, opened for NumPy.
+
+    Raises:
+        ConfigError: it is no such file, or lacks what is looked for in it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove it, or give --overwrite true to start anew") from error
 
 
 class JsonLines:

@@ -19,7 +19,7 @@ from gapo.data import batches
 from gapo.data.collate import REFERENCE, collate_pairs
 from gapo.data.writing import whole
 from gapo.experiments.config import ConfigError, TrainConfig
-from gapo.experiments.files import JsonLines, read_lines
+from gapo.experiments.files import JsonLines, open_tensors, read_lines
 from gapo.experiments.records import RunData, step_row, tokenize_rows
 from gapo.experiments.reference import with_kept_reference
 from gapo.logps import response_lengths
@@ -191,9 +191,7 @@ def _restore(trainee: Trainee, path: Path) -> int:
     """Put `trainee` back to the checkpoint, if there is one; the steps it had done."""
     if not path.exists():
         return 0
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
+    with open_tensors(path) as file:
         trainee.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         return int(json.loads(file.metadata()["step"]))
 

@@ -14,7 +14,7 @@ from gapo.data import with_reference_logps
 from gapo.data.collate import REFERENCE, TOKENIZED
 from gapo.data.reference import Measure
 from gapo.experiments.config import ConfigError
-from gapo.experiments.files import write_bytes
+from gapo.experiments.files import open_tensors, write_bytes
 
 Rows = list[dict[str, Any]]
 
@@ -50,9 +50,7 @@ def with_kept_reference(
 
 
 def _read(path: Path, digest: str) -> dict[str, np.ndarray]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
+    with open_tensors(path) as file:
         if file.metadata().get("pairs") != digest:
             raise ConfigError(
                 f"{path} holds the reference log-probabilities of other pairs, or of another tokenizer: the data of "

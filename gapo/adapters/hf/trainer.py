@@ -75,7 +75,9 @@ class GAPOTrainer(Trainer):
             )
         if isinstance(model, str):
             options: Any = args.model_init_kwargs or {}  # text was parsed when `args` was made
-            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32", **options})
+            model = AutoModelForCausalLM.from_pretrained(
+                model, **{"dtype": "float32", "use_safetensors": True, **options}
+            )
         elif args.model_init_kwargs:
             raise ValueError("model_init_kwargs were given, but the model is loaded already: give its path or id")
         if processing_class is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 
 def render_markdown(found: dict[str, Any]) -> str:
     """`found` of `report.content`, as text."""
-    parts = ["# Study", *(f"- {line}" for line in facts(found)), ""]
+    parts = ["# Study", *(f"- {html.escape(line, quote=False)}" for line in facts(found)), ""]  # names of files
     for table in found["accuracy"]:
         parts += [f"## {table['title']}: {table['what']}", "", _table(table), ""]
     parts += [f"## Weights and flips, {found['diagnosed_at']}", "", _table(found["diagnostics"]), ""]
