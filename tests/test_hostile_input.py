@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import html
 import html.parser
 import io
 import json
@@ -96,7 +97,7 @@ def test_what_can_be_read_is(tmp_path: Path, name: str, content: bytes, rows: in
         ("a.csv", b'prompt,"chosen,rejected\na,b,c\n', "a.csv: the first line, .*, is not valid CSV"),
         ("a.parquet", b"", "a.parquet is not a whole Parquet file"),
         *((f"a{end}", b"", "no usable pair found") for end in (".json", ".csv", ".jsonl.gz")),
-        ("a.jsonl.gz", gzip.compress(LINE)[:-4] + b"oops", "a.jsonl.gz is not a whole gzip file: CRC check failed"),
+        ("a.jsonl.gz", gzip.compress(LINE)[:-4] + b"oops", "a.jsonl.gz is not a whole gzip file: Incorrect length"),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, match: str) -> None:
@@ -183,6 +184,17 @@ def test_an_error_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.Cap
     assert r"gapo: error: \x1b[2J\x07gone.jsonl does not exist" in capsys.readouterr().err
 
 
+def test_a_chat_template_that_refuses_is_told_by_roles() -> None:
+    tokenizer = hf_models.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    row = {name: [{"role": "user", "content": text}] for name, text in GOOD.items()}
+    try:
+        with pytest.raises(ValueError, match=r"chat template refuses messages of the roles user: roles must alternate"):
+            data.tokenize_pair(row, tokenizer)
+    finally:
+        tokenizer.chat_template = None
+
+
 # Configurations
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
@@ -234,7 +246,7 @@ def test_no_tag_runs_code(tmp_path: Path, command: Any, tag: str) -> None:
 @pytest.mark.parametrize("name", ["/dev/zero", "gone.yaml", "", "x" * 5000, "a\0b"])
 def test_what_is_no_configuration_file(name: str) -> None:
     for arguments in ([name], ["--config", name]):
-        with pytest.raises(ConfigError, match=re.escape(f"there is no configuration file {name!r}")):
+        with pytest.raises(ConfigError, match=re.escape(f"there is no configuration file {name!r}"[:99])):
             parse(arguments)
 
 
@@ -373,7 +385,7 @@ def test_a_checkpoint_that_holds_a_pickle_is_refused(
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (run / "summary.json").unlink(missing_ok=True)
         kept = (last / name).read_bytes()
-        (last / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+        (last / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran"), protocol=2))  # the one that PyTorch writes
         assert cli.main(command) == 1
         assert "checkpoint-2 holds a file that is no checkpoint, and might have run code" in capsys.readouterr().err
         assert not (tmp_path / "ran").exists()
@@ -390,7 +402,10 @@ def test_kept_arrays_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
     np.savez(path, test=evil)
     raw = io.BytesIO()
     np.save(raw, evil)
-    for content in (path.read_bytes(), pickle.dumps(Evil(tmp_path / "ran")), raw.getvalue(), b"", b"PK\x05\x06broken"):
+    numbers = io.BytesIO()
+    np.save(numbers, np.ones(3))
+    evils = [path.read_bytes(), pickle.dumps(Evil(tmp_path / "ran")), raw.getvalue()]
+    for content in (*evils, numbers.getvalue(), b"", b"PK\x05\x06broken", b"PK\x03\x04broken"):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"reference\.npz does not hold the log-probabilities .*: remove it"):
             material._references(path)
@@ -414,7 +429,7 @@ EVIL = (
     "'><svg/onload=alert(1)>",
     "</pre></td></title></style><script>",
     "<!--",
-    "{{ 7 * 7 }}{% raw %}",
+    "{{ 1234567 * 7 }}{% raw %}",
     "$\\frac{$ a$b_{$ \\u202e",
 )
 
@@ -434,14 +449,14 @@ class Tags(html.parser.HTMLParser):
         self.tags.append("comment")
 
 
-@pytest.mark.parametrize("text", EVIL)
-def test_pages_hold_what_users_gave_as_text(tmp_path: Path, text: str) -> None:
-    pages = {}
-    for name, given in (("evil", text), ("plain", "plain")):
-        pages[name] = [train_page(tmp_path / name / given.replace("/", "_"), given), score_page(given)]
-    for evil, plain in zip(pages["evil"], pages["plain"], strict=True):
-        assert Tags(evil).tags == Tags(plain).tags
-        assert evil.count("49") == plain.count("49")  # no expression was worked out
+def test_pages_hold_what_users_gave_as_text(tmp_path: Path) -> None:
+    given = " ".join(EVIL)
+    evil = [train_page(tmp_path / given.replace("/", "_"), given), score_page(given)]
+    plain = [train_page(tmp_path / "plain", "plain"), score_page("plain")]
+    for one, other in zip(evil, plain, strict=True):
+        assert Tags(one).tags == Tags(other).tags
+        assert str(1234567 * 7) not in one  # no expression was worked out
+        assert one.count(html.escape("<script>alert(1)</script>")) >= 8
 
 
 def train_page(folder: Path, given: str) -> str:

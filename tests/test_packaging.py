@@ -49,7 +49,7 @@ def test_every_extra_is_declared(built: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     metadata = archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA"))).decode()
     extras = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Provides-Extra: ")}
-    assert extras == {"torch", "jax", "mlx", "hf", "flax", "mlx-lm", "cli", "all", "dev"}
+    assert extras == {"torch", "jax", "mlx", "hf", "flax", "mlx-lm", "cli", "all", "fuzz", "dev"}
     plain = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
     assert [line.split(": ")[1].split(">=")[0] for line in plain] == ["array-api-compat", "numpy"]
     assert "Requires-Python: >=3.10" in metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -113,8 +114,9 @@ def test_what_the_dead_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     names = ["a[1].txt", f"a[1].txt.part{os.getppid()}", "a[1].txt.partial", "b.txt.part99", "a1.txt.part99"]
-    for name in (*names, f"a[1].txt.part{ended.pid}", "a[1].txt.part99999999999999999999"):
+    for name in (*names, f"a[1].txt.part{ended.pid}"):
         (tmp_path / name).write_text("x")
+    (tmp_path / "a[1].txt.part99999999999999999999" / "inner").mkdir(parents=True)
     files.write_text(tmp_path / "a[1].txt", "y")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
 
@@ -141,6 +143,27 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         files.write_text(tmp_path / "file" / "a.html", "x")
 
 
+def test_another_process_may_make_the_same_tiny_model_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gapo.experiments import tiny
+    from gapo.experiments.config import TrainConfig
+
+    def make(config: Any, plain: str, answers: list[str], folder: Path) -> None:
+        for made in (folder, folder.with_name(folder.name.split(".")[0])) if other else (folder,):
+            made.mkdir(parents=True)
+            (made / "config.json").write_text(str(made))
+
+    monkeypatch.setattr(tiny, "_make", make)
+    rows = data.generate_pairs(2)
+    for other in (True, False):
+        folder = tiny.tiny_model(TrainConfig(pairs="a", cache_dir=str(tmp_path), seed=int(other)), rows)
+        assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert not list(tmp_path.glob("*.part*"))
+    monkeypatch.setattr(tiny.os, "replace", raising(full()))
+    with pytest.raises(OSError, match=r"tiny-[0-9a-f]+ could not be written: No space left on device"):
+        tiny.tiny_model(TrainConfig(pairs="a", cache_dir=str(tmp_path), seed=3), rows)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_json_cannot_hold_is_told_by_row(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.jsonl, row 2 cannot be stored as JSON: .*bytes.* Drop that column"):
         data.write_rows(tmp_path / "a.jsonl", [{"a": 1}, {"a": b"x"}])
@@ -158,10 +181,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf_models.tokenizer().save_pretrained(made / "model")
     data.write_rows(made / "pairs.jsonl", data.generate_pairs(24))
     faulty = commands(made, "faulty")
-    kills = [
-        ("flip", "noisy.jsonl", "half"), ("flip", "noisy.jsonl", "written"), ("score", "scores.jsonl.progress", 2),
-        ("score", "scores.jsonl.json", "half"), ("score", "scores.jsonl", "half"), ("train", "metrics.jsonl", 3),
-        ("train", "report.html", "half"), ("train", "summary.json", "written"), ("study", "results.csv", "half"),
+    kills: list[tuple[str, str, Any]] = [
+        ("flip", "noisy.jsonl", "half"), ("flip", "noisy.jsonl", "written"), ("score", "scores.jsonl.json", "half"),
+        ("score", "scores.jsonl", "half"), ("train", "metrics.jsonl", 3), ("train", "report.html", "half"),
+        ("study", "results.csv", "written"),
     ]  # fmt: skip
     jobs = [{"arguments": faulty[name], "file": file, "when": when} for name, file, when in kills]
     (made / "jobs.json").write_text(json.dumps(jobs))
@@ -226,14 +249,26 @@ def test_one_fault_after_another_and_then_as_if_nothing_had_happened(
     arguments, out, whole = commands(folder, "faulty")[name], folder / "faulty" / name, folder / "whole" / name
     assert len([file for file in named(out) if ".part" in file]) == 1  # of the last kill; it removed the first one's
     for file, error in STEPS[name]:
+        before = (out / file).read_bytes() if (out / file).exists() else None
         with monkeypatch.context() as patch:
             patch.setattr(writing.os, "replace", raising(error, file))
             assert cli.main(arguments) == (1 if isinstance(error, OSError) else 130)
         told = capsys.readouterr().err.splitlines()[-1]
         if isinstance(error, OSError):
             assert told.startswith(f"gapo: error: {out / file} could not be written: No space left on device. "), told
-        assert not (out / file).exists()
+        assert ((out / file).read_bytes() if (out / file).exists() else None) == before
     assert cli.main(arguments) == 0
     assert named(out) == named(whole)
     for file in SAME[name]:
         assert (out / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_no_cell_of_a_study_is_a_formula(folder: Path) -> None:
+    """Spreadsheets work out what begins so; the tables hold names of objectives and numbers, nothing of the pairs."""
+    tables = sorted((folder / "whole" / "study").glob("*.csv"))
+    assert [path.name for path in tables] == ["results.csv", "tries.csv"]
+    for path in tables:
+        with path.open(newline="") as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        assert len(cells) > 20
+        assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r"))], path.name

@@ -141,7 +141,7 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 row = next(reader)
             except csv.Error as error:
-                yield reader.line_num, Unreadable(f"not valid CSV: {error}")
+                yield reader.reader.line_num, Unreadable(f"not valid CSV: {error}")  # its own count stands still
             else:
                 yield reader.line_num, _csv_row(row)
     except StopIteration:

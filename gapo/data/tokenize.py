@@ -28,7 +28,7 @@ def tokenize_pair(
         "chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels".
 
     Raises:
-        ValueError: an answer has no token, or a limit is too small.
+        ValueError: an answer has no token, the chat template refuses the messages, or a limit is too small.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be >= 2, one token of prompt and one of answer; got {max_length}")
@@ -71,5 +71,11 @@ def _split(row: dict[str, Any], side: str, tokenizer: Any) -> tuple[list[int], l
 
 
 def _template(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=True)
+    try:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=True)
+    except Exception as error:
+        if not type(error).__module__.startswith("jinja2"):
+            raise
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the tokenizer's chat template refuses messages of the roles {roles}: {error}") from error
     return list(ids["input_ids"] if hasattr(ids, "keys") else ids)

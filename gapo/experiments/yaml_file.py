@@ -21,8 +21,10 @@ def require_plain_yaml(path: Path) -> None:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
     try:
         reason = _harm(text) or _not_read(yaml.compose(text, yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        reason = f"is not valid YAML: {error}"
+        if reason is None:
+            yaml.safe_load(text)  # raises for a tag of Python's, and for a number of too many digits
+    except (yaml.YAMLError, ValueError) as error:
+        reason = f"is not accepted as YAML: {error}"
     if reason is not None:
         raise ValueError(f"{path} {reason}")
 

@@ -34,9 +34,14 @@ class Finding(AssertionError):
 
 
 @cache
+def temporary() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process, in memory where that can be, since each write is synced."""
+    return tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+
+
 def folder() -> Path:
-    """Where targets write the file that they then read: in memory where that can be, since each write is synced."""
-    return Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    """Where targets write the file that they then read."""
+    return Path(temporary().name)
 
 
 def pairs(raw: bytes) -> str:

@@ -153,7 +153,7 @@ def _measure_all(
     if config.overwrite:
         head, lines = {}, []
     elif head:
-        _require_same(settings, head["settings"], files.log)
+        _require_same(settings, head.get("settings", {}), files.log)
     batches = list(plan(len(pairs), config.batch_size, config.repeats, config.seed))
     if min(len(rows) for _, _, rows in batches) == 1:
         logger.warning(

@@ -150,9 +150,10 @@ class Material:
             np.savez(content, **made)  # type: ignore[arg-type]
             write_bytes(path, content.getvalue())
         try:
-            with np.load(path, allow_pickle=False) as kept:
+            with path.open("rb") as file:
+                kept = np.load(file, allow_pickle=False)
                 return {name: kept[name] for name in self.tokens}
-        except (ValueError, KeyError, OSError, EOFError, AttributeError, BadZipFile) as error:
+        except (ValueError, LookupError, OSError, EOFError, BadZipFile) as error:
             raise ConfigError(
                 f"{path} does not hold the log-probabilities of the policy: remove it, and they are measured anew "
                 f"({error})"
