@@ -237,7 +237,7 @@ STEPS = {
 SAME = {
     "flip": ["noisy.jsonl"],
     "score": ["scores.jsonl", "scores.jsonl.json", "scores.jsonl.html", "kept.parquet"],
-    "train": ["steps.jsonl", "data.txt", "model/model.safetensors"],
+    "train": ["steps.jsonl", "model/model.safetensors"],
     "study": ["tries.csv"],
 }
 

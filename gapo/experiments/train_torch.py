@@ -12,6 +12,7 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -69,7 +70,8 @@ def run(
     try:
         if last is None:
             trainer.evaluate()
-        trainer.train(resume_from_checkpoint=last)
+        if last is None or not _load_if_finished(trainer, last):
+            trainer.train(resume_from_checkpoint=last)
         after = _rewards(trainer.evaluate())
     except pickle.UnpicklingError as error:
         raise ConfigError(
@@ -80,6 +82,19 @@ def run(
         recorder.close()
     trainer.save_model(str(folder / "model"))
     return _rewards(recorder.first_evaluation), after
+
+
+def _load_if_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """Whether the training had come to its end at this checkpoint, whose weights and step `trainer` then has.
+
+    `Trainer.train` would take one step more.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    if state.global_step < state.max_steps:
+        return False
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state.global_step, trainer.state.epoch = state.global_step, state.epoch
+    return True
 
 
 def _drift(config: TrainConfig) -> list[TrainerCallback]:

@@ -11,11 +11,13 @@ import io
 import json
 import tempfile
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import fuzz_values
 
 from gapo import GAPOConfig, data
 from gapo.commands import score as score_command
@@ -25,8 +27,20 @@ from gapo.experiments.score import ScoreConfig
 from gapo.experiments.study import config as study_config
 from gapo.experiments.study.config import StudyConfig
 
-PAIR_FILES = {"j": ".json", "l": ".jsonl", "c": ".csv", "p": ".parquet", "z": ".jsonl.gz", "g": ".json.gz"}
-CONFIGS = "tsTSC"  # YAML of train and of study, their command lines, that of score
+# "g" is packed here; "v", below, is made of values
+PAIR_FILES = {
+    "j": ".json",
+    "l": ".jsonl",
+    "c": ".csv",
+    "p": ".parquet",
+    "z": ".jsonl.gz",
+    "g": ".json.gz",
+    "v": ".jsonl",
+}
+CONFIGS = "tsTSCyxY"  # YAML of train and of study, their command lines, that of score; the first three, made of values
+
+
+_CLASSES = {"y": (TrainConfig, GAPOConfig), "x": (StudyConfig,), "Y": (TrainConfig, GAPOConfig)}
 
 
 class Finding(AssertionError):
@@ -45,11 +59,10 @@ def folder() -> Path:
 
 
 def pairs(raw: bytes) -> str:
-    """`gapo.data.read_pairs` of a file of any kind; what it reads is written and read again. "g" is packed here."""
-    kinds = list(PAIR_FILES)
-    kind = chr(raw[0]) if raw[:1] and chr(raw[0]) in kinds else kinds[sum(raw[:1]) % len(kinds)]
+    """`gapo.data.read_pairs` of a file of any kind; what it reads is written and read again."""
+    kind, rest = _kind(raw, list(PAIR_FILES)), raw[1:]
     path = folder() / f"pairs{PAIR_FILES[kind]}"
-    path.write_bytes(gzip.compress(raw[1:], 1) if kind == "g" else raw[1:])
+    path.write_bytes({"g": lambda rest: gzip.compress(rest, 1), "v": fuzz_values.rows}.get(kind, bytes)(rest))
     try:
         found = data.read_pairs(path)
     except data.PairError as error:
@@ -61,6 +74,11 @@ def pairs(raw: bytes) -> str:
             raise Finding(f"no pair: {row!r}")
     found.summary().encode()
     return f"{kind} read, {_again(found.rows)}, {'some' if found.problems else 'none'} left out"
+
+
+def _kind(raw: bytes, kinds: Sequence[str]) -> str:
+    """The one that the first byte names, or counts out."""
+    return chr(raw[0]) if raw[:1] and chr(raw[0]) in kinds else kinds[sum(raw[:1]) % len(kinds)]
 
 
 def _again(rows: list[dict[str, Any]]) -> str:
@@ -79,13 +97,16 @@ def _again(rows: list[dict[str, Any]]) -> str:
 
 def config(raw: bytes) -> str:
     """The parsers of `gapo train`, `gapo study` and `gapo score`: a YAML file, or arguments, one a line."""
-    kind = chr(raw[0]) if raw[:1] and chr(raw[0]) in CONFIGS else CONFIGS[sum(raw[:1]) % len(CONFIGS)]
+    kind, rest = _kind(raw, CONFIGS), raw[1:]
+    if kind in "yxY":
+        made = fuzz_values.settings(rest, train_config.known_keys(_CLASSES[kind]))
+        lines = (f"--{k}={v}" if kind == "Y" else f"{k}: {v}" for k, v in made.items())
+        kind, rest = {"y": "t", "x": "s", "Y": "T"}[kind], "\n".join(lines).encode()
+    arguments = rest.decode("utf-8", errors="surrogateescape").split("\n")
     if kind in "ts":
         path = folder() / "config.yaml"
-        path.write_bytes(raw[1:])
+        path.write_bytes(rest)
         arguments = [str(path)]
-    else:
-        arguments = raw[1:].decode("utf-8", errors="surrogateescape").split("\n")
     told = io.StringIO()
     try:
         with redirect_stderr(told), redirect_stdout(io.StringIO()):

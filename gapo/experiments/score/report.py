@@ -17,6 +17,7 @@ from gapo.experiments.tables import Row
 
 _SHOWN = 10
 _LETTERS = 240
+_TICK = 28  # letters of a model's name below a picture; of a longer one, the last
 _MEASURES = ("gap", "weight", "margin")
 _GROUPS = ((False, "clean pairs", plots.BLUE), (True, "flipped pairs", plots.ORANGE))
 
@@ -144,8 +145,10 @@ def _fifths(shares: list[float], overall: float) -> str:
 def _over_checkpoints(scores: Sequence[Row], checkpoints: Sequence[str], is_flipped: np.ndarray | None) -> str:
     def draw(axes: Any) -> None:
         gaps = np.array([score["gap"] for score in scores]).reshape(len(checkpoints), -1)
+        at = range(len(checkpoints))
         for group, label, colour in _groups(is_flipped, gaps.shape[1]):
-            axes.plot(checkpoints, gaps[:, group].mean(1), marker="o", color=colour, label=label or None)
-        axes.tick_params(axis="x", rotation=30 if len(checkpoints) > 4 else 0)
+            axes.plot(at, gaps[:, group].mean(1), marker="o", color=colour, label=label or None)
+        names = [name if len(name) <= _TICK else f"…{name[1 - _TICK :]}" for name in checkpoints]
+        axes.set_xticks(at, names, rotation=30 if len(checkpoints) > 4 else 0)
 
     return plots.figure("Mean gap at each checkpoint", "checkpoint", "nats per token", draw)
