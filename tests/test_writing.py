@@ -258,6 +258,9 @@ def test_one_fault_after_another_and_then_as_if_nothing_had_happened(
             assert told.startswith(f"gapo: error: {out / file} could not be written: No space left on device. "), told
         assert ((out / file).read_bytes() if (out / file).exists() else None) == before
     assert cli.main(arguments) == 0
+    if name == "score":  # killed between the scores and the end of their log
+        (out / "scores.jsonl.progress").write_text("{}\n")
+        assert cli.main(arguments) == 0
     assert named(out) == named(whole)
     for file in SAME[name]:
         assert (out / file).read_bytes() == (whole / file).read_bytes(), file
@@ -265,10 +268,9 @@ def test_one_fault_after_another_and_then_as_if_nothing_had_happened(
 
 def test_no_cell_of_a_study_is_a_formula(folder: Path) -> None:
     """Spreadsheets work out what begins so; the tables hold names of objectives and numbers, nothing of the pairs."""
-    tables = sorted((folder / "whole" / "study").glob("*.csv"))
-    assert [path.name for path in tables] == ["results.csv", "tries.csv"]
-    for path in tables:
+    cells = []
+    for path in (folder / "whole" / "study").glob("*.csv"):
         with path.open(newline="") as file:
-            cells = [cell for row in csv.reader(file) for cell in row]
-        assert len(cells) > 20
-        assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r"))], path.name
+            cells += [cell for row in csv.reader(file) for cell in row]
+    assert len(cells) > 50
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r"))]
