@@ -92,12 +92,10 @@ def _unpacked(raw: bytes, path: Path) -> bytes:
                 size += len(block)
                 if size > most:
                     raise PairError(
-                        f"{path} unpacks to more than {_GROWTH} times its size, as no text does: unless it is made to "
-                        "fill the memory, unpack it first and give the file without .gz"
+                        f"{path} unpacks to more than {_GROWTH} times its size, as no text does: look whether it is "
+                        "made to fill the memory; if not, unpack it and give the file without .gz"
                     )
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        if isinstance(error, PairError):
-            raise
+    except (OSError, EOFError, zlib.error) as error:
         raise PairError(f"{path} is not a whole gzip file: {error}") from error
     return b"".join(blocks)
 

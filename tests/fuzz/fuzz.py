@@ -95,10 +95,11 @@ class Run:
         path = self._folder / f"{self._name}-{len(self._found):02d}"
         path.write_bytes(small)
         self._found[outcome] = path.name
+        print(f"{outcome}: {path}, {small[:200]!r}", flush=True)
         try:
             self._target(small)
         except Exception:
-            print(f"{outcome}: {path}, {small[:200]!r}\n{traceback.format_exc(limit=-4)}", flush=True)
+            traceback.print_exc(limit=-4)
 
     def _tell(self) -> None:
         told = {

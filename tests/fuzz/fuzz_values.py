@@ -33,7 +33,9 @@ def rows(raw: bytes) -> bytes:
     """Lines of JSON: each byte gives a column of the next row its value; from 128 on, the row lacks it."""
     size = len(COLUMNS)
     groups = [raw[i : i + size] for i in range(0, len(raw), size)]
-    made = [{name: PARTS[b % len(PARTS)] for name, b in zip(COLUMNS, group) if b < 128} for group in groups]  # noqa: B905
+    made = [
+        {name: PARTS[b % len(PARTS)] for name, b in zip(COLUMNS, group, strict=False) if b < 128} for group in groups
+    ]
     return "\n".join(json.dumps(row) for row in made).encode()
 
 
