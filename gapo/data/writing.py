@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -57,13 +58,20 @@ def sweep(path: Path) -> None:
 def cannot_write(path: Path, error: Exception) -> OSError:
     """`error`, met while writing `path`, as one that names it and says what to do."""
     reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
-    number = error.errno if isinstance(error, OSError) and error.errno is not None else errno.EIO
+    number = _number(error)
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "make room" if full else "see that the folder can be written to, or give another"
     text = f"{path} could not be written: {reason}. Nothing is half written; {remedy}, then run it again"
     told = OSError(text)
     told.errno = number  # not in the text
     return told
+
+
+def _number(error: Exception) -> int:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    in_text = re.search(r"os error (\d+)", str(error))  # of safetensors
+    return int(in_text[1]) if in_text else errno.EIO
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:

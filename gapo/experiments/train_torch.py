@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.reference import summed_logps
 from gapo.config import GAPOConfig
+from gapo.data.writing import cannot_write, write_errors
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, read_lines
 from gapo.experiments.pretrained import load_model
@@ -80,7 +83,8 @@ def run(
         ) from error
     finally:
         recorder.close()
-    trainer.save_model(str(folder / "model"))
+    with _told(folder / "model"):
+        trainer.save_model(str(folder / "model"))
     return _rewards(recorder.first_evaluation), after
 
 
@@ -176,8 +180,18 @@ def _rewards(metrics: dict[str, float]) -> dict[str, float]:
     return {name: metrics[name] for name in wanted if name in metrics}
 
 
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Errors of writing as one that names `path`. Those of PyTorch are RuntimeErrors."""
+    errors: tuple[type[Exception], ...] = (*write_errors(), RuntimeError)
+    try:
+        yield
+    except errors as error:
+        raise cannot_write(path, error) from error
+
+
 class _TrainerWithFlips(Trainer):
-    """A plain Trainer, but that its training batches also carry "is_flipped"."""
+    """A plain Trainer, but that its training batches also carry "is_flipped", and no half checkpoint is left."""
 
     data_collator: Any
     train_collator: Any = None
@@ -188,6 +202,15 @@ class _TrainerWithFlips(Trainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = plain
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        try:
+            with _told(folder):
+                super()._save_checkpoint(*args, **kwargs)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 class _Progress(ProgressCallback):
