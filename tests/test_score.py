@@ -389,6 +389,20 @@ def test_help_names_every_option_and_an_example(capsys: pytest.CaptureFixture[st
     assert "example: gapo score pairs.jsonl --model" in " ".join(text.split())
 
 
+def test_help_needs_no_framework() -> None:
+    code = """
+import sys
+from gapo import cli
+try:
+    cli.main(["score", "--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    assert (
+        "--repeats" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+
+
 def test_in_python(folder: Path, tmp_path: Path) -> None:
     config = ScoreConfig(
         pairs=str(folder / "pairs.jsonl"), output=str(tmp_path / "s.jsonl"), model=(str(folder / "model"),), limit=4
