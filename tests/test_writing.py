@@ -185,7 +185,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kills: list[tuple[str, str, Any]] = [
         ("flip", "noisy.jsonl", "half"), ("flip", "noisy.jsonl", "written"), ("score", "scores.jsonl.json", "half"),
         ("score", "scores.jsonl", "half"), ("train", "metrics.jsonl", 3), ("train", "report.html", "half"),
-        ("study", "results.csv", "written"),
+        ("study", "*.json", "half"), ("study", "results.csv", "written"),
     ]  # fmt: skip
     jobs = [{"arguments": faulty[name], "file": file, "when": when} for name, file, when in kills]
     (made / "jobs.json").write_text(json.dumps(jobs))
@@ -263,6 +263,7 @@ def test_one_fault_after_another_and_then_as_if_nothing_had_happened(
         (out / "scores.jsonl.progress").write_text("{}\n")
         assert cli.main(arguments) == 0
     assert named(out) == named(whole)
+    assert not list(out.rglob("*.part*"))
     for file in SAME[name]:
         assert (out / file).read_bytes() == (whole / file).read_bytes(), file
 

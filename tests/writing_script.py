@@ -1,6 +1,6 @@
 """Kills commands with SIGKILL while they write: `python writing_script.py JOBS.json`, one fork for each job.
 
-A job is {"arguments": of gapo, "file": its name, "when": "half" | "written" | "renamed" | a number of lines}: the
+A job is {"arguments": of gapo, "file": its name or a pattern, "when": "half" | "written" | "renamed" | a number}: the
 process is killed when half of the file is there, before it takes its name, after, or in the middle of the line after so
 many. The libraries are loaded once, before the first fork.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def kill_at(name: str, when: str | int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def to_disk_or_end(partial: Path) -> None:
-        if partial.name.startswith(f"{name}.part") and when in ("half", "written"):
+        if fnmatch(partial.name, f"{name}.part*") and when in ("half", "written"):
             if when == "half":
                 os.truncate(partial, partial.stat().st_size // 2)
             end()
