@@ -157,6 +157,9 @@ def test_options_out_of_range_are_named(change, error, message):
     x = np.zeros(2)
     with pytest.raises(error, match=message):
         gapo.loss(x, x, x, x, **change)
+    if "reduction" not in change:
+        with pytest.raises(error, match=message):
+            gapo.weights(x, **change)
 
 
 def test_arrays_that_do_not_fit_are_named(library):
@@ -173,6 +176,10 @@ def test_arrays_that_do_not_fit_are_named(library):
         gapo.loss(*[library.asarray(np.zeros(3, dtype=np.int32))] * 4)
     with pytest.raises(ValueError, match="gamma must be a number or one for each of the 3 pairs"):
         gapo.loss(ok, ok, ok, ok, gamma=short)
+    with pytest.raises(ValueError, match="gamma must be a number or one for each of the 3 pairs"):
+        gapo.weights(ok, gamma=short)
+    with pytest.raises(ValueError, match=r"anchor_gap must have shape \(N,\) with N >= 1.*got \(3, 1\)"):
+        gapo.weights(library.asarray(np.zeros((3, 1))))
     with pytest.raises(TypeError, match=r"rejected_logps must be an array.*got list"):
         gapo.loss(ok, [0.0] * 3, ok, ok)
     if library.name not in ("numpy", "strict"):
