@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -48,7 +50,7 @@ TORCH = "gapo/backends/torch"
 TESTS = {
     "gapo/objective.py": "tests/test_objective.py tests/test_config.py -k config|numpy|torch and not compile",
     "gapo/geometry.py": "tests/test_geometry.py -k not jax",
-    "gapo/step.py": "tests/test_step.py tests/test_backend_torch.py -k test_step and torch|bfloat16|finite|how_often",
+    "gapo/step.py": "tests/test_step.py tests/test_backend_torch.py -k test_step and torch|bfloat16_weights|how_often|names_the_par",
     "gapo/backends/__init__.py": "tests/test_step.py tests/test_imports.py -k numpy|absent|loaded",
     "gapo/backends/base.py": "tests/test_step.py tests/test_onepass.py -k numpy|onepass",
     "gapo/backends/numpy.py": "tests/test_step.py -k numpy",
@@ -167,13 +169,12 @@ def mutants(module: str) -> list[Mutant]:
     return found
 
 
-class QuickestFirst:
-    """A pytest plugin: tests in the order of how long they took before, and no shrinking of failing examples."""
+class LikeliestFirst:
+    """A pytest plugin: first the tests that found most mutants, then the quick ones; failing examples do not shrink."""
 
-    def __init__(self, durations: Path) -> None:
-        self._path = durations
-        self._before = json.loads(durations.read_text()) if durations.exists() else {}
-        self._now: Counter[str] = Counter()
+    def __init__(self, known: Path) -> None:
+        self._path = known
+        self._known: dict[str, list[float]] = json.loads(known.read_text()) if known.exists() else {}
 
     def pytest_sessionstart(self) -> None:
         from hypothesis import Phase, settings
@@ -183,14 +184,16 @@ class QuickestFirst:
         settings.load_profile("mutation")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: self._before.get(item.nodeid, 0.0))
+        items.sort(key=lambda item: self._known.get(item.nodeid, [0, 0.0]))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._now[report.nodeid] += report.duration
+        test = self._known.setdefault(report.nodeid, [0, 0.0])  # minus the mutants that it found, seconds
+        test[0] -= int(report.failed)
+        test[1] = max(test[1], report.duration)
 
     def pytest_sessionfinish(self) -> None:
-        if not self._before:
-            self._path.write_text(json.dumps(self._now))
+        self._path.write_text(json.dumps(self._known))
+        self._path.with_suffix(".modules").write_text(json.dumps(sorted(sys.modules)))
 
 
 class Copy:
@@ -198,7 +201,7 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.durations = folder / "durations.json"
+        self.known = folder / "known.json"
         leave_out = shutil.ignore_patterns("__pycache__", ".*", "runs", "site", "docs")
         shutil.copytree(ROOT, folder, ignore=leave_out, dirs_exist_ok=True, symlinks=True)
         sys.path[:0] = [str(folder), str(folder / "tests")]
@@ -206,13 +209,19 @@ class Copy:
         sys.dont_write_bytecode = True
         os.chdir(folder)
 
-    def warm(self, arguments: list[str]) -> None:
-        """Import what the tests import, and forget what of it lies in the copy."""
-        for name in ["conftest", *(Path(a).stem for a in arguments if a.startswith("tests/"))]:
-            __import__(name)
-        for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(str(self.folder)):
-                del sys.modules[name]
+    def warm(self, arguments: list[str]) -> float:
+        """Run the tests as they are, import here what they imported, and return their seconds; they must pass."""
+        self.known.unlink(missing_ok=True)
+        for _ in range(2):
+            outcome, seconds = self.outcome(arguments, limit=600)
+            if outcome != "survived":
+                raise SystemExit(f"the tests fail without a mutant:\n{(self.folder / 'output.txt').read_text()}")
+            theirs = {path.stem for path in (self.folder / "tests").iterdir()} | {"gapo"}
+            for name in json.loads(self.known.with_suffix(".modules").read_text()):
+                if name.partition(".")[0] not in theirs:
+                    with contextlib.suppress(Exception):
+                        importlib.import_module(name)
+        return seconds
 
     def outcome(self, arguments: list[str], limit: float) -> tuple[str, float]:
         """("survived" | "killed" | "timeout", seconds of CPU) of the tests in a process of their own.
@@ -242,7 +251,7 @@ class Copy:
             with open(self.folder / "output.txt", "wb") as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-            code = int(pytest.main(arguments, plugins=[QuickestFirst(self.durations)]))
+            code = int(pytest.main(arguments, plugins=[LikeliestFirst(self.known)]))
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -258,11 +267,7 @@ def check(copy: Copy, chosen: list[Mutant], results: Path) -> None:
     """Run the tests on each mutant of one module, and append what came of it to `results`."""
     module = chosen[0].module
     arguments, whole = pytest_arguments(module), (ROOT / module).read_text(encoding="utf-8")
-    copy.warm(arguments)
-    copy.durations.unlink(missing_ok=True)
-    outcome, seconds = copy.outcome(arguments, limit=600)
-    if outcome != "survived":
-        raise SystemExit(f"the tests of {module} fail without a mutant:\n{(copy.folder / 'output.txt').read_text()}")
+    seconds = copy.warm(arguments)
     counts: Counter[str] = Counter()
     with results.open("a", encoding="utf-8") as file, tqdm(chosen, desc=f"{module} ({seconds:.1f} s)") as progress:
         for mutant in progress:

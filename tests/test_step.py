@@ -132,6 +132,19 @@ def test_radius_is_rho(backend: Library, adaptive: bool, direction: str, rho: fl
     assert (result["first_order_ratio"] is None) == (direction == "gaussian")
 
 
+def test_changed_fraction_is_a_share_of_all_selected_weights(backend: Library) -> None:
+    arrays = {"u": np.array([1.0, 2.0, 0.0]), "v": np.array([1.0]), "lm_head": np.ones(9)}
+
+    def margin_fn(params: Any, _: Any) -> Any:
+        xp, p = models.namespace_of(backend), models.flat(backend, params)
+        return xp.stack([xp.sum(p["u"]) + xp.sum(p["v"]), xp.sum(p["lm_head"])])
+
+    for adaptive, changed in ((True, 3 / 4), (False, 1.0)):  # the adaptive geometry leaves a weight of 0 where it is
+        step = gapo.value_and_grad(margin_fn, gapo.GAPOConfig(adaptive=adaptive), backend=backend.name)
+        result, _ = step(models.to_backend(backend, arrays, "float64"), None)
+        assert float(backend.numpy(result.changed_fraction)) == pytest.approx(changed)
+
+
 def test_rho_zero_gives_equal_weights(backend: Library) -> None:
     arrays, batch = models.make_params(seed=2), models.make_batch(pairs=4, seed=2)
     result, grads, _ = take_step(backend, arrays, batch, rho=0.0, beta=2.0, gamma=0.5)
