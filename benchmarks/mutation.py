@@ -46,26 +46,26 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "gapo/backends/torch"
 
-# Of each module the tests that are to find its mutants, the quickest first; arguments of pytest.
+# Of each module the tests that are to find its mutants: files, and pytest's -k.
 TESTS = {
-    "gapo/objective.py": "tests/test_objective.py tests/test_config.py -k config|numpy|torch and not compile",
-    "gapo/geometry.py": "tests/test_geometry.py -k not jax",
-    "gapo/step.py": "tests/test_step.py tests/test_backend_torch.py -k test_step and torch|bfloat16_weights|how_often|names_the_par",
-    "gapo/backends/__init__.py": "tests/test_step.py tests/test_imports.py -k numpy|absent|loaded",
-    "gapo/backends/base.py": "tests/test_step.py tests/test_onepass.py -k numpy|onepass",
-    "gapo/backends/numpy.py": "tests/test_step.py -k numpy",
-    "gapo/backends/jax.py": "tests/test_backend_jax.py tests/test_step.py -k jax",
-    "gapo/backends/mlx.py": "tests/test_backend_mlx.py tests/test_step.py -k mlx",
-    f"{TORCH}/backend.py": "tests/test_backend_torch.py tests/test_onepass.py tests/test_step.py -k torch|onepass",
-    f"{TORCH}/cut.py": "tests/test_cut.py",
-    f"{TORCH}/forward.py": "tests/test_backend_torch.py tests/test_step.py tests/test_cut.py -k torch|cut",
-    f"{TORCH}/head.py": "tests/test_backend_torch.py",
-    f"{TORCH}/onepass.py": "tests/test_onepass.py",
-    f"{TORCH}/random_state.py": "tests/test_backend_torch.py tests/test_cut.py",
-    f"{TORCH}/rules.py": "tests/test_onepass.py",
-    f"{TORCH}/sharded.py": "tests/test_devices.py -k fsdp2|refused",
-    f"{TORCH}/token_kl.py": "tests/test_drift.py -k kl",
-    f"{TORCH}/token_logps.py": "tests/test_backend_torch.py -k log",
+    "gapo/objective.py": ("objective config", "config or numpy or (torch and not compile)"),
+    "gapo/geometry.py": ("geometry", "not jax"),
+    "gapo/step.py": ("step backend_torch", "(test_step and torch) or bfloat16 or names_the_parameter"),
+    "gapo/backends/__init__.py": ("step imports", "(torch and errors) or absent or loaded"),
+    "gapo/backends/base.py": ("step onepass", "(torch and (errors or margins_alone)) or fit"),
+    "gapo/backends/numpy.py": ("step", "numpy"),
+    "gapo/backends/jax.py": ("backend_jax step", "jax and not mesh and not flops and not third"),
+    "gapo/backends/mlx.py": ("backend_mlx step", "mlx"),
+    f"{TORCH}/backend.py": ("backend_torch onepass step", "torch and not log_probs and not compiles"),
+    f"{TORCH}/cut.py": ("cut", ""),
+    f"{TORCH}/forward.py": ("backend_torch step", "torch and not log_probs and not compiles"),
+    f"{TORCH}/head.py": ("backend_torch", "head"),
+    f"{TORCH}/onepass.py": ("onepass", ""),
+    f"{TORCH}/random_state.py": ("backend_torch cut", "dropout or calls"),
+    f"{TORCH}/rules.py": ("onepass", ""),
+    f"{TORCH}/sharded.py": ("devices", "fsdp2 or refused"),
+    f"{TORCH}/token_kl.py": ("drift", "kl_in_chunks"),
+    f"{TORCH}/token_logps.py": ("backend_torch", "log"),
 }
 
 # What an operator becomes: one of its kind, and for a comparison its neighbour and its opposite. More would be no
@@ -206,6 +206,8 @@ class Copy:
         shutil.copytree(ROOT, folder, ignore=leave_out, dirs_exist_ok=True, symlinks=True)
         sys.path[:0] = [str(folder), str(folder / "tests")]
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         sys.dont_write_bytecode = True
         os.chdir(folder)
 
@@ -258,9 +260,9 @@ class Copy:
 
 
 def pytest_arguments(module: str) -> list[str]:
-    arguments = TESTS[module].replace("|", " or ").partition(" -k ")
-    options = ["-x", "-q", "--assert=plain", "--tb=line", "-p", "no:cacheprovider"]
-    return [*arguments[0].split(), *(["-k", arguments[2]] if arguments[2] else []), *options]
+    files, expression = TESTS[module]
+    options = ["-x", "-q", "--assert=plain", "--tb=line", "-p", "no:cacheprovider", "-k", expression]
+    return [*(f"tests/test_{name}.py" for name in files.split()), *options]
 
 
 def check(copy: Copy, chosen: list[Mutant], results: Path) -> None:
@@ -326,9 +328,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             copy = Copy(Path(folder).resolve())
             for module in modules:
-                drawn = by_module[module]
-                if options.sample is not None and options.sample < len(drawn):
-                    drawn = random.Random(options.seed).sample(drawn, options.sample)
+                drawn = by_module[module].copy()
+                random.Random(options.seed).shuffle(drawn)  # a larger sample holds the smaller one
+                drawn = drawn[: options.sample]
                 known = {m.key: found.get(m.key, {}).get("outcome") for m in drawn}
                 todo = [m for m in drawn if known[m.key] == ("survived" if options.again else None)]
                 if todo:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from frameworks import LIBRARIES, Library, require
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import gapo
@@ -70,19 +70,27 @@ def test_gradient_is_minus_the_weighted_mean_margin_gradient(autodiff, rows, bet
 
 
 @over_libraries
-@given(gaps=st.lists(st.floats(-5, 5), min_size=1, max_size=8), beta=beta, gamma=gamma)
-def test_weights_are_the_derivative_of_the_loss(library, gaps, beta, gamma):
-    gap = library.asarray(np.array(gaps))
+@given(
+    gaps=st.lists(st.floats(-5, 5), min_size=1, max_size=8),
+    beta=beta,
+    gamma=gamma,
+    loss_type=st.sampled_from(["sigmoid", "hinge"]),
+    smoothing=st.sampled_from([0.0, 0.2]),
+)
+def test_weights_are_the_derivative_of_the_loss(library, gaps, beta, gamma, loss_type, smoothing):
     h = 1e-6
+    assume(loss_type != "hinge" or all(abs(abs(beta * g - gamma) - 1) > 1e-3 for g in gaps))  # not at its kinks
     slope = [
         (
-            oracle_loss((g + h, 0, 0, 0), beta, gamma, "sigmoid", 0)
-            - oracle_loss((g - h, 0, 0, 0), beta, gamma, "sigmoid", 0)
+            oracle_loss((g + h, 0, 0, 0), beta, gamma, loss_type, smoothing)
+            - oracle_loss((g - h, 0, 0, 0), beta, gamma, loss_type, smoothing)
         )
         / (2 * h)
         for g in gaps
     ]
-    np.testing.assert_allclose(library.numpy(gapo.weights(gap, beta=beta, gamma=gamma)), np.negative(slope), atol=1e-5)
+    options = {"beta": beta, "gamma": gamma, "loss_type": loss_type, "label_smoothing": smoothing}
+    found = library.numpy(gapo.weights(library.asarray(np.array(gaps)), **options))
+    np.testing.assert_allclose(found, np.negative(slope), atol=1e-5)
 
 
 @over_libraries

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gapo
+from gapo.backends.numpy import NumpyBackend
+from gapo.step import run
 
 ARRAYS = ("loss", "margins", "anchor_margins", "anchor_gaps", "weights", "grad_norm", "radius")
 
@@ -282,6 +284,17 @@ def test_values_that_are_not_finite(backend: Library) -> None:
     with pytest.raises(FloatingPointError, match=r"pairs \[0, 1\] are not finite in the anchor forward; rho=0.5"):
         step(params, None)
     np.testing.assert_array_equal(backend.numpy(models.flat(backend, params)["w"]), 1.0)
+
+
+def test_another_ranks_margins_stop_this_one_too() -> None:
+    class Ranks(NumpyBackend):
+        def all_reduce(self, x: np.ndarray, op: str) -> np.ndarray:  # the mean drop is not finite: on another rank
+            return x * (np.nan if op == "mean" and x.ndim == 0 else 1)
+
+    config, backend = gapo.GAPOConfig(), Ranks()
+    forward = backend.forward(lambda p, b: b @ p["w"], {"w": np.ones(2)}, np.eye(2), config)
+    with pytest.raises(FloatingPointError, match="margins of another rank's pairs are not finite in the anchor forwa"):
+        run(forward, config, backend)
 
 
 def test_per_pair_gradient_identity(backend: Library) -> None:
