@@ -1,5 +1,6 @@
 """The objective against scalar arithmetic in Python floats, on every array library."""
 
+import inspect
 import math
 
 import numpy as np
@@ -93,6 +94,15 @@ def test_weights_are_the_derivative_of_the_loss(library, gaps, beta, gamma, loss
     np.testing.assert_allclose(found, np.negative(slope), atol=1e-5)
 
 
+def test_hinge_on_both_sides_of_its_kink(library):
+    x = library.asarray(np.array([-1.5, 0.5, 0.75, 1.25, 1.75, 2.5]))
+    zero = library.asarray(np.zeros(6))
+    options = {"beta": 1.0, "gamma": 0.0, "loss_type": "hinge"}
+    loss = library.numpy(gapo.loss(x, zero, zero, zero, reduction="none", **options))
+    np.testing.assert_array_equal(loss, [2.5, 0.5, 0.25, 0, 0, 0])
+    np.testing.assert_array_equal(library.numpy(gapo.weights(x, **options)), [1, 1, 1, 0, 0, 0])
+
+
 @over_libraries
 @given(gaps=st.lists(st.floats(-3, 3), min_size=2, max_size=8, unique=True), beta=beta, gamma=gamma)
 def test_weights_fall_as_gaps_rise(library, gaps, beta, gamma):
@@ -149,6 +159,13 @@ def test_target_may_differ_by_pair(library):
     np.testing.assert_allclose(library.numpy(loss), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("function", [gapo.loss, gapo.weights])
+def test_defaults_are_those_of_the_step(function):
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    for name in ("beta", "gamma", "loss_type", "label_smoothing"):
+        assert defaults[name] == getattr(gapo.GAPOConfig(), name)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -156,6 +173,7 @@ def test_target_may_differ_by_pair(library):
         ({"beta": float("nan")}, ValueError, r"beta must be a finite number > 0, got nan"),
         ({"gamma": "high"}, ValueError, r"gamma must be a finite number, got 'high'"),
         ({"label_smoothing": 0.5}, ValueError, r"label_smoothing must be a finite number in \[0, 0.5\), got 0.5"),
+        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be a finite number in \[0, 0.5\), got -0.1"),
         ({"loss_type": "ipo"}, ValueError, r"loss_type must be one of 'sigmoid', 'hinge', got 'ipo'"),
         ({"reduction": "max"}, ValueError, r"reduction must be one of 'mean', 'sum', 'none', got 'max'"),
         ({"backend": "tf"}, ValueError, r"backend must be one of 'numpy', 'torch', 'jax', 'mlx' or None, got 'tf'"),
