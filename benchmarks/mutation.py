@@ -18,6 +18,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import gc
 import hashlib
 import importlib
 import json
@@ -145,6 +146,7 @@ def meaning(source: str) -> str | None:
     for node in ast.walk(tree):
         if isinstance(node, ast.arguments):
             node.args, node.posonlyargs, node.kwonlyargs = [*node.posonlyargs, *node.args, *node.kwonlyargs], [], []
+            node.defaults, node.kw_defaults = [*node.defaults, *filter(None, node.kw_defaults)], []
         for part in ("annotation", "returns"):
             if getattr(node, part, None) is not None:
                 setattr(node, part, ast.Constant(None))
@@ -223,6 +225,8 @@ class Copy:
                 if name.partition(".")[0] not in theirs:
                     with contextlib.suppress(Exception):
                         importlib.import_module(name)
+            gc.collect()
+            gc.freeze()  # a fork need not look through all of it for garbage
         return seconds
 
     def outcome(self, arguments: list[str], limit: float) -> tuple[str, float]:
@@ -245,7 +249,7 @@ class Copy:
         code, seconds = os.waitstatus_to_exitcode(ended[1]), ended[2].ru_utime + ended[2].ru_stime
         if code == pytest.ExitCode.NO_TESTS_COLLECTED:
             raise RuntimeError(f"pytest found no tests: {' '.join(arguments)}")
-        return {0: "survived", -signal.SIGKILL: "timeout"}.get(code, "killed"), seconds
+        return {0: "survived", -signal.SIGKILL: "timeout", -signal.SIGXCPU: "timeout"}.get(code, "killed"), seconds
 
     def _test(self, arguments: list[str]) -> None:
         code = 70
@@ -261,7 +265,7 @@ class Copy:
 
 def pytest_arguments(module: str) -> list[str]:
     files, expression = TESTS[module]
-    options = ["-x", "-q", "--assert=plain", "--tb=line", "-p", "no:cacheprovider", "-k", expression]
+    options = ["-x", "-q", "--assert=plain", "--tb=line", "-p", "no:cacheprovider", "-o", "addopts=", "-k", expression]
     return [*(f"tests/test_{name}.py" for name in files.split()), *options]
 
 

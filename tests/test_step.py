@@ -200,6 +200,7 @@ def test_gradient_of_exactly_zero_is_no_nan(backend: Library) -> None:
     for anchor in ("exact", "first_order"):
         result, grads, _ = take_step(backend, zeros, batch, anchor=anchor)
         assert result["radius"] == 0
+        assert result["first_order_ratio"] == 1
         np.testing.assert_array_equal(result["anchor_gaps"], 0)
         assert all(np.isfinite(g).all() for g in grads.values())
 
