@@ -49,9 +49,9 @@ TORCH = "gapo/backends/torch"
 
 # Of each module the tests that are to find its mutants: files, and pytest's -k.
 TESTS = {
-    "gapo/objective.py": ("objective config", "config or numpy or (torch and not compile)"),
+    "gapo/objective.py": ("objective config", "not jax and not mlx and not strict and not compile"),
     "gapo/geometry.py": ("geometry", "not jax"),
-    "gapo/step.py": ("step backend_torch", "(test_step and torch) or bfloat16 or names_the_parameter"),
+    "gapo/step.py": ("step backend_torch", "(test_step and (torch or another)) or bfloat16 or names_the_parameter"),
     "gapo/backends/__init__.py": ("step imports", "(torch and errors) or absent or loaded"),
     "gapo/backends/base.py": ("step onepass", "(torch and (errors or margins_alone)) or fit"),
     "gapo/backends/numpy.py": ("step", "numpy"),

@@ -91,6 +91,20 @@ def test_agrees_with_the_oracle(backend: Library, case: Any) -> None:
     assert_same(found, expected, models.RTOL[backend.name])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sft_weight": 0.5, "label_smoothing": 0.1, "probe": "margin", "gamma": np.array([0.1, 0.5, -0.3])},
+        {"sft_weight": 0.5, "loss_type": "hinge", "adaptive": False, "anchor": "first_order", "beta": 1.0},
+    ],
+)
+def test_every_option_agrees_with_the_oracle(backend: Library, options: dict[str, Any]) -> None:
+    """What the draws above may miss, certainly."""
+    arrays, batch = models.make_params(seed=14), models.make_batch(pairs=3, seed=14)
+    expected = oracle.step(arrays, batch, rho=0.3, **options)
+    assert_same(take_step(backend, arrays, batch, rho=0.3, **options), expected, models.RTOL[backend.name])
+
+
 def test_float32_agrees_with_the_oracle(backend: Library) -> None:
     if backend.name == "numpy":
         return  # float64 only, by design
