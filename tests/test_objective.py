@@ -1,11 +1,12 @@
 """The objective against scalar arithmetic in Python floats, on every array library."""
 
+import inspect
 import math
 
 import numpy as np
 import pytest
 from frameworks import LIBRARIES, Library, require
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import gapo
@@ -70,19 +71,36 @@ def test_gradient_is_minus_the_weighted_mean_margin_gradient(autodiff, rows, bet
 
 
 @over_libraries
-@given(gaps=st.lists(st.floats(-5, 5), min_size=1, max_size=8), beta=beta, gamma=gamma)
-def test_weights_are_the_derivative_of_the_loss(library, gaps, beta, gamma):
-    gap = library.asarray(np.array(gaps))
+@given(
+    gaps=st.lists(st.floats(-5, 5), min_size=1, max_size=8),
+    beta=beta,
+    gamma=gamma,
+    loss_type=st.sampled_from(["sigmoid", "hinge"]),
+    smoothing=st.sampled_from([0.0, 0.2]),
+)
+def test_weights_are_the_derivative_of_the_loss(library, gaps, beta, gamma, loss_type, smoothing):
     h = 1e-6
+    assume(loss_type != "hinge" or all(abs(abs(beta * g - gamma) - 1) > 1e-3 for g in gaps))  # not at its kinks
     slope = [
         (
-            oracle_loss((g + h, 0, 0, 0), beta, gamma, "sigmoid", 0)
-            - oracle_loss((g - h, 0, 0, 0), beta, gamma, "sigmoid", 0)
+            oracle_loss((g + h, 0, 0, 0), beta, gamma, loss_type, smoothing)
+            - oracle_loss((g - h, 0, 0, 0), beta, gamma, loss_type, smoothing)
         )
         / (2 * h)
         for g in gaps
     ]
-    np.testing.assert_allclose(library.numpy(gapo.weights(gap, beta=beta, gamma=gamma)), np.negative(slope), atol=1e-5)
+    options = {"beta": beta, "gamma": gamma, "loss_type": loss_type, "label_smoothing": smoothing}
+    found = library.numpy(gapo.weights(library.asarray(np.array(gaps)), **options))
+    np.testing.assert_allclose(found, np.negative(slope), atol=1e-5)
+
+
+def test_hinge_on_both_sides_of_its_kink(library):
+    x = library.asarray(np.array([-1.5, 0.5, 0.75, 1.25, 1.75, 2.5]))
+    zero = library.asarray(np.zeros(6))
+    options = {"beta": 1.0, "gamma": 0.0, "loss_type": "hinge"}
+    loss = library.numpy(gapo.loss(x, zero, zero, zero, reduction="none", **options))
+    np.testing.assert_array_equal(loss, [2.5, 0.5, 0.25, 0, 0, 0])
+    np.testing.assert_array_equal(library.numpy(gapo.weights(x, **options)), [1, 1, 1, 0, 0, 0])
 
 
 @over_libraries
@@ -141,6 +159,13 @@ def test_target_may_differ_by_pair(library):
     np.testing.assert_allclose(library.numpy(loss), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("function", [gapo.loss, gapo.weights])
+def test_defaults_are_those_of_the_step(function):
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    for name in ("beta", "gamma", "loss_type", "label_smoothing"):
+        assert defaults[name] == getattr(gapo.GAPOConfig(), name)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -148,6 +173,7 @@ def test_target_may_differ_by_pair(library):
         ({"beta": float("nan")}, ValueError, r"beta must be a finite number > 0, got nan"),
         ({"gamma": "high"}, ValueError, r"gamma must be a finite number, got 'high'"),
         ({"label_smoothing": 0.5}, ValueError, r"label_smoothing must be a finite number in \[0, 0.5\), got 0.5"),
+        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be a finite number in \[0, 0.5\), got -0.1"),
         ({"loss_type": "ipo"}, ValueError, r"loss_type must be one of 'sigmoid', 'hinge', got 'ipo'"),
         ({"reduction": "max"}, ValueError, r"reduction must be one of 'mean', 'sum', 'none', got 'max'"),
         ({"backend": "tf"}, ValueError, r"backend must be one of 'numpy', 'torch', 'jax', 'mlx' or None, got 'tf'"),
@@ -157,6 +183,9 @@ def test_options_out_of_range_are_named(change, error, message):
     x = np.zeros(2)
     with pytest.raises(error, match=message):
         gapo.loss(x, x, x, x, **change)
+    if "reduction" not in change:
+        with pytest.raises(error, match=message):
+            gapo.weights(x, **change)
 
 
 def test_arrays_that_do_not_fit_are_named(library):
@@ -173,6 +202,10 @@ def test_arrays_that_do_not_fit_are_named(library):
         gapo.loss(*[library.asarray(np.zeros(3, dtype=np.int32))] * 4)
     with pytest.raises(ValueError, match="gamma must be a number or one for each of the 3 pairs"):
         gapo.loss(ok, ok, ok, ok, gamma=short)
+    with pytest.raises(ValueError, match="gamma must be a number or one for each of the 3 pairs"):
+        gapo.weights(ok, gamma=short)
+    with pytest.raises(ValueError, match=r"anchor_gap must have shape \(N,\) with N >= 1.*got \(3, 1\)"):
+        gapo.weights(library.asarray(np.zeros((3, 1))))
     with pytest.raises(TypeError, match=r"rejected_logps must be an array.*got list"):
         gapo.loss(ok, [0.0] * 3, ok, ok)
     if library.name not in ("numpy", "strict"):

@@ -167,6 +167,35 @@ def test_both_forms_of_a_matrix_gradient() -> None:
             torch.testing.assert_close(parts["weight"].along(delta), along)
 
 
+def with_bias(layer: nn.Module) -> nn.Module:
+    layer.bias = nn.Parameter(torch.zeros(2))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        type("Odd", (nn.Linear,), {})(2, 2),  # a subclass may compute something else
+        type("Odd", (nn.LayerNorm,), {})(2),
+        type("Conv1D", (nn.Linear,), {})(2, 2, bias=False),
+        nn.Conv1d(2, 2, 1),
+        nn.Embedding(2, 2, max_norm=1.0),
+        nn.Embedding(2, 2, scale_grad_by_freq=True),
+        nn.Embedding(2, 2, sparse=True),
+        nn.LayerNorm((2, 2)),
+        nn.RMSNorm((2, 2)),
+        with_bias(nn.RMSNorm(2)),
+    ],
+    ids=repr,
+)
+def test_no_rule_stands_for_what_it_does_not_fit(layer: nn.Module) -> None:
+    assert rule_for(layer) is None
+
+
+def test_attention_projects_by_the_rule_of_linear_layers() -> None:
+    assert rule_for(nn.MultiheadAttention(2, 1).out_proj) is rule_for(nn.Linear(2, 2))
+
+
 class Scale(nn.Module):
     """A layer of a type that no rule knows."""
 

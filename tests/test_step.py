@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gapo
+from gapo.backends.numpy import NumpyBackend
+from gapo.step import run
 
 ARRAYS = ("loss", "margins", "anchor_margins", "anchor_gaps", "weights", "grad_norm", "radius")
 
@@ -89,6 +91,20 @@ def test_agrees_with_the_oracle(backend: Library, case: Any) -> None:
     assert_same(found, expected, models.RTOL[backend.name])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sft_weight": 0.5, "label_smoothing": 0.1, "probe": "margin", "gamma": np.array([0.1, 0.5, -0.3])},
+        {"sft_weight": 0.5, "loss_type": "hinge", "adaptive": False, "anchor": "first_order", "beta": 1.0},
+    ],
+)
+def test_every_option_agrees_with_the_oracle(backend: Library, options: dict[str, Any]) -> None:
+    """What the draws above may miss, certainly."""
+    arrays, batch = models.make_params(seed=14), models.make_batch(pairs=3, seed=14)
+    expected = oracle.step(arrays, batch, rho=0.3, **options)
+    assert_same(take_step(backend, arrays, batch, rho=0.3, **options), expected, models.RTOL[backend.name])
+
+
 def test_float32_agrees_with_the_oracle(backend: Library) -> None:
     if backend.name == "numpy":
         return  # float64 only, by design
@@ -130,6 +146,19 @@ def test_radius_is_rho(backend: Library, adaptive: bool, direction: str, rho: fl
     result, _, _ = take_step(backend, arrays, batch, adaptive=adaptive, direction=direction, rho=rho)
     np.testing.assert_allclose(result["radius"], rho, rtol=1e-5)
     assert (result["first_order_ratio"] is None) == (direction == "gaussian")
+
+
+def test_changed_fraction_is_a_share_of_all_selected_weights(backend: Library) -> None:
+    arrays = {"u": np.array([1.0, 2.0, 0.0]), "v": np.array([1.0]), "lm_head": np.ones(9)}
+
+    def margin_fn(params: Any, _: Any) -> Any:
+        xp, p = models.namespace_of(backend), models.flat(backend, params)
+        return xp.stack([xp.sum(p["u"]) + xp.sum(p["v"]), xp.sum(p["lm_head"])])
+
+    for adaptive, changed in ((True, 3 / 4), (False, 1.0)):  # the adaptive geometry leaves a weight of 0 where it is
+        step = gapo.value_and_grad(margin_fn, gapo.GAPOConfig(adaptive=adaptive), backend=backend.name)
+        result, _ = step(models.to_backend(backend, arrays, "float64"), None)
+        assert float(backend.numpy(result.changed_fraction)) == pytest.approx(changed)
 
 
 def test_rho_zero_gives_equal_weights(backend: Library) -> None:
@@ -185,6 +214,7 @@ def test_gradient_of_exactly_zero_is_no_nan(backend: Library) -> None:
     for anchor in ("exact", "first_order"):
         result, grads, _ = take_step(backend, zeros, batch, anchor=anchor)
         assert result["radius"] == 0
+        assert result["first_order_ratio"] == 1
         np.testing.assert_array_equal(result["anchor_gaps"], 0)
         assert all(np.isfinite(g).all() for g in grads.values())
 
@@ -269,6 +299,17 @@ def test_values_that_are_not_finite(backend: Library) -> None:
     with pytest.raises(FloatingPointError, match=r"pairs \[0, 1\] are not finite in the anchor forward; rho=0.5"):
         step(params, None)
     np.testing.assert_array_equal(backend.numpy(models.flat(backend, params)["w"]), 1.0)
+
+
+def test_another_ranks_margins_stop_this_one_too() -> None:
+    class Ranks(NumpyBackend):
+        def all_reduce(self, x: np.ndarray, op: str) -> np.ndarray:  # the mean drop is not finite: on another rank
+            return x * (np.nan if op == "mean" and x.ndim == 0 else 1)
+
+    config, backend = gapo.GAPOConfig(), Ranks()
+    forward = backend.forward(lambda p, b: b @ p["w"], {"w": np.ones(2)}, np.eye(2), config)
+    with pytest.raises(FloatingPointError, match="margins of another rank's pairs are not finite in the anchor forwa"):
+        run(forward, config, backend)
 
 
 def test_per_pair_gradient_identity(backend: Library) -> None:

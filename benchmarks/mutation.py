@@ -1,0 +1,347 @@
+"""Mutation check: do the tests see a small fault in the core or in a backend?
+
+Faults ("mutants") are made one at a time in a copy of the repository, by the operators of cosmic-ray and one of our own
+that drops a statement; then the tests of that module run. A mutant that they pass has survived. Each run of the tests
+is a fork of a process that has imported the frameworks already, so that it costs what the tests cost.
+
+    pip install cosmic-ray==8.7.0
+    python benchmarks/mutation.py                               # everything, about two hours on two cores
+    python benchmarks/mutation.py geometry step --sample 100    # 100 mutants drawn from each of two modules
+    python benchmarks/mutation.py step --again                  # only what survived before, after new tests
+
+Results are appended to runs/mutation.jsonl as they come; a run that was interrupted goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import gc
+import hashlib
+import importlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import parso
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Example, Operator
+from cosmic_ray.plugins import get_operator, operator_names
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = "gapo/backends/torch"
+
+# Of each module the tests that are to find its mutants: files, and pytest's -k.
+TESTS = {
+    "gapo/objective.py": ("objective config", "not jax and not mlx and not strict and not compile"),
+    "gapo/geometry.py": ("geometry", "not jax"),
+    "gapo/step.py": ("step backend_torch", "(test_step and (torch or another)) or bfloat16 or names_the_parameter"),
+    "gapo/backends/__init__.py": ("step imports", "(torch and errors) or absent or loaded"),
+    "gapo/backends/base.py": ("step onepass", "(torch and (errors or margins_alone)) or fit"),
+    "gapo/backends/numpy.py": ("step", "numpy"),
+    "gapo/backends/jax.py": ("backend_jax step", "jax and not mesh and not flops and not third"),
+    "gapo/backends/mlx.py": ("backend_mlx step", "mlx"),
+    f"{TORCH}/backend.py": ("backend_torch onepass step", "torch and not log_probs and not compiles"),
+    f"{TORCH}/cut.py": ("cut", ""),
+    f"{TORCH}/forward.py": ("backend_torch step", "torch and not log_probs and not compiles"),
+    f"{TORCH}/head.py": ("backend_torch", "head"),
+    f"{TORCH}/onepass.py": ("onepass", ""),
+    f"{TORCH}/random_state.py": ("backend_torch cut", "dropout or calls"),
+    f"{TORCH}/rules.py": ("onepass", ""),
+    f"{TORCH}/sharded.py": ("devices", "fsdp2 or refused"),
+    f"{TORCH}/token_kl.py": ("drift", "kl_in_chunks"),
+    f"{TORCH}/token_logps.py": ("backend_torch", "log"),
+}
+
+# What an operator becomes: one of its kind, and for a comparison its neighbour and its opposite. More would be no
+# harder to find.
+BECOMES = {
+    "Add": "Sub",
+    "Sub": "Add",
+    "Mul": "Div",
+    "Div": "Mul",
+    "FloorDiv": "Mul",
+    "Pow": "Mul",
+    "Eq": "NotEq",
+    "NotEq": "Eq",
+    "Lt": "LtE GtE",
+    "GtE": "Gt Lt",
+    "Gt": "GtE LtE",
+    "LtE": "Lt Gt",
+    "Is": "IsNot",
+    "IsNot": "Is",
+    "Delete": "USub Not",
+}
+
+
+class DropStatement(Operator):
+    """Replaces by `pass` a call whose value is not used, a raise, and an assignment to an attribute or item."""
+
+    def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
+        if node.type != "simple_stmt":
+            return
+        statement = node.children[0]
+        stored = statement.type == "expr_stmt" and statement.children[0].type in ("atom_expr", "power")
+        if stored or statement.type in ("atom_expr", "power", "raise_stmt"):
+            yield statement.start_pos, statement.end_pos
+
+    def mutate(self, node: Any, index: int) -> Any:
+        prefix = node.children[0].get_first_leaf().prefix
+        node.children[0] = parso.parse(f"{prefix}pass")
+        return node
+
+    @classmethod
+    def examples(cls) -> tuple[Example, ...]:
+        return (Example("f(x)\n", "pass\n"), Example("x[0] = y\n", "pass\n"))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: the module's whole text with it, and where it is."""
+
+    module: str
+    operator: str
+    line: int
+    diff: str
+    source: str
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha1(f"{self.module}\n{self.source}".encode()).hexdigest()[:12]
+
+
+def operators() -> dict[str, Operator]:
+    """Each operator by its name: cosmic-ray's, as far as `BECOMES` has them, and `DropStatement`."""
+    found: dict[str, Operator] = {"DropStatement": DropStatement()}
+    for path in operator_names():
+        name, kind = path.rpartition("/")[2], get_operator(path)
+        _, before, after = (*name.split("_"), "", "")[:3]
+        if not kind.arguments() and (not before or after in BECOMES.get(before, "").split()):
+            found[name] = kind()
+    return found
+
+
+def meaning(source: str) -> str | None:
+    """What is run of `source`: its tree without annotations and marks between parameters; None if it has none."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arguments):
+            node.args, node.posonlyargs, node.kwonlyargs = [*node.posonlyargs, *node.args, *node.kwonlyargs], [], []
+            node.defaults, node.kw_defaults = [*node.defaults, *filter(None, node.kw_defaults)], []
+        for part in ("annotation", "returns"):
+            if getattr(node, part, None) is not None:
+                setattr(node, part, ast.Constant(None))
+    return ast.dump(tree)
+
+
+def mutants(module: str) -> list[Mutant]:
+    """Every mutant of a module that differs from it, and from the others, in what is run."""
+    source = (ROOT / module).read_text(encoding="utf-8")
+    seen = {meaning(source), None}
+    found = []
+    for name, operator in operators().items():
+        positions = [start for node in ast_nodes(get_ast(source)) for start, _ in operator.mutation_positions(node)]
+        for occurrence, (line, _) in enumerate(positions):
+            mutated = mutate_code(source, operator, occurrence)
+            if mutated is None or meaning(mutated) in seen:
+                continue
+            seen.add(meaning(mutated))
+            lines = difflib.unified_diff(source.splitlines(), mutated.splitlines(), n=0, lineterm="")
+            diff = "\n".join(text for text in lines if text[:3] not in ("---", "+++") and text[:2] != "@@")
+            found.append(Mutant(module, name, line, diff, mutated))
+    return found
+
+
+class LikeliestFirst:
+    """A pytest plugin: first the tests that found most mutants, then the quick ones; failing examples do not shrink."""
+
+    def __init__(self, known: Path) -> None:
+        self._path = known
+        self._known: dict[str, list[float]] = json.loads(known.read_text()) if known.exists() else {}
+
+    def pytest_sessionstart(self) -> None:
+        from hypothesis import Phase, settings
+
+        phases = (Phase.explicit, Phase.generate)
+        settings.register_profile("mutation", parent=settings.get_profile("ci"), phases=phases)
+        settings.load_profile("mutation")
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self._known.get(item.nodeid, [0, 0.0]))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        test = self._known.setdefault(report.nodeid, [0, 0.0])  # minus the mutants that it found, seconds
+        test[0] -= int(report.failed)
+        test[1] = max(test[1], report.duration)
+
+    def pytest_sessionfinish(self) -> None:
+        self._path.write_text(json.dumps(self._known))
+        self._path.with_suffix(".modules").write_text(json.dumps(sorted(sys.modules)))
+
+
+class Copy:
+    """A copy of the repository in which one module at a time is wrong."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.known = folder / "known.json"
+        leave_out = shutil.ignore_patterns("__pycache__", ".*", "runs", "site", "docs")
+        shutil.copytree(ROOT, folder, ignore=leave_out, dirs_exist_ok=True, symlinks=True)
+        sys.path[:0] = [str(folder), str(folder / "tests")]
+        os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        sys.dont_write_bytecode = True
+        os.chdir(folder)
+
+    def warm(self, arguments: list[str]) -> float:
+        """Run the tests as they are, import here what they imported, and return their seconds; they must pass."""
+        self.known.unlink(missing_ok=True)
+        for _ in range(2):
+            outcome, seconds = self.outcome(arguments, limit=600)
+            if outcome != "survived":
+                raise SystemExit(f"the tests fail without a mutant:\n{(self.folder / 'output.txt').read_text()}")
+            theirs = {path.stem for path in (self.folder / "tests").iterdir()} | {"gapo"}
+            for name in json.loads(self.known.with_suffix(".modules").read_text()):
+                if name.partition(".")[0] not in theirs:
+                    with contextlib.suppress(Exception):
+                        importlib.import_module(name)
+            gc.collect()
+            gc.freeze()  # a fork need not look through all of it for garbage
+        return seconds
+
+    def outcome(self, arguments: list[str], limit: float) -> tuple[str, float]:
+        """("survived" | "killed" | "timeout", seconds of CPU) of the tests in a process of their own.
+
+        `limit` is in seconds of CPU, and ten times that by the clock: other work on the machine must kill no mutant.
+        """
+        start = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit)))
+            self._test(arguments)
+        while not (ended := os.wait4(child, os.WNOHANG))[0]:
+            if time.monotonic() - start > 10 * limit:
+                os.killpg(child, signal.SIGKILL)
+                ended = os.wait4(child, 0)
+                break
+            time.sleep(0.02)
+        code, seconds = os.waitstatus_to_exitcode(ended[1]), ended[2].ru_utime + ended[2].ru_stime
+        if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+            raise RuntimeError(f"pytest found no tests: {' '.join(arguments)}")
+        return {0: "survived", -signal.SIGKILL: "timeout", -signal.SIGXCPU: "timeout"}.get(code, "killed"), seconds
+
+    def _test(self, arguments: list[str]) -> None:
+        code = 70
+        try:
+            with open(self.folder / "output.txt", "wb") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            code = int(pytest.main(arguments, plugins=[LikeliestFirst(self.known)]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+
+def pytest_arguments(module: str) -> list[str]:
+    files, expression = TESTS[module]
+    options = ["-x", "-q", "--assert=plain", "--tb=line", "-p", "no:cacheprovider", "-o", "addopts=", "-k", expression]
+    return [*(f"tests/test_{name}.py" for name in files.split()), *options]
+
+
+def check(copy: Copy, chosen: list[Mutant], results: Path) -> None:
+    """Run the tests on each mutant of one module, and append what came of it to `results`."""
+    module = chosen[0].module
+    arguments, whole = pytest_arguments(module), (ROOT / module).read_text(encoding="utf-8")
+    seconds = copy.warm(arguments)
+    counts: Counter[str] = Counter()
+    with results.open("a", encoding="utf-8") as file, tqdm(chosen, desc=f"{module} ({seconds:.1f} s)") as progress:
+        for mutant in progress:
+            (copy.folder / module).write_text(mutant.source, encoding="utf-8")
+            outcome, seconds_taken = copy.outcome(arguments, limit=10 + 4 * seconds)
+            row = {**asdict(mutant), "key": mutant.key, "outcome": outcome, "seconds": round(seconds_taken, 2)}
+            del row["source"]
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            counts[outcome] += 1
+            progress.set_postfix(counts)
+    (copy.folder / module).write_text(whole, encoding="utf-8")
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """The last result of each mutant by its key."""
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    return {row["key"]: row for row in map(json.loads, lines)}
+
+
+def report(modules: list[str], by_module: dict[str, list[Mutant]], found: dict[str, dict[str, Any]]) -> None:
+    """Survivors, then a table."""
+    for module in modules:
+        for mutant in by_module[module]:
+            if found.get(mutant.key, {}).get("outcome") == "survived":
+                print(f"\n{module}:{mutant.line} {mutant.operator} {mutant.key}\n{mutant.diff}")
+    print("\n| module | mutants | run | killed | survived | score |\n|---|---|---|---|---|---|")
+    total: Counter[str] = Counter()
+    for name in [*modules, "all"]:
+        counts = total if name == "all" else Counter(found[m.key]["outcome"] for m in by_module[name] if m.key in found)
+        if name != "all":
+            counts["mutants"] = len(by_module[name])
+            total += counts
+        survived, killed = counts["survived"], counts["killed"] + counts["timeout"]
+        score = f"{killed / (killed + survived):.1%}" if killed + survived else "-"
+        print(f"| `{name}` | {counts['mutants']} | {killed + survived} | {killed} | {survived} | {score} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", help="parts of paths, such as geometry or torch/rules; default: all")
+    parser.add_argument("--sample", type=int, help="mutants of each module, drawn at random; default: all of them")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    parser.add_argument("--again", action="store_true", help="run what survived before again, and nothing else")
+    parser.add_argument("--report", action="store_true", help="run nothing, print what was found")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "mutation.jsonl", help="(default: %(default)s)")
+    options = parser.parse_args()
+    modules = [m for m in TESTS if not options.modules or any(part in m for part in options.modules)]
+    if not modules:
+        parser.error(f"no module contains {' or '.join(options.modules)}; there are {', '.join(TESTS)}")
+    results = options.results.resolve()
+    results.parent.mkdir(parents=True, exist_ok=True)
+    by_module = {module: mutants(module) for module in modules}
+    if not options.report:
+        found = read(results)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Copy(Path(folder).resolve())
+            for module in modules:
+                drawn = by_module[module].copy()
+                random.Random(options.seed).shuffle(drawn)  # a larger sample holds the smaller one
+                drawn = drawn[: options.sample]
+                known = {m.key: found.get(m.key, {}).get("outcome") for m in drawn}
+                todo = [m for m in drawn if known[m.key] == ("survived" if options.again else None)]
+                if todo:
+                    check(copy, todo, results)
+            os.chdir(ROOT)
+    report(modules, by_module, read(results))
+
+
+if __name__ == "__main__":
+    main()
