@@ -330,7 +330,7 @@ def test_a_study_leaves_page_tables_and_numbers(finished: Path, config: StudyCon
     expected = [(rate, seed) for rate in (0, 0.25, 0.5) for seed in (0, 1)]
     assert sorted(zip(grid["rate"], grid["seed"], strict=True)) == expected
     tries = pd.read_csv(finished / "tries.csv")
-    assert set(tries.groupby("arm").size()) == {4}
+    assert set(tries.groupby("arm").size()) == {8}
     assert tries.groupby("arm")["chosen"].sum().eq(1).all()
     chosen = tries[tries["chosen"]].set_index("arm")["accuracy"]
     assert chosen.to_dict() == tries.groupby("arm")["accuracy"].max().to_dict()

@@ -38,8 +38,14 @@ def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dic
             scores[name][key] = float(np.mean([_accuracy(records[cell]) for cell in seeds]))
 
     attempt({name: ARMS[name].first_tries(rates) for name in scores}, "choosing learning rates")
-    further = {name: ARMS[name].further_tries(_best(name, scores[name]), rates) for name in scores}
-    attempt(further, "choosing second settings")
+    attempt(
+        {name: ARMS[name].second_tries(_best(name, found), rates) for name, found in scores.items()},
+        "choosing second settings",
+    )
+    attempt(
+        {name: ARMS[name].last_tries(_best(name, found), rates) for name, found in scores.items()},
+        "choosing learning rates again",
+    )
     chosen = {name: _best(name, found) for name, found in scores.items()}
     tries = [
         {"arm": name, **dict(key), "accuracy": accuracy, "chosen": dict(key) == chosen[name]}
