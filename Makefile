@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 LOWEST := .venv-lowest
+DOCS_ADDRESS ?= 127.0.0.1:8000
 
-.PHONY: demo test test-lowest lint bench docs clean
+.PHONY: demo test test-lowest lint bench docs docs-build clean
 
 demo: $(INSTALLED)  ## tune a small language model on noisy pairs; leaves runs/demo/report.html
 	$(BIN)/gapo train examples/demo.yaml --overwrite
@@ -23,7 +24,10 @@ lint: $(INSTALLED)  ## style and types
 bench: $(INSTALLED)  ## the cost of a step against SimPO's; writes runs/step_cost.csv
 	$(BIN)/python benchmarks/step_cost.py --output runs/step_cost.csv
 
-docs: $(INSTALLED)  ## the documentation, in site/; a warning fails
+docs: docs-build  ## the documentation, built and then served with every edit, until Ctrl-C
+	$(BIN)/mkdocs serve --strict --dev-addr $(DOCS_ADDRESS)
+
+docs-build: $(INSTALLED)  ## the documentation, in site/; a warning fails
 	$(BIN)/mkdocs build --strict
 
 clean:  ## everything made here, but the runs

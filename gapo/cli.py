@@ -64,7 +64,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND", help="one of the commands below")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,10 +8,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import hf_models
 import mlx.core as mx
 import mlx.optimizers as optim
 import mlx_lm
+import token_pairs
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
@@ -30,7 +30,7 @@ def run(folder: str, config: dict[str, Any]) -> tuple[dict[str, mx.array], dict[
     train(
         model.train(),
         optim.SGD(0.1),
-        hf_models.pairs(8),
+        token_pairs.pairs(8),
         None,
         args,
         loss=make_loss(GAPOConfig(rho=0.3, **config)),

@@ -70,23 +70,19 @@ def flops(fn: Any, *args: Any) -> float:
     return float((cost[0] if isinstance(cost, list) else cost)["flops"])
 
 
-@pytest.mark.parametrize(("anchor", "bar"), [("exact", 2.1), ("first_order", 2.4)])
-def test_no_third_forward(anchor: str, bar: float) -> None:
+@pytest.mark.parametrize(("anchor", "forwards"), [("exact", 6), ("first_order", 7)])
+def test_no_third_forward(anchor: str, forwards: int) -> None:
+    """In forwards: the clean one and two pullbacks are 1 + 2 + 2, the anchor's forward 1, the push along delta 2."""
     params, batch = problem()
     params = {name: jnp.concatenate([x] * 4, 0) if "embed" in name else x for name, x in params.items()}
+    taken = step(gapo.GAPOConfig(anchor=anchor))
 
-    def simpo(params: Any, batch: Any) -> Any:
-        def loss(p: Any) -> Any:
-            chosen, rejected = margin_fn(p, batch)
-            return jnp.mean(jax.nn.softplus(-(2.5 * (chosen - rejected) - 0.25)))
+    def with_a_third(params: Any, batch: Any) -> Any:
+        return margin_fn(jax.lax.optimization_barrier(params), batch), taken(params, batch)
 
-        return jax.value_and_grad(loss)(params)
-
-    base = flops(simpo, params, batch)
-    assert flops(step(gapo.GAPOConfig(anchor=anchor)), params, batch) / base < bar
-    # A second clean forward and backward, behind a barrier that keeps XLA from merging it with the first, is seen.
-    more = flops(lambda p, b: (simpo(p, b), step()(jax.lax.optimization_barrier(p), b)), params, batch)
-    assert more / base > 2.7
+    one = flops(margin_fn, params, batch)
+    assert flops(taken, params, batch) / one < forwards + 0.5
+    assert flops(with_a_third, params, batch) / one > forwards + 0.5
 
 
 def test_a_mesh_equals_one_device() -> None:

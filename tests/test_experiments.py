@@ -395,7 +395,7 @@ def test_help_names_every_key_and_is_quick() -> None:
     for key in known_keys():
         described = options.split(f"--{key} ")[1].split("--")[0]
         assert len(described.split("(type")[0].split()) >= 3, key
-    done = subprocess.run([sys.executable, "-m", "gapo.cli", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "gapo", "--help"], capture_output=True, text=True, check=True)
     assert "train" in done.stdout
     assert "flip" in done.stdout
 

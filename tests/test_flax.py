@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import token_pairs
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding
@@ -24,7 +24,7 @@ from gapo.data import collate
 from gapo.metrics import reward_metrics, step_metrics
 
 CONFIG = gapo.GAPOConfig(rho=0.3)
-WIDTH, VOCAB = 16, hf_models.VOCAB
+WIDTH, VOCAB = 16, token_pairs.VOCAB
 
 
 class Mixer(nnx.Module):
@@ -56,7 +56,7 @@ class LinenMixer(linen.Module):
 
 
 def batch(seed: int = 0, pairs: int = 4) -> dict[str, np.ndarray]:
-    return {name: x.numpy() for name, x in hf_models.batch(pairs, seed=seed).items()}
+    return token_pairs.arrays(pairs, seed)
 
 
 def nnx_problem(tx: Any = None, **options: Any) -> tuple[Any, Any]:

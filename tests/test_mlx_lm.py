@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import mlx.core as mx
 import mlx.optimizers as optim
 import mlx_lm
 import numpy as np
 import pytest
+import token_pairs
+from frameworks import require
 from mlx import nn
 from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -32,8 +34,19 @@ CONFIG = gapo.GAPOConfig(rho=0.3)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama and its tokenizer, as `save_pretrained` leaves them."""
     path = tmp_path_factory.mktemp("model")
-    hf_models.make("llama").save_pretrained(path)
-    hf_models.tokenizer().save_pretrained(path)
+    sizes = {"vocab_size": token_pairs.VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    config = {
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **sizes,
+    }
+    mx.random.seed(0)
+    weights = dict(tree_flatten(llama.Model(llama.ModelArgs.from_dict(config)).parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (path / "config.json").write_text(json.dumps(config))
+    token_pairs.tokenizer().save_pretrained(path)
     return path
 
 
@@ -53,7 +66,7 @@ def tree_map_float(model: nn.Module) -> Any:
 
 
 def one_batch(pairs: int = 4, seed: int = 0) -> tuple[mx.array, mx.array]:
-    return next(adapter.iterate_batches(hf_models.pairs(8), pairs, 64, seed=seed))
+    return next(adapter.iterate_batches(token_pairs.pairs(8), pairs, 64, seed=seed))
 
 
 def bare_step(model: nn.Module, batch: Any, config: gapo.GAPOConfig = CONFIG) -> Any:
@@ -127,7 +140,7 @@ def test_training_over_a_quantised_base_moves_the_adapters_alone(folder: Path, t
 
 
 def test_the_models_agree_with_pytorch(folder: Path) -> None:
-    import torch
+    torch = require("torch")
     from transformers import AutoModelForCausalLM
 
     from gapo.adapters.hf.margins import pair_logps
@@ -165,7 +178,7 @@ def run(
         **options,
     )
     callback = adapter.MetricsCallback(model) if callback is None else callback
-    rows = hf_models.pairs(8), hf_models.pairs(8, seed=3)
+    rows = token_pairs.pairs(8), token_pairs.pairs(8, seed=3)
     loss = adapter.make_loss(config)
     train(model, optimizer, *rows, args, loss=loss, iterate_batches=adapter.iterate_batches, training_callback=callback)
     return callback
@@ -177,7 +190,7 @@ def test_mlx_lms_train_takes_the_steps(folder: Path, tmp_path: Path, lora: bool)
     if lora:
         reference.update(model.parameters())
     callback = run(model, tmp_path)
-    batches = adapter.iterate_batches(hf_models.pairs(8), 4, 64, loop=True)
+    batches = adapter.iterate_batches(token_pairs.pairs(8), 4, 64, loop=True)
     for batch, report in zip((next(batches) for _ in range(4)), callback.train, strict=True):
         result, grads = bare_step(reference, batch)
         optim.SGD(0.1).update(reference, grads)
@@ -199,7 +212,7 @@ def test_weights_stay_at_learning_rate_zero(folder: Path, tmp_path: Path) -> Non
 
 def test_evaluation_is_the_probe_loss_over_pairs(folder: Path) -> None:
     model = load(folder)
-    rows = hf_models.pairs(8)
+    rows = token_pairs.pairs(8)
     value = evaluate(model, rows, 4, -1, 64, loss=adapter.make_loss(CONFIG), iterate_batches=adapter.iterate_batches)
     losses = []
     for batch in adapter.iterate_batches(rows, 4, 64):
@@ -221,7 +234,7 @@ def test_dpo_trains_from_where_it_started(folder: Path, tmp_path: Path) -> None:
         lengths = [(batch[f"{side}_labels"] != -100).sum(-1) for side in ("chosen", "rejected")]
         return [np.array(a) * n for a, n in zip(averages, lengths, strict=True)]
 
-    rows = data.with_reference_logps(hf_models.pairs(8), summed, pad_token_id=0, progress=None)
+    rows = data.with_reference_logps(token_pairs.pairs(8), summed, pad_token_id=0, progress=None)
     loss = adapter.make_loss(CONFIG, objective="dpo", objective_settings={"beta": 0.5})
     batch = next(adapter.iterate_batches(rows, 4, 64))
     assert [tuple(x.shape) for x in batch] == [(8, batch[0].shape[1])] * 2 + [(2, 4)]
@@ -309,13 +322,13 @@ def test_a_saved_adapter_loads_again(folder: Path, tmp_path: Path) -> None:
 
 def test_pairs_in_mlx_lms_folder_convention(tmp_path: Path) -> None:
     data.write_rows(tmp_path / "train.jsonl", data.generate_pairs(6))
-    train_rows, valid = adapter.load_pairs(tmp_path, hf_models.tokenizer(), max_length=40)
+    train_rows, valid = adapter.load_pairs(tmp_path, token_pairs.tokenizer(), max_length=40)
     assert (len(train_rows), valid) == (6, [])
     assert max(len(row["chosen_input_ids"]) for row in train_rows) <= 40
     data.write_rows(tmp_path / "valid.jsonl", data.generate_pairs(3, split="test"))
-    assert len(adapter.load_pairs(tmp_path, hf_models.tokenizer())[1]) == 3
+    assert len(adapter.load_pairs(tmp_path, token_pairs.tokenizer())[1]) == 3
     with pytest.raises(data.PairError, match=r"train\.jsonl does not exist"):
-        adapter.load_pairs(tmp_path / "gone", hf_models.tokenizer())
+        adapter.load_pairs(tmp_path / "gone", token_pairs.tokenizer())
 
 
 def test_ranks_share_a_batch() -> None:
@@ -329,7 +342,7 @@ def test_ranks_share_a_batch() -> None:
         def size(self) -> int:
             return 2
 
-    rows = hf_models.pairs(8)
+    rows = token_pairs.pairs(8)
     whole = one_batch(4)[0]
     parts = [next(adapter.iterate_batches(rows, 4, 64, comm_group=Group(rank)))[0] for rank in (0, 1)]
     assert [tuple(part.shape) for part in parts] == [(4, whole.shape[1])] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import models
@@ -338,9 +339,9 @@ def test_gaussian_draws_follow_the_generator(backend: Library) -> None:
 
 
 def test_the_result_says_what_its_fields_are() -> None:
-    documented = gapo.StepResult.__doc__ or ""
+    documented = inspect.getdoc(gapo.StepResult) or ""
     for field in dataclasses.fields(gapo.StepResult):
-        assert f"        {field.name}: " in documented
+        assert f"\n    {field.name}: " in documented
 
 
 def test_unknown_backend_and_absent_framework(monkeypatch: pytest.MonkeyPatch) -> None:

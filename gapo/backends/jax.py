@@ -122,11 +122,10 @@ class JaxBackend:
 
 def _varying(x: Array, axis_name: str | None) -> Array:
     """`x` as varying over the mesh axis, where it is not yet."""
-    if axis_name is None or not hasattr(jax.lax, "pcast"):
+    if axis_name is None:
         return x
     kind: Any = jax.typeof(x)
-    varies = kind.mat.varying if hasattr(kind, "mat") else kind.vma  # its name before JAX 0.10
-    return x if axis_name in varies else jax.lax.pcast(x, axis_name, to="varying")
+    return x if axis_name in kind.mat.varying else jax.lax.pcast(x, axis_name, to="varying")
 
 
 def make_backend(axis_name: str | None = None) -> JaxBackend:

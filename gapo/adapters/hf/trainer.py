@@ -46,7 +46,9 @@ class GAPOTrainer(Trainer):
         processing_class: the tokenizer; None for the model's own.
         data_collator: None for `PreferenceCollator` with the limits of `args`.
         peft_config: adapters to train instead of the model's weights. A quantised model is made ready for it.
-        compute_metrics, callbacks, optimizers: as in `transformers.Trainer`.
+        compute_metrics: as in `transformers.Trainer`, like the next two.
+        callbacks: besides GAPO's own.
+        optimizers: (optimizer, scheduler); None in a place for the one that `args` names.
 
     Raises:
         TypeError, ValueError: an argument is not accepted; a row is no pair (naming the row and the fault).

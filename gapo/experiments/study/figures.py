@@ -133,7 +133,8 @@ def bars(values: dict[str, Any], title: str, label: str) -> str:
         means, low, high = (np.array([values[name][at] for name in names], dtype=float) for at in range(3))
         colours = [ORANGE if name == NAMES["gapo"] else BLUE for name in names]
         errors = np.nan_to_num([np.maximum(means - low, 0), np.maximum(high - means, 0)])
-        axes.barh(names, means, xerr=errors, color=colours, ecolor=_GREY, alpha=0.85)
+        # As lists: Matplotlib 3.9 takes an array of one bar's errors for a number, and NumPy warns.
+        axes.barh(names, means, xerr=errors.tolist(), color=colours, ecolor=_GREY, alpha=0.85)
         axes.tick_params(axis="y", labelsize=7)
 
     return figure(title, label, "", draw)

@@ -137,8 +137,8 @@ def _logps(noisy: pd.DataFrame, before: Mapping[str, float]) -> dict[str, Any]:
              f"{before['rejected_logp']:.2f}", "", ""]]  # fmt: skip
     for arm, group in noisy.groupby("arm", sort=False):
         means = [f"{group[name].mean():.2f}" for name in ("margin", "chosen_logp", "rejected_logp")]
-        cost = (group.set_index("seed")["cpu_seconds"] / simpo).median()
-        relative = "" if pd.isna(cost) else f"{cost:.2f}"
+        costs = (group.set_index("seed")["cpu_seconds"] / simpo).dropna()
+        relative = f"{costs.median():.2f}" if len(costs) else ""
         rows.append([NAMES.get(str(arm), str(arm)), *means, f"{group['cpu_seconds'].median():.1f}", relative])
     head = ["objective", "margin", "chosen log-probability", "rejected log-probability", "CPU seconds", "over SimPO's"]
     return {"head": head, "rows": rows}
