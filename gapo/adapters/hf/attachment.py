@@ -184,18 +184,19 @@ class Attachment:
         return output
 
     def require_finite_gradients(self, model: nn.Module) -> None:
-        """Raise FloatingPointError naming a parameter whose gradient is not finite, before the optimizer takes it.
+        """Raise FloatingPointError where a gradient is not finite, before the optimizer takes it.
 
-        Clipping spreads one NaN over all weights. Not looked at: shards, and what float16's scaler may skip by itself.
+        Not looked at: shards, and what float16's scaler may skip by itself.
         """
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         if not grads or self.trainer.accelerator.scaler is not None or any(map(is_shard, grads.values())):
             return
         if not bool(torch.isfinite(torch.nn.utils.get_total_norm(grads.values(), float("inf")))):
             bad = [name for name, g in grads.items() if not bool(torch.isfinite(g).all())]
+            whose = repr(bad[0]) if len(bad) < len(grads) else "all parameters (clipping has spread a NaN)"
             raise FloatingPointError(
-                f"the gradients of {len(bad)} of {len(grads)} parameters are not finite, {bad[0]!r} first (clipping "
-                "spreads one over all); no weight was changed. Look for overflow in the backward, or use a wider dtype"
+                f"the gradient of {whose} is not finite; no weight was changed. Look for overflow in the backward, or "
+                "use a wider dtype"
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
