@@ -37,7 +37,7 @@ class Sampler(TrainerCallback):
     """One row of `FIELDS` for each step; times are those of the step alone."""
 
     def __init__(self, steps: int) -> None:
-        self.rows: list[tuple[float, ...]] = []
+        self.rows = np.full((steps, len(FIELDS)), np.nan)  # held from the start, so that it is no growth
         self._bar = tqdm(total=steps, desc="training")
         self._process = psutil.Process()
         self._began = (0.0, 0.0)
@@ -49,7 +49,7 @@ class Sampler(TrainerCallback):
         times = (time.process_time() - self._began[0], time.perf_counter() - self._began[1])
         resident = self._process.memory_info().rss / 2**20
         cuda = torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-        self.rows.append((state.global_step, resident, cuda, *times))
+        self.rows[state.global_step - 1] = (state.global_step, resident, cuda, *times)
         self._bar.update()
         self._bar.set_postfix(resident=f"{resident:.0f} MiB", refresh=False)
 
@@ -93,7 +93,7 @@ def train(options: argparse.Namespace, folder: Path) -> np.ndarray:
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    return np.array(sampler.rows)
+    return sampler.rows
 
 
 def summarise(rows: np.ndarray) -> dict[str, float]:

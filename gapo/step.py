@@ -75,7 +75,7 @@ def value_and_grad(
         ModuleNotFoundError: the backend's framework is not installed.
         ValueError: unknown backend. From `step`: nothing is selected to perturb, a shape does not fit, or rounding left
             no weight changed.
-        FloatingPointError: from `step`: a margin or a gradient is not finite.
+        FloatingPointError: from `step`: a margin or the gradient of the probe is not finite.
 
     Source: method document, "The step"; arXiv 2602.04909.
 

@@ -116,6 +116,16 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(where: str, one_pass: bool
     assert hooks == [len(m._forward_hooks) for m in model.modules()]
 
 
+def test_a_step_refused_between_its_passes_leaves_no_hook_in_the_next() -> None:
+    model, batch = hf_models.make("llama"), hf_models.batch(4, seed=1)
+    step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(rho=0.3), backend="torch")
+    with pytest.raises(ValueError, match=r"gamma must be a number or one for each of the 3 pairs") as kept:
+        step(model, hf_models.batch(3), gamma=torch.zeros(7))
+    (_, grads), (_, others) = step(model, batch), step(hf_models.make("llama"), batch)
+    torch.testing.assert_close(grads, others, rtol=0, atol=0)
+    assert kept.value.__traceback__ is not None  # as a notebook keeps it, and with it the step
+
+
 def test_ctrl_c_at_any_line_while_the_weights_are_the_anchors() -> None:
     model, batch = hf_models.make("llama"), hf_models.batch()
     before = weights_of(model)

@@ -191,7 +191,7 @@ class Attachment:
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         if not grads or self.trainer.accelerator.scaler is not None or any(map(is_shard, grads.values())):
             return
-        if not bool(torch.isfinite(torch.nn.utils.get_total_norm(grads.values(), float("inf")))):
+        if not bool(torch.isfinite(torch.nn.utils.get_total_norm(list(grads.values()), float("inf")))):
             bad = [name for name, g in grads.items() if not bool(torch.isfinite(g).all())]
             whose = repr(bad[0]) if len(bad) < len(grads) else "all parameters (clipping has spread a NaN)"
             raise FloatingPointError(
