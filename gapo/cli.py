@@ -31,10 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ngapo: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except _USER_ERRORS as error:
+    except Exception as error:
+        memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # PyTorch's, not loaded
+        if not memory and not isinstance(error, _USER_ERRORS):
+            raise
         if debug:
             traceback.print_exc()
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        message: object = error.args[0] if isinstance(error, KeyError) and error.args else error
+        if memory:
+            message = (
+                f"out of memory ({error}): lower batch_size or max_length, or set gradient_checkpointing, in another "
+                "output_dir; the same command goes on from its last checkpoint"
+            )
         print(f"gapo: error: {_printable(' '.join(str(message).split()))}", file=sys.stderr)
         return 1
 

@@ -75,7 +75,7 @@ def value_and_grad(
         ModuleNotFoundError: the backend's framework is not installed.
         ValueError: unknown backend. From `step`: nothing is selected to perturb, a shape does not fit, or rounding left
             no weight changed.
-        FloatingPointError: from `step`: a margin or a gradient is not finite.
+        FloatingPointError: from `step`: a margin or the gradient of the probe is not finite.
 
     Source: method document, "The step"; arXiv 2602.04909.
 
@@ -145,9 +145,9 @@ def run(
     if config.sft_weight:
         loss, cotangents = _add_sft(loss, cotangents, values, config.sft_weight, xp)
     if is_concrete(loss):  # the first look at a value: a lazy framework has been lazy so far
-        _require_finite(margins, grad_norm, g, xp)
-        where = f"the anchor forward; rho={config.rho} moves the weights too far"
-        _require_finite_margins(anchor_margins, where, xp, over_ranks=drop)
+        _require_finite(margins, grad_norm, g, forward.parameters, xp)
+        hint = f"rho={config.rho} moves the weights too far"
+        _require_finite_margins(anchor_margins, "the anchor forward", hint, forward.parameters, xp, over_ranks=drop)
         perturbation.check_rounding(radius, changed, names)
     result = StepResult(
         loss=loss,
@@ -287,28 +287,52 @@ def _numel(x: Array) -> int:
     return size
 
 
-def _require_finite(margins: Array, grad_norm: Array, g: dict[str, Array], xp: Namespace) -> None:
+def _require_finite(
+    margins: Array, grad_norm: Array, g: dict[str, Array], parameters: dict[str, Array], xp: Namespace
+) -> None:
     """Raise FloatingPointError naming the pairs or the first parameter that is not finite.
 
     Asked after the ranks were reduced, so that all ranks raise together.
     """
     if bool(xp.isfinite(grad_norm)):
         return
-    _require_finite_margins(margins, "the clean forward; look at these pairs' tokens and labels", xp)
-    name = next((name for name, x in g.items() if not bool(xp.all(xp.isfinite(x)))), "a parameter")
+    hint = "look at these pairs' tokens and labels"
+    _require_finite_margins(margins, "the clean forward", hint, parameters, xp)
+    name = _first_not_finite(g, xp) or "a parameter"
     raise FloatingPointError(
         f"the probe gradient of {name!r} is not finite; no weight was changed. Look for overflow in the backward, "
         "or use a wider dtype"
     )
 
 
-def _require_finite_margins(margins: Array, where: str, xp: Namespace, over_ranks: Array | None = None) -> None:
+def _require_finite_margins(
+    margins: Array,
+    where: str,
+    hint: str,
+    parameters: dict[str, Array],
+    xp: Namespace,
+    over_ranks: Array | None = None,
+) -> None:
     """Raise where a margin is not finite; with `over_ranks`, a scalar made of all ranks' margins, on every rank."""
     if not bool(xp.all(xp.isfinite(margins))):
         bad = [i for i in range(margins.shape[0]) if not bool(xp.isfinite(margins[i]))]
-        raise FloatingPointError(f"the margins of pairs {bad} are not finite in {where}")
+        name = _first_not_finite(parameters, xp)
+        if name is not None:
+            hint = f"weights of {name!r} were not before this step: go back to a checkpoint"
+        raise FloatingPointError(f"the margins of pairs {bad} are not finite in {where}; {hint}")
     if over_ranks is not None and not bool(xp.isfinite(over_ranks)):
-        raise FloatingPointError(f"the margins of another rank's pairs are not finite in {where}")
+        raise FloatingPointError(f"the margins of another rank's pairs are not finite in {where}; {hint}")
+
+
+def _first_not_finite(arrays: dict[str, Array], xp: Namespace) -> str | None:
+    """Name of the first array with an entry that is not finite; of a shard this rank's own entries are looked at,
+    since the other ranks may not be here.
+    """
+    for name, x in arrays.items():
+        own = x.to_local() if hasattr(x, "to_local") else x
+        if not bool(xp.all(xp.isfinite(own))):
+            return name
+    return None
 
 
 __all__ = [

@@ -13,11 +13,13 @@ import models
 import numpy as np
 import pytest
 from frameworks import LIBRARIES
+from interrupts import interrupt_at
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
 import gapo
+from gapo.backends.mlx import MlxForward
 
 MLX = LIBRARIES["mlx"]
 
@@ -135,6 +137,24 @@ def test_weights_come_back_after_an_exception(error: type[BaseException], forwar
         gapo.value_and_grad(fails, gapo.GAPOConfig(rho=0.5), backend="mlx")(model, BATCH)
     for name, x in tree_flatten(model.parameters()):
         np.testing.assert_array_equal(np.array(x), before[name])
+
+
+def test_ctrl_c_at_any_line_while_the_weights_are_the_anchors() -> None:
+    model = mixer()
+    before = {name: np.array(x) for name, x in tree_flatten(model.parameters())}
+    codes = {MlxForward._run.__code__, nn.Module.update.__code__}
+    for line in range(1, 500):
+        sys.settrace(interrupt_at(line, codes))
+        try:
+            take_step(model, rho=0.5)
+        except KeyboardInterrupt:
+            continue
+        finally:
+            sys.settrace(None)
+            for name, x in tree_flatten(model.parameters()):
+                np.testing.assert_array_equal(np.array(x), before[name])
+        break
+    assert 30 < line < 499
 
 
 def test_params_must_be_a_module() -> None:

@@ -14,6 +14,7 @@ import gapo
     [
         ({"rho": -0.1}, r"rho must be a finite number >= 0, got -0.1"),
         ({"rho": float("nan")}, r"rho must be a finite number >= 0, got nan"),
+        ({"rho": float("inf")}, r"rho must be a finite number >= 0, got inf"),
         ({"rho": "0.1"}, r"rho must be a finite number >= 0, got '0.1'"),
         ({"rho": True}, r"rho must be a finite number >= 0, got True"),
         ({"beta": 0.0}, r"beta must be a finite number > 0, got 0.0"),

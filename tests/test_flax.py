@@ -176,6 +176,24 @@ def test_a_mesh_equals_one_device() -> None:
     assert_close(nnx.state(sharded, nnx.Param), nnx.state(model, nnx.Param), 2e-5)
 
 
+def test_a_loss_that_is_not_finite_is_left_out_by_optax() -> None:
+    """Under jit nothing can raise: the loss is NaN, and so are the weights but for `optax.apply_if_finite`."""
+    empty = batch()
+    empty["chosen_labels"][2] = -100  # an answer without a token
+    for tx, kept in ((optax.sgd(0.1), False), (optax.apply_if_finite(optax.sgd(0.1), 3), True)):
+        model, optimizer = nnx_problem(tx)
+        before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        step = make_train_step(config=CONFIG)
+        metrics, _ = step(model, optimizer, empty)
+        assert math.isnan(float(metrics["loss"]))
+        after = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        same = [np.array_equal(a, b) for a, b in zip(after, jax.tree.leaves(before), strict=True)]
+        assert all(same) if kept else not any(same)
+        if kept:
+            metrics, _ = step(model, optimizer, batch())
+            assert math.isfinite(float(metrics["loss"]))
+
+
 def test_errors() -> None:
     model, optimizer = nnx_problem()
     with pytest.raises(

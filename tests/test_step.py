@@ -289,7 +289,10 @@ def test_values_that_are_not_finite(backend: Library) -> None:
     batch = models.make_batch(seed=1)
     arrays = models.make_params(seed=1)
     arrays["layers.0.norm.weight"][:] = np.nan
-    with pytest.raises(FloatingPointError, match=r"margins of pairs \[0, 1, 2\] are not finite in the clean forward"):
+    said = (
+        r"margins of pairs \[0, 1, 2\] are not finite in the clean forward; weights of 'layers.0.norm.weight' were not"
+    )
+    with pytest.raises(FloatingPointError, match=said):
         take_step(backend, arrays, batch)
 
     def log_margin(params: Any, _: Any) -> Any:  # has no value from w = 1.05 on, where the anchor goes
@@ -311,6 +314,33 @@ def test_another_ranks_margins_stop_this_one_too() -> None:
     forward = backend.forward(lambda p, b: b @ p["w"], {"w": np.ones(2)}, np.eye(2), config)
     with pytest.raises(FloatingPointError, match="margins of another rank's pairs are not finite in the anchor forwa"):
         run(forward, config, backend)
+
+
+@pytest.mark.parametrize(
+    ("which", "error"), [("first", RuntimeError), ("second", KeyboardInterrupt), ("last", MemoryError)]
+)
+def test_a_forward_that_fails_leaves_the_parameters(backend: Library, which: str, error: type[BaseException]) -> None:
+    """The clean forward, the one after it, and the anchor's, which is the last but in MLX."""
+    arrays, batch = models.make_params(width=2, seed=1), models.make_batch(seed=1)
+    params, plain = models.to_backend(backend, arrays, "float64"), models.make_margin_fn(backend)
+    calls, fail_at = [], [0]
+
+    def margin_fn(p: Any, b: Any) -> Any:
+        calls.append(1)
+        if len(calls) == fail_at[0]:
+            raise error("in a forward")
+        return plain(p, b)
+
+    step = gapo.value_and_grad(margin_fn, gapo.GAPOConfig(rho=0.5), backend=backend.name)
+    expected, _ = step(params, batch)
+    fail_at[0] = {"first": 1, "second": 2, "last": len(calls)}[which]
+    calls.clear()
+    with pytest.raises(error, match="in a forward"):
+        step(params, batch)
+    for name, value in models.flat(backend, params).items():
+        assert (backend.numpy(value) == arrays[name]).all(), name
+    fail_at[0] = 0
+    np.testing.assert_array_equal(backend.numpy(step(params, batch)[0].weights), backend.numpy(expected.weights))
 
 
 def test_per_pair_gradient_identity(backend: Library) -> None:

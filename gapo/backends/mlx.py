@@ -41,9 +41,12 @@ class MlxForward:
         original = [(name, self.parameters[name]) for name in names]
         with self._replayed():
             try:
-                self._module.update(tree_unflatten(list(zip(names, values, strict=True))))
-                return list(outputs_of(self._margin_fn(self._module, self._batch)))
-            finally:
+                try:
+                    self._module.update(tree_unflatten(list(zip(names, values, strict=True))))
+                    return list(outputs_of(self._margin_fn(self._module, self._batch)))
+                finally:
+                    self._module.update(tree_unflatten(original))
+            finally:  # a Ctrl-C may fall into the line above
                 self._module.update(tree_unflatten(original))
 
     @contextmanager

@@ -115,6 +115,7 @@ def train(
                 for _ in range(config.accumulation):
                     batch = next(stream)
                     metrics, result = trainee.train_step(batch, rate)
+                    _require_finite(metrics, now, batch["index"], checkpoint)
                     for name, value in metrics.items():
                         window.setdefault(name, []).append(float(value))
                     if result is not None:
@@ -134,6 +135,17 @@ def train(
         steps_log.close()
     trainee.save(folder / "model")
     return evaluations[0], evaluations[-1]
+
+
+def _require_finite(metrics: Mapping[str, Any], step: int, index: np.ndarray, checkpoint: Path) -> None:
+    """Raise before anything of this step is kept: a compiled step cannot raise, and has spoiled the weights."""
+    for name, value in metrics.items():
+        if not math.isfinite(float(value)):
+            way = f"The same command goes on from {checkpoint}" if checkpoint.exists() else "No checkpoint was kept yet"
+            raise FloatingPointError(
+                f"{name} is {float(value)} in step {step}: look at training pairs {index.tolist()} (counted from 0), "
+                f"at rho and at the learning rate. {way}"
+            )
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:

@@ -17,9 +17,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
+from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.reference import summed_logps
 from gapo.config import GAPOConfig
 from gapo.data.writing import cannot_write, write_errors
@@ -52,7 +52,7 @@ def run(
     checkpoints = folder / "checkpoints"
     if config.overwrite:
         shutil.rmtree(checkpoints, ignore_errors=True)
-    last = get_last_checkpoint(str(checkpoints)) if config.resume and checkpoints.is_dir() else None
+    last = last_whole_checkpoint(checkpoints) if config.resume else None
     drift = _drift(config)
     recorder = _Recorder(folder, until_step=int(last.rsplit("-", 1)[1]) if last else -1)
     callback = GAPOCallback(

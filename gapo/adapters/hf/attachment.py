@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import log_probs, pair_logps
 from gapo.adapters.hf.quantised import stay_differentiable
 from gapo.backends.base import by_pairs
 from gapo.backends.torch import TorchBackend, TorchForward
+from gapo.backends.torch.sharded import is_shard
 from gapo.backends.torch.zero3 import Zero3Forward, is_zero3
 from gapo.data.reference import require_reference
 from gapo.metrics import combine, pair_metrics, reference_metrics, reward_metrics, step_metrics
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_REPLACED = ("compute_loss", "prediction_step", "evaluation_loop", "log")
+_REPLACED = ("compute_loss", "prediction_step", "evaluation_loop", "log", "train")
 
 
 class Attachment:
@@ -76,6 +78,16 @@ class Attachment:
         if self._set_sync:
             self._accumulation["sync_each_batch"] = False
         del self.trainer._gapo_attachment
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own training, but that True stands for the last checkpoint that was written whole."""
+        self._window.clear()  # of a training that was interrupted
+        if resume_from_checkpoint is True:
+            folder = self.trainer.args.output_dir
+            resume_from_checkpoint = last_whole_checkpoint(folder)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"there is no whole checkpoint in {folder!r} to resume from: leave the argument out")
+        return self._own["train"](resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -171,6 +183,22 @@ class Attachment:
         self._evaluated = []
         return output
 
+    def require_finite_gradients(self, model: nn.Module) -> None:
+        """Raise FloatingPointError where a gradient is not finite, before the optimizer takes it.
+
+        Not looked at: shards, and what float16's scaler may skip by itself.
+        """
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if not grads or self.trainer.accelerator.scaler is not None or any(map(is_shard, grads.values())):
+            return
+        if not bool(torch.isfinite(torch.nn.utils.get_total_norm(list(grads.values()), float("inf")))):
+            bad = [name for name, g in grads.items() if not bool(torch.isfinite(g).all())]
+            whose = repr(bad[0]) if len(bad) < len(grads) else "all parameters (clipping has spread a NaN)"
+            raise FloatingPointError(
+                f"the gradient of {whose} is not finite; no weight was changed. Look for overflow in the backward, or "
+                "use a wider dtype"
+            )
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own log, with the metrics of the training window added where it reports one."""
         if self._window and "loss" in logs:
@@ -209,14 +237,16 @@ def _disable_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
     """Set every dropout probability of `model` to 0; what it was, to undo it.
 
     Besides `nn.Dropout`, models keep the probability of functional dropout in attributes such as `attention_dropout`.
+    What is 0 already is left out: another trainer of this model may have set it, and is the one to undo it.
     """
     changed = []
     for module in model.modules():
         names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
         names += [name for name, value in vars(module).items() if name.endswith("dropout") and isinstance(value, float)]
         for name in names:
-            changed.append((module, name, getattr(module, name)))
-            setattr(module, name, 0.0)
+            if getattr(module, name) != 0:
+                changed.append((module, name, getattr(module, name)))
+                setattr(module, name, 0.0)
     return changed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from types import FrameType
@@ -68,6 +69,7 @@ class GAPOCallback(TrainerCallback):
         self.on_step = on_step
         self.disable_dropout = disable_dropout
         self._attachment: Attachment | None = None
+        self._left: weakref.ref[Trainer] | None = None  # the trainer that it was detached from
 
     def attach(self, trainer: Trainer) -> GAPOCallback:
         """Turn `trainer` into a GAPO trainer; harmless if it is already this callback's. Returns self."""
@@ -79,15 +81,16 @@ class GAPOCallback(TrainerCallback):
             )
         if Attachment.of(trainer) is not None:
             raise ValueError("another GAPOCallback is attached to this trainer already: give it one only")
-        self._attachment = Attachment(trainer, self)
+        self._attachment, self._left = Attachment(trainer, self), None
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         return self
 
     def detach(self) -> None:
-        """Give the trainer its own methods and the model its dropout back."""
+        """Give the trainer its own methods and the model its dropout back, until `attach` is called again."""
         if self._attachment is not None:
             self._attachment.undo()
+            self._left = weakref.ref(self._attachment.trainer)
             self._attachment = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -97,7 +100,18 @@ class GAPOCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         self._attach_to_caller()  # add_callback() after construction never fires on_init_end
-        self._compare_settings(state)
+        if self._attachment is not None:
+            self._compare_settings(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._attachment is None and self._left is None:  # add_callback() while training fires neither
+            self.on_train_begin(args, state, control)
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        if self._attachment is not None and model is not None:
+            self._attachment.require_finite_gradients(model)
 
     def _compare_settings(self, state: TrainerState) -> None:
         """Say which settings differ from the resumed checkpoint's; put these into the checkpoints to come."""
@@ -109,7 +123,9 @@ class GAPOCallback(TrainerCallback):
         state.stateful_callbacks[_STATE] = {"args": {}, "attributes": settings}
 
     def _attach_to_caller(self) -> None:
-        self.attach(calling_trainer(self))
+        trainer = calling_trainer(self)
+        if self._left is None or self._left() is not trainer:
+            self.attach(trainer)
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer:

@@ -65,6 +65,7 @@ def row_logits(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Te
     """(logits, labels) of the rows of `stack_pairs`, (rows, seq, vocab) and (rows, seq), from the first to the last
     labelled position where the model can leave the others out. Position t of the logits predicts label t + 1.
     """
+    _require_in_vocabulary(model, rows["input_ids"])
     accepted = forward_parameters(model)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     if "position_ids" in accepted:  # with padding on the left, positions are not the columns
@@ -97,14 +98,36 @@ def log_probs(model: nn.Module, batch: Mapping[str, Any]) -> LogProbs:
 
 
 def forward_parameters(model: Any) -> set[str]:
-    """Names that the forward of the innermost model accepts, through DDP, torch.compile and PEFT."""
+    """Names that the forward of the innermost model accepts."""
+    return set(inspect.signature(_innermost(model).forward).parameters)
+
+
+def _innermost(model: Any) -> Any:
+    """The model inside DDP, torch.compile and PEFT."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
-            return set(inspect.signature(model.forward).parameters)
+            return model
+
+
+def _require_in_vocabulary(model: Any, ids: Tensor) -> None:
+    """Raise ValueError for a token that the model does not know: on a GPU its embedding would end the process."""
+    inner = _innermost(model)
+    if not hasattr(inner, "get_input_embeddings"):
+        return
+    size = getattr(inner.get_input_embeddings(), "num_embeddings", None)
+    if size is None:
+        return
+    outside = ((ids < 0) | (ids >= size)).any(-1)
+    if bool(outside.any()):
+        raise ValueError(
+            f"row {int(outside.nonzero()[0])} of input_ids (chosen rows stand first) holds a token id outside "
+            f"0..{size - 1}: the tokenizer and the model's vocabulary differ. Use the model's own tokenizer, or "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def _widen(x: Tensor, seq: int, value: int) -> Tensor:

@@ -60,17 +60,24 @@ class TorchForward:
         # counter does not move, so that the clean graph stays valid. theta returns from a clone, bit for bit.
         saved: dict[str, Tensor] = {}
         try:
-            with torch.no_grad(), self._random_state.replayed():
-                for name in names:
-                    theta = self.parameters[name].data
-                    saved[name] = theta.clone()
-                    theta.copy_(move(name, theta))
-                torch.clear_autocast_cache()  # low-precision copies of theta would hide the anchor
-                return self._cut.outputs(self._run, self._random_state) if self._cut else self._run()
-        finally:
-            for name, theta in saved.items():
-                self.parameters[name].data.copy_(theta)
-            torch.clear_autocast_cache()
+            try:
+                with torch.no_grad(), self._random_state.replayed():
+                    for name in names:
+                        theta = self.parameters[name].data
+                        saved[name] = theta.clone()
+                        theta.copy_(move(name, theta))
+                    torch.clear_autocast_cache()  # low-precision copies of theta would hide the anchor
+                    return self._cut.outputs(self._run, self._random_state) if self._cut else self._run()
+            finally:
+                self._put_back(saved)
+        finally:  # a Ctrl-C may fall into the lines above, and then their work is finished here
+            self._put_back(saved)
+
+    def _put_back(self, saved: dict[str, Tensor]) -> None:
+        for name in list(saved):
+            self.parameters[name].data.copy_(saved[name])
+            del saved[name]
+        torch.clear_autocast_cache()
 
     def directional(self, delta: LeafRule, names: Iterable[str]) -> Tensor:
         # One backward for each pair: slow, and right for every module.

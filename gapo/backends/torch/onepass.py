@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # What the first step of a model found, by module and by what was run on it.
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
+# The hook on each layer. That of a step which failed is there as long as something holds its traceback.
+_hooks: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
+
 
 class OnePassForward(TorchForward):
     """A clean forward that keeps what its backward passes through.
@@ -71,8 +74,11 @@ class OnePassForward(TorchForward):
         names = {id(p): name for name, p in module.named_parameters()}
         for layer in owners:
             own = {part: names[id(p)] for part, p in layer.named_parameters(recurse=False) if p.requires_grad}
+            if layer in _hooks:
+                _hooks.pop(layer).remove()
             # First of the layer's hooks: what others make of its output is not the rule's affair.
-            self._handles.append(layer.register_forward_hook(self._tap(rules[id(layer)], own), prepend=True))
+            _hooks[layer] = layer.register_forward_hook(self._tap(rules[id(layer)], own), prepend=True)
+            self._handles.append(_hooks[layer])
         # The hooks must outlive the forward: a checkpointed layer runs again in the backward. They go with this object.
         weakref.finalize(self, _remove, self._handles)
 

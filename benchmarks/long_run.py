@@ -1,0 +1,167 @@
+"""A long training of a tiny model: does its memory grow, does it slow down?
+
+`python benchmarks/long_run.py --steps 2000 --output long_run.csv` trains with GAPO in a Trainer, evaluates and saves
+now and then, and samples the memory of the process and the time of each step. The exit code is 1 where memory grows or
+a step gets dearer by more than the bounds. Growth is the slope of a line through the samples, and a step's cost a
+median over a tenth of the run; the first tenth is taken for warm-up and left out of both. What is judged is a step's
+CPU time over that of a yardstick, the same forward and backward of a copy of the model every few steps: other work on
+the machine slows both, and moves wall-clock time most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, Trainer, TrainerCallback
+
+import gapo
+from gapo.adapters.hf import GAPOCallback, PreferenceCollator
+from gapo.adapters.hf.margins import pair_logps
+from gapo.data import generate_pairs
+from gapo.experiments.config import TrainConfig
+from gapo.experiments.tiny import tiny_model
+
+FIELDS = ("step", "resident_mib", "cuda_mib", "cpu_seconds", "wall_seconds", "yardstick_cpu_seconds")
+YARDSTICK_EVERY = 5
+
+
+class Sampler(TrainerCallback):
+    """One row of `FIELDS` for each step; times are those of the step alone. The yardstick is NaN where not taken."""
+
+    def __init__(self, steps: int, yardstick: Callable[[], Any]) -> None:
+        self.rows = np.full((steps, len(FIELDS)), np.nan)  # held from the start, so that it is no growth
+        self._bar = tqdm(total=steps, desc="training")
+        self._process, self._yardstick = psutil.Process(), yardstick
+        self._began = (0.0, 0.0)
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._began = (time.process_time(), time.perf_counter())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        times = (time.process_time() - self._began[0], time.perf_counter() - self._began[1])
+        resident = self._process.memory_info().rss / 2**20
+        cuda = torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+        self.rows[state.global_step - 1, :5] = (state.global_step, resident, cuda, *times)
+        if state.global_step % YARDSTICK_EVERY == 0:
+            began = time.process_time()
+            self._yardstick()
+            self.rows[state.global_step - 1, 5] = time.process_time() - began
+        self._bar.update()
+        self._bar.set_postfix(resident=f"{resident:.0f} MiB", refresh=False)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._bar.close()
+
+
+def train(options: argparse.Namespace, folder: Path) -> np.ndarray:
+    """Train as the options say; the samples, (steps, len(FIELDS))."""
+    config = TrainConfig(
+        cache_dir=str(folder), tiny_hidden_size=64, tiny_heads=2, tiny_vocab=512, tiny_text_steps=0, tiny_answer_steps=0
+    )
+    pairs = generate_pairs(options.pairs)
+    path = tiny_model(config, pairs)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    collator = PreferenceCollator(tokenizer, max_length=128)
+    fixed, batch = copy.deepcopy(model), collator(pairs[: options.batch_size])
+    sampler = Sampler(options.steps, lambda: torch.stack(pair_logps(fixed, batch)).sum().backward())
+    trainer = Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(folder / "run"),
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            learning_rate=1e-5,
+            logging_steps=50,
+            eval_strategy="steps",
+            eval_steps=max(1, options.steps // 4),
+            save_steps=max(1, options.steps // 4),
+            save_total_limit=1,
+            report_to="none",
+            seed=options.seed,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=pairs,
+        eval_dataset=generate_pairs(64, split="test"),
+        data_collator=collator,
+        callbacks=[
+            GAPOCallback(gapo.GAPOConfig(rho=options.rho, anchor=options.anchor), objective=options.objective),
+            sampler,
+        ],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return sampler.rows
+
+
+def summarise(rows: np.ndarray) -> dict[str, float]:
+    """Growth of memory, MiB in 1,000 steps, and the median milliseconds of a step at the start and at the end."""
+    tenth = max(1, len(rows) // 10)
+    steady = rows[tenth:]
+    first, last = steady[:tenth], steady[-tenth:]
+    found = {"resident, MiB": float(np.median(last[:, 1]))}
+    for name, column in (("resident", 1), ("CUDA", 2)):
+        found[f"growth of {name} memory, MiB in 1,000 steps"] = 1000 * float(
+            np.polyfit(steady[:, 0], steady[:, column], 1)[0]
+        )
+    for name, column in (("CPU", 3), ("wall-clock", 4), ("yardstick's CPU", 5)):
+        for when, part in (("start", first), ("end", last)):
+            found[f"{name} ms, {when}"] = 1000 * float(np.nanmedian(part[:, column]))
+    start, end = (found[f"CPU ms, {when}"] / found[f"yardstick's CPU ms, {when}"] for when in ("start", "end"))
+    found["slowdown of a step against the yardstick"] = end / start - 1
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="example: python benchmarks/long_run.py --steps 2000"
+    )
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--pairs", type=int, default=1000, help="generated training pairs")
+    parser.add_argument("--batch-size", type=int, default=8, help="pairs in a step")
+    parser.add_argument("--rho", type=float, default=0.1)
+    parser.add_argument("--anchor", choices=["exact", "first_order"], default="exact")
+    parser.add_argument(
+        "--objective", default="gapo", help="gapo, simpo or another of gapo.objectives without reference"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-growth", type=float, default=5.0, help="MiB in 1,000 steps")
+    parser.add_argument("--max-slowdown", type=float, default=0.05, help="of a step against the yardstick, as a share")
+    parser.add_argument("--output", type=Path, default=Path("long_run.csv"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = train(options, Path(folder))
+    with options.output.open("w", newline="") as file:
+        csv.writer(file).writerows([FIELDS, *rows.tolist()])
+    found = summarise(rows)
+    print(
+        f"{options.steps} steps of {options.batch_size} pairs, {options.objective}, anchor {options.anchor}; ", end=""
+    )
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}\n")
+    print("| | |\n|---|---|")
+    for name, value in found.items():
+        print(f"| {name} | {value:+.1%} |" if name.startswith("slowdown") else f"| {name} | {value:.2f} |")
+    growth = max(value for name, value in found.items() if name.startswith("growth"))
+    slower = found["slowdown of a step against the yardstick"]
+    if growth > options.max_growth or slower > options.max_slowdown:
+        print(f"\nbounds: {options.max_growth} MiB in 1,000 steps and {options.max_slowdown:.0%} were passed")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,39 @@
+"""Which of a Trainer's checkpoints can be resumed from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The checkpoint of the most steps in `folder` that was written to its end; None without one.
+
+    A Trainer writes weights, optimizer and random states before `trainer_state.json`: where that can be read, the
+    others are whole. A later checkpoint that is passed over is named in a warning.
+    """
+    found = [
+        (int(match[1]), path)
+        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    ]
+    for _, path in sorted(found, reverse=True):
+        if _is_whole(path):
+            return str(path)
+        logger.warning("%s was not written to its end (its %s is not whole): passed over", path, TRAINER_STATE_NAME)
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
