@@ -69,7 +69,13 @@ class Sampler(TrainerCallback):
 def train(options: argparse.Namespace, folder: Path) -> np.ndarray:
     """Train as the options say; the samples, (steps, len(FIELDS))."""
     config = TrainConfig(
-        cache_dir=str(folder), tiny_hidden_size=64, tiny_heads=2, tiny_vocab=512, tiny_text_steps=0, tiny_answer_steps=0
+        cache_dir=str(folder),
+        tiny_hidden_size=options.width,
+        tiny_layers=options.depth,
+        tiny_heads=2,
+        tiny_vocab=512,
+        tiny_text_steps=0,
+        tiny_answer_steps=0,
     )
     pairs = generate_pairs(options.pairs)
     path = tiny_model(config, pairs)
@@ -132,6 +138,8 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--pairs", type=int, default=1000, help="generated training pairs")
+    parser.add_argument("--width", type=int, default=64, help="of the model")
+    parser.add_argument("--depth", type=int, default=2, help="layers of the model")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs in a step")
     parser.add_argument("--rho", type=float, default=0.1)
     parser.add_argument("--anchor", choices=["exact", "first_order"], default="exact")
