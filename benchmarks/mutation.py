@@ -5,7 +5,7 @@ that drops a statement; then the tests of that module run. A mutant that they pa
 is a fork of a process that has imported the frameworks already, so that it costs what the tests cost.
 
     pip install cosmic-ray==8.7.0
-    python benchmarks/mutation.py                               # everything, about two hours on two cores
+    python benchmarks/mutation.py                               # everything
     python benchmarks/mutation.py geometry step --sample 100    # 100 mutants drawn from each of two modules
     python benchmarks/mutation.py step --again                  # only what survived before, after new tests
 
