@@ -402,9 +402,7 @@ def test_with_gapo_trainer_and_its_tokenised_rows(tmp_path: Path) -> None:
     assert len(held_out_of(trainer)) == 3
 
 
-def test_gapo_train_draws_it_in_its_report_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_gapo_train_draws_it_in_its_report_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = tmp_path / "pairs.jsonl"
     data.write_rows(pairs, data.generate_pairs(40))
     options = {"pairs": str(pairs), "eval_fraction": 0.25, "drift": True, "drift_pairs": 3, "drift_prompts": 2}
@@ -423,8 +421,6 @@ def test_gapo_train_draws_it_in_its_report_and_goes_on(
     for title in ("KL to the starting policy", "Margins of two fixed samples", "Length of generated responses"):
         assert text.count(f'aria-label="{title}"') == 1
     assert f"At step 4 the policy's distribution over the next token was {found[2]['drift/kl']:.3g} nats" in text
-    assert train(tmp_path, backend="jax", overwrite=True, model=str(tmp_path / "run" / "model"), **options) == 1
-    assert "drift=True needs backend torch; backend jax knows False" in capsys.readouterr().err
 
 
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:

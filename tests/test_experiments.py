@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from frameworks import require
 
 from gapo import cli, data
 from gapo.data import collate
 from gapo.experiments import files, noise, plots, report
 from gapo.experiments.config import ConfigError, known_keys, make_parser, parse
 from gapo.experiments.reference import with_kept_reference
+
+_LIBRARY = {"jax": "flax", "mlx": "mlx_lm"}  # what `gapo train` needs for these backends
 
 QUICK = {
     "demo_size": 60,
@@ -174,6 +177,8 @@ def test_an_unfinished_run_with_other_settings_is_refused(
 @pytest.mark.parametrize("loss", ["gapo", "simpo", "dpo"])
 def test_the_same_yaml_on_every_backend(finished: Path, tmp_path: Path, loss: str) -> None:
     """The same pairs, tokenizer and tiny model: all agree before; JAX and MLX share the order and stay near."""
+    require("flax")
+    require("mlx_lm")
     model = str(finished / "run" / "model")
     options = {"model": model, "loss": loss, "accumulation": 2, "weight_decay": 0.1}
     if loss == "dpo":
@@ -222,6 +227,7 @@ def test_other_backends_resume_too(
 ) -> None:
     from gapo.experiments import loop
 
+    require(_LIBRARY[backend])
     options = {"model": str(finished / "run" / "model"), "backend": backend}
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
@@ -318,6 +324,7 @@ def test_settings_of_a_loss_on_the_command_line(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"backend": "jax", "lora_r": 2}, "lora_r=2 needs backend torch; backend jax knows 0"),
+        ({"backend": "jax", "drift": True}, "drift=True needs backend torch; backend jax knows False"),
         ({"backend": "mlx", "bf16": True}, "bf16=True needs backend torch"),
         ({"backend": "jax", "scheduler": "polynomial"}, "scheduler must be one of 'cosine', 'linear', 'constant'"),
     ],
@@ -325,8 +332,20 @@ def test_settings_of_a_loss_on_the_command_line(tmp_path: Path) -> None:
 def test_what_other_backends_cannot(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], message: str
 ) -> None:
+    require(_LIBRARY[options["backend"]])
     assert train(tmp_path, model=str(finished / "run" / "model"), **options) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("backend", "extra"), [("jax", "flax"), ("mlx", "mlx-lm")])
+def test_a_backend_that_is_not_installed_is_named_before_any_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str, extra: str
+) -> None:
+    monkeypatch.delitem(sys.modules, f"gapo.experiments.train_{backend}", raising=False)
+    monkeypatch.setitem(sys.modules, {"jax": "jax", "mlx": "mlx.core"}[backend], None)
+    assert train(tmp_path, backend=backend) == 1
+    assert f'which is not installed: pip install "gapo[{extra}]"' in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_simpo_and_lora_and_files(finished: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import gapo
+from gapo.adapters import missing
 from gapo.config import GAPOConfig
 from gapo.data import Pairs, flip_pairs, generate_pairs, read_pairs
 from gapo.experiments.config import ConfigError, TrainConfig, as_dict, require_loss_settings
@@ -31,8 +32,10 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
     Raises:
         ConfigError: the output folder holds a finished run, or one of other settings.
         gapo.data.PairError: the pairs cannot be read.
+        ModuleNotFoundError: the backend's libraries are not installed.
     """
     require_loss_settings(run, step)
+    loop = _loop(run.backend)
     folder = Path(run.output_dir)
     _prepare_folder(folder, run, step)
     data = load_data(run)
@@ -41,7 +44,6 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
     write_text(folder / "data.txt", data.summary + "\n")
     model = str(tiny_model(run, data.train)) if run.model == "tiny" else run.model
     began = time.monotonic()
-    loop = importlib.import_module(f"gapo.experiments.train_{run.backend}")
     before, after = loop.run(run, step, data, model, folder)
     summary = {
         "loss": run.loss,
@@ -56,6 +58,14 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
     write_report(folder, summary)
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: its presence means finished
     return summary
+
+
+def _loop(backend: str) -> Any:
+    """The training loop of a backend, imported first of all: no file is touched where it is not installed."""
+    try:
+        return importlib.import_module(f"gapo.experiments.train_{backend}")
+    except ModuleNotFoundError as error:
+        raise missing({"torch": "hf", "jax": "flax", "mlx": "mlx-lm"}[backend], error) from error
 
 
 def load_data(run: TrainConfig) -> RunData:
