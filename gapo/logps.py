@@ -101,17 +101,18 @@ def _token_logps(logits: Array, targets: Array, xp: Namespace) -> Array:
 def _check_labels(targets: Array, counted: Array, vocab: int, ignore_index: int, xp: Namespace) -> None:
     """Raise ValueError naming the first row that has no counted token, or a label outside the vocabulary."""
     empty = ~xp.any(counted, axis=-1)
+    outside = xp.any(counted & ((targets < 0) | (targets >= vocab)), axis=-1)
+    if not bool(xp.any(empty | outside)):  # one look at the device, where each waits for the work before it
+        return
     if bool(xp.any(empty)):
         raise ValueError(
             f"row {_first(empty)} of labels has no token that counts: every label after position 0 is {ignore_index} "
             "(an empty response, or one cut off by truncation)"
         )
-    outside = xp.any(counted & ((targets < 0) | (targets >= vocab)), axis=-1)
-    if bool(xp.any(outside)):
-        raise ValueError(
-            f"row {_first(outside)} of labels holds a token id outside 0..{vocab - 1}: the labels' tokenizer and the "
-            "model's vocabulary differ"
-        )
+    raise ValueError(
+        f"row {_first(outside)} of labels holds a token id outside 0..{vocab - 1}: the labels' tokenizer and the "
+        "model's vocabulary differ"
+    )
 
 
 def _first(flags: Array) -> int:

@@ -8,6 +8,7 @@ import logging
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gapo import GAPOConfig
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator, with_reference_logps
-from gapo.adapters.hf.margins import log_probs, pair_logps
+from gapo.adapters.hf.margins import log_probs, pair_logps, stack_pairs
 from gapo.objectives import OBJECTIVES
 
 CONFIG = GAPOConfig(rho=0.3)
@@ -500,6 +501,40 @@ def test_batches_of_trls_dpo_collator() -> None:
     model.register_forward_hook(lambda module, args, output: type(output)(loss=output.logits.mean()))
     with pytest.raises(ValueError, match=r"returns no logits \(CausalLMOutputWithPast\).*switch a fused linear"):
         pair_logps(model, batch)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_forward_asks_for_labelled_columns_and_reads_the_device_twice(
+    monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    """Once before it and once after it, whatever is checked: each reading of a GPU waits for the work before it."""
+    kept: list[torch.Tensor] = []
+    read: list[str] = []
+
+    class Embedding(torch.nn.Embedding):
+        """A language model that reads nothing itself."""
+
+        def get_input_embeddings(self) -> torch.nn.Embedding:
+            return self
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, logits_to_keep: Any = None) -> Any:
+            kept.append(logits_to_keep)
+            return SimpleNamespace(logits=super().forward(input_ids)[:, logits_to_keep])
+
+    def counted(name: str) -> Any:
+        plain = getattr(torch.Tensor, name)
+        return lambda x, *arguments: (read.append(name), plain(x, *arguments))[1]
+
+    model, batch = Embedding(hf_models.VOCAB, hf_models.VOCAB), hf_models.batch(side=side)
+    batch["chosen_labels"][0, 0] = 1  # which nothing predicts
+    with monkeypatch.context() as patched:
+        for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero"):
+            patched.setattr(torch.Tensor, name, counted(name))
+        pair_logps(model, batch)
+    assert read == ["tolist", "__bool__"]
+    labels = stack_pairs(batch)["labels"]
+    labelled = [column for column in range(1, labels.shape[1]) if (labels[:, column] >= 0).any()]
+    assert kept[0].tolist() == list(range(labelled[0] - 1, labelled[-1] + 1))
 
 
 def test_padding_on_either_side_changes_nothing() -> None:

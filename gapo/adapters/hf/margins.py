@@ -65,17 +65,15 @@ def row_logits(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Te
     """(logits, labels) of the rows of `stack_pairs`, (rows, seq, vocab) and (rows, seq), from the first to the last
     labelled position where the model can leave the others out. Position t of the logits predicts label t + 1.
     """
-    _require_in_vocabulary(model, rows["input_ids"])
+    labels = rows["labels"]
+    first, last = _labelled_columns(model, rows)
     accepted = forward_parameters(model)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     if "position_ids" in accepted:  # with padding on the left, positions are not the columns
         options["position_ids"] = (rows["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    labels = rows["labels"]
-    if "logits_to_keep" in accepted:
-        used = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero()
-        if len(used):
-            columns = torch.arange(int(used[0]), int(used[-1]) + 2, device=labels.device)
-            options["logits_to_keep"], labels = columns, labels[:, columns]
+    if "logits_to_keep" in accepted and first <= last:
+        columns = torch.arange(first - 1, last + 1, device=labels.device)
+        options["logits_to_keep"], labels = columns, labels[:, columns]
     outputs = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], **options)
     logits = getattr(outputs, "logits", None)
     if logits is None:
@@ -113,21 +111,34 @@ def _innermost(model: Any) -> Any:
             return model
 
 
-def _require_in_vocabulary(model: Any, ids: Tensor) -> None:
-    """Raise ValueError for a token that the model does not know: on a GPU its embedding would end the process."""
-    inner = _innermost(model)
-    if not hasattr(inner, "get_input_embeddings"):
-        return
-    size = getattr(inner.get_input_embeddings(), "num_embeddings", None)
-    if size is None:
-        return
-    outside = ((ids < 0) | (ids >= size)).any(-1)
-    if bool(outside.any()):
+def _labelled_columns(model: Any, rows: Mapping[str, Tensor]) -> tuple[int, int]:
+    """First and last column that holds a label in any row, column 0 aside, which nothing predicts; none: first > last.
+
+    Raises ValueError for a token that the model does not know: on a GPU its embedding would end the process. Both are
+    read from the device at once, since each reading waits for the work before it.
+    """
+    ids, labels = rows["input_ids"], rows["labels"]
+    labelled = (labels != IGNORE_INDEX).any(0)
+    labelled[0] = False
+    columns = torch.arange(len(labelled), device=labels.device)
+    span = [torch.where(labelled, columns, len(labelled)).min(), torch.where(labelled, columns, -1).max()]
+    size = _vocabulary(model)
+    outside = torch.zeros_like(labels, dtype=torch.bool) if size is None else (ids < 0) | (ids >= size)
+    first, last, wrong = torch.stack([*span, outside.any()]).tolist()
+    if wrong and size is not None:
         raise ValueError(
-            f"row {int(outside.nonzero()[0])} of input_ids (chosen rows stand first) holds a token id outside "
+            f"row {int(outside.nonzero()[0, 0])} of input_ids (chosen rows stand first) holds a token id outside "
             f"0..{size - 1}: the tokenizer and the model's vocabulary differ. Use the model's own tokenizer, or "
             "model.resize_token_embeddings(len(tokenizer))"
         )
+    return first, last
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Tokens that the model's embedding knows; None if it does not say."""
+    inner = _innermost(model)
+    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    return getattr(embedding, "num_embeddings", None)
 
 
 def _widen(x: Tensor, seq: int, value: int) -> Tensor:
