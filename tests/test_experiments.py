@@ -337,6 +337,28 @@ def test_what_other_backends_cannot(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "library"),
+    [
+        ("train x.yaml", "jsonargparse"),
+        ("train --output_dir=new", "matplotlib"),
+        ("train --output_dir=new", "jinja2"),
+        ("study --pairs=new.jsonl --output_dir=new", "scipy"),
+        ("score new.jsonl --model=new --output=scores.jsonl", "jinja2"),
+    ],
+)
+def test_a_library_of_the_command_line_that_is_not_installed_is_named_before_any_work(
+    tmp_path: Path, command: str, library: str
+) -> None:
+    code = f"import sys; sys.modules[{library!r}] = None; from gapo.cli import main; sys.exit(main({command.split()}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    name = command.split()[0]
+    expected = f'gapo: error: gapo {name} needs {library}, which is not installed: pip install "gapo[cli]"\n'
+    assert done.stderr.endswith(expected)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("backend", "extra"), [("jax", "flax"), ("mlx", "mlx-lm")])
 def test_a_backend_that_is_not_installed_is_named_before_any_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str, extra: str

@@ -214,6 +214,7 @@ def test_packing_is_held_off_while_training_and_refused_when_done(folder: Path, 
 def test_gapo_train_over_a_saved_quantised_base(
     folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    require("matplotlib")  # of the extra `cli`
     base(folder, kind).save_pretrained(tmp_path / "base")
     data.write_rows(tmp_path / "pairs.jsonl", data.generate_pairs(24))
     hf_models.tokenizer().save_pretrained(tmp_path / "base")

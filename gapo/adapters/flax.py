@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import gapo
-from gapo.adapters import missing
+from gapo._extras import missing
 
 try:
     import jax
     import jax.numpy as jnp
     from flax import nnx
 except ModuleNotFoundError as error:
-    raise missing("flax", error) from error
+    raise missing("gapo.adapters.flax", "flax", error) from error
 
 from gapo.backends.jax import JaxBackend, JaxForward
 from gapo.config import GAPOConfig

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import gapo
-from gapo.adapters import missing
+from gapo._extras import missing
 
 try:
     import mlx.core as mx
@@ -20,7 +20,7 @@ try:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.tuner.callbacks import TrainingCallback
 except ModuleNotFoundError as error:
-    raise missing("mlx-lm", error) from error
+    raise missing("gapo.adapters.mlx_lm", "mlx-lm", error) from error
 
 from gapo.backends.mlx import MlxBackend, MlxForward
 from gapo.config import GAPOConfig

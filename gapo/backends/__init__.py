@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
+from gapo._extras import named_extra
 from gapo.backends.base import Backend
 
 BACKENDS = ("numpy", "torch", "jax", "mlx")
@@ -24,12 +24,7 @@ def get_backend(name: str, **options: Any) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    try:
+    with named_extra(f"backend={name!r}", name):
         importlib.import_module(_FRAMEWORK[name])
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'backend={name!r} needs {_FRAMEWORK[name]}, which is not installed: pip install "gapo[{name}]"',
-            name=error.name,
-        ) from error
     backend: Backend = importlib.import_module(f"gapo.backends.{name}").make_backend(**options)
     return backend

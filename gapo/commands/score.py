@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from gapo._extras import named_extra
+from gapo.config import GAPOConfig
+
 if TYPE_CHECKING:
-    from gapo.config import GAPOConfig
     from gapo.experiments.score.config import ScoreConfig
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo score` with `arguments`; returns the exit status."""
     config, step = parse(arguments)
-    from gapo.experiments.score.flow import Files, score
+    with named_extra("gapo score", "cli"):
+        from gapo.experiments.score.flow import Files, score
 
     scores = score(config, step)
     files = Files(config.output)
@@ -27,12 +30,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def make_parser() -> Any:
     """The parser of `gapo score`: every field of `ScoreConfig`, and those of `gapo.GAPOConfig` that change a score."""
-    try:
+    with named_extra("gapo score", "cli"):
         from jsonargparse import ArgumentParser
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'gapo score needs {error.name}: pip install "gapo[cli]"', name=error.name) from error
-    from gapo.config import GAPOConfig
-    from gapo.experiments.score.config import ScoreConfig
+
+        from gapo.experiments.score.config import ScoreConfig
 
     parser = ArgumentParser(
         prog="gapo score",
@@ -48,7 +49,6 @@ def make_parser() -> Any:
 def parse(arguments: Sequence[str]) -> tuple[ScoreConfig, GAPOConfig]:
     """The command line as the two configurations; where it is none, the process ends with status 2, saying why."""
     parser = make_parser()
-    from gapo.config import GAPOConfig
     from gapo.experiments.score.config import ScoreConfig
 
     found = parser.parse_args(list(arguments))

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gapo._extras import named_extra
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo study` with `arguments`; returns the exit status."""
-    try:
+    with named_extra("gapo study", "cli"):
         from gapo.experiments.study.config import ConfigError, make_parser, parse
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'gapo study needs {error.name}: pip install "gapo[cli]"', name=error.name) from error
 
     if not arguments or "--help" in arguments or "-h" in arguments:
         make_parser().print_help()
@@ -22,7 +22,8 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"gapo study: error: {error}. See gapo study --help", file=sys.stderr)
         return 2
-    from gapo.experiments.study.study import run_study
+    with named_extra("gapo study", "cli"):
+        from gapo.experiments.study.study import run_study
 
     run_study(config)
     print(f"report: {Path(config.output_dir) / 'study.html'}")

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gapo._extras import named_extra
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo train` with `arguments`; returns the exit status."""
-    try:
+    with named_extra("gapo train", "cli"):
         from gapo.experiments.config import ConfigError, make_parser, parse
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'gapo train needs {error.name}: pip install "gapo[cli]"', name=error.name) from error
 
     if not arguments or "--help" in arguments or "-h" in arguments:
         make_parser().print_help()
@@ -22,7 +22,8 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"gapo train: error: {error}. See gapo train --help", file=sys.stderr)
         return 2
-    from gapo.experiments.train import train
+    with named_extra("gapo train", "cli"):
+        from gapo.experiments.train import train
 
     summary = train(run, step)
     accuracy = "eval_rewards/accuracies"

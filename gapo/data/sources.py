@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gapo._extras import named_extra
+
 Rows = Iterable[tuple[int, Any]]
 
 _FILES = ".json, .jsonl (each also .gz), .csv, .parquet"
@@ -193,11 +195,8 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 def _datasets() -> Any:
-    try:
+    with named_extra("reading Parquet files and data sets", "hf"):
         import datasets
-    except ModuleNotFoundError as error:
-        message = 'reading Parquet files and data sets needs datasets: pip install "gapo[hf]"'
-        raise ModuleNotFoundError(message, name="datasets") from error
     return datasets
 
 

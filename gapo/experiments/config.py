@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import ArgumentError, ArgumentParser
+
 from gapo.config import GAPOConfig
 from gapo.experiments.yaml_file import require_plain_yaml
 from gapo.objectives import OBJECTIVES, without_anchor
@@ -179,8 +181,6 @@ def make_parser() -> Any:
 
 def parser_of(classes: Sequence[type], **about: str) -> Any:
     """A parser of the fields of data classes, from YAML and from the command line; `about` is what its help says."""
-    from jsonargparse import ArgumentParser
-
     parser = ArgumentParser(**about, exit_on_error=False)
     parser.add_argument("--config", action="config", metavar="CONFIG.yaml", help="the same as the first argument")
     for kind in classes:
@@ -209,8 +209,6 @@ def parse_fields(
     Raises:
         ConfigError: as `parse`.
     """
-    from jsonargparse import ArgumentError
-
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")

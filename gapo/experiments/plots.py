@@ -7,7 +7,9 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from gapo.experiments.noise import pair_columns
 
@@ -22,9 +24,6 @@ Row = dict[str, Any]
 
 def figure(title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None]) -> str:
     """One picture as SVG: `draw(axes)` puts the data in."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     style = {**ink, "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "legend.frameon": False}
     style["text.parse_math"] = False  # names of models may hold dollars

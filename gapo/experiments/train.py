@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import gapo
-from gapo.adapters import missing
+from gapo._extras import named_extra
 from gapo.config import GAPOConfig
 from gapo.data import Pairs, flip_pairs, generate_pairs, read_pairs
 from gapo.experiments.config import ConfigError, TrainConfig, as_dict, require_loss_settings
@@ -62,10 +62,8 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
 
 def _loop(backend: str) -> Any:
     """The training loop of a backend, imported first of all: no file is touched where it is not installed."""
-    try:
+    with named_extra(f"gapo train with backend {backend}", {"torch": "hf", "jax": "flax", "mlx": "mlx-lm"}[backend]):
         return importlib.import_module(f"gapo.experiments.train_{backend}")
-    except ModuleNotFoundError as error:
-        raise missing({"torch": "hf", "jax": "flax", "mlx": "mlx-lm"}[backend], error) from error
 
 
 def load_data(run: TrainConfig) -> RunData:
@@ -119,14 +117,7 @@ def _prepare_folder(folder: Path, run: TrainConfig, step: GAPOConfig) -> None:
     if (folder / "summary.json").exists() and not run.overwrite:
         raise ConfigError(f"{run.output_dir} holds a finished run: give another output_dir, or --overwrite true")
     if run.overwrite:
-        for name in (
-            "summary.json",
-            "report.html",
-            "metrics.jsonl",
-            "steps.jsonl",
-            "config.json",
-            "reference.safetensors",
-        ):
+        for name in _FILES:
             (folder / name).unlink(missing_ok=True)
         return
     if (folder / "config.json").exists():
@@ -138,6 +129,5 @@ def _prepare_folder(folder: Path, run: TrainConfig, step: GAPOConfig) -> None:
             changes = ", ".join(f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in changed)
             raise ConfigError(
                 f"{run.output_dir} holds an unfinished run with other settings ({changes}): give another "
-                f"output_dir, or "
-                "--overwrite true"
+                "output_dir, or --overwrite true"
             )

@@ -1,6 +1,6 @@
 """GAPO in Hugging Face's `Trainer`: a collator for preference pairs, a callback, and a trainer in TRL's shape."""
 
-from gapo.adapters import missing
+from gapo._extras import missing
 
 try:
     from gapo.adapters.hf.arguments import GAPOConfig
@@ -10,7 +10,7 @@ try:
     from gapo.adapters.hf.reference import with_reference_logps
     from gapo.adapters.hf.trainer import GAPOTrainer
 except ModuleNotFoundError as error:
-    raise missing("hf", error) from error
+    raise missing("gapo.adapters.hf", "hf", error) from error
 
 __all__ = [
     "DriftCallback",

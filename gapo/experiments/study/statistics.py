@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 _DRAWS = 4000
 
@@ -29,8 +30,6 @@ def bootstrap(values: np.ndarray, *, level: float = 0.95, seed: int = 0) -> Inte
     Raises:
         ValueError: there is no value.
     """
-    from scipy import stats
-
     values = np.asarray(values, dtype=float)
     n = len(values)
     if n == 0:
