@@ -240,16 +240,17 @@ def test_permuting_pairs_permutes_the_result(backend: Library) -> None:
         np.testing.assert_allclose(g, second[1][name], rtol=rtol, atol=rtol)
 
 
-def test_margins_alone_give_the_same_step(backend: Library) -> None:
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_margins_alone_give_the_same_step(backend: Library, anchor: str) -> None:
     arrays, batch = models.make_params(seed=10), models.make_batch(seed=10)
-    both, one = (take_step(backend, arrays, batch, pair=pair) for pair in (True, False))
+    both, one = (take_step(backend, arrays, batch, pair=pair, anchor=anchor) for pair in (True, False))
     np.testing.assert_allclose(both[0]["weights"], one[0]["weights"], rtol=1e-6)
     assert one[0]["chosen_logps"] is None
     np.testing.assert_allclose(
         both[0]["chosen_logps"] - both[0]["rejected_logps"], both[0]["margins"], rtol=1e-6, atol=1e-7
     )
     with pytest.raises(ValueError, match=r"sft_weight=0.1 needs the chosen log-probs"):
-        take_step(backend, arrays, batch, pair=False, sft_weight=0.1)
+        take_step(backend, arrays, batch, pair=False, sft_weight=0.1, anchor=anchor)
 
 
 @pytest.mark.parametrize(
@@ -276,12 +277,22 @@ def test_errors(backend: Library) -> None:
         take_step(backend, arrays, batch, last_layers=5)
     with pytest.raises(ValueError, match=r"gamma must be a number or one for each of the 3 pairs, got shape \(2,\)"):
         take_step(backend, arrays, batch, gamma=np.zeros(2))
-    for bad, match in (
-        (lambda p, b: "no array", r"margin_fn must return margins .* got str"),
-        (lambda p, b: (1, 2, 3), r"margin_fn must return margins .* got 3 values"),
+    both = models.make_margin_fn(backend)
+    for bad, error, got in (
+        (lambda p, b: "no array", TypeError, "got str"),
+        (lambda p, b: (1, 2, 3), TypeError, "got 3 values"),
+        (lambda p, b: both(p, b)[0][:, None], ValueError, r"N >= 1 pairs; got \(3, 1\)"),
+        (lambda p, b: both(p, b)[0][:0], ValueError, r"got \(0,\)"),
+        (lambda p, b: (both(p, b)[0], both(p, b)[1][:2]), ValueError, r"got \(3,\), \(2,\)"),
     ):
-        with pytest.raises(TypeError, match=match):
+        with pytest.raises(error, match=f"margin_fn must return margins .*{got}"):
             gapo.value_and_grad(bad, backend=backend.name)(models.to_backend(backend, arrays, "float64"), batch)
+
+
+@pytest.mark.parametrize(("value", "got"), [(np.ones(2, np.float32), "float32"), ([1.0, 1.0], "list")])
+def test_numpy_takes_float64_alone(value: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=rf"params\['w'\] must be a float64 array, got {got}"):
+        gapo.value_and_grad(lambda p, b: b @ p["w"], backend="numpy")({"w": value}, np.eye(2))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy says so too
