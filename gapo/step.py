@@ -10,7 +10,7 @@ from typing import Any
 from gapo import geometry, objective
 from gapo._namespace import Array, Namespace, at_least_float32, is_concrete, is_half, stop_gradient
 from gapo.backends import get_backend
-from gapo.backends.base import Backend, Forward, MarginFn
+from gapo.backends.base import Backend, Forward, MarginFn, margins_of, on_outputs
 from gapo.config import GAPOConfig
 from gapo.selection import select
 
@@ -115,7 +115,7 @@ def run(
     # 2. The probe gradient, up to a positive factor: only its direction matters.
     pull, factor = probe_pull(margins, gamma, config, backend)
     names = select(forward.parameters, forward.head, config)
-    g = forward.pullback(_on_outputs(-pull, forward.outputs, xp), names)
+    g = forward.pullback(on_outputs(-pull, forward.outputs, xp), names)
     g = {name: backend.all_reduce(g[name], "mean") for name in names}
     grad_norm = factor * _tree_norm([backend.norm(at_least_float32(x, xp)) for x in g.values() if _numel(x)], xp)
 
@@ -141,7 +141,7 @@ def run(
     terms = (config.beta, gamma, config.loss_type, config.label_smoothing, xp)
     loss = objective.reduce(objective.pair_losses(gaps, *terms), "mean", xp)
     weights = objective.pair_weights(gaps, *terms)
-    cotangents = _on_outputs(-weights / n, forward.outputs, xp)
+    cotangents = on_outputs(-weights / n, forward.outputs, xp)
     if config.sft_weight:
         loss, cotangents = _add_sft(loss, cotangents, values, config.sft_weight, xp)
     if is_concrete(loss):  # the first look at a value: a lazy framework has been lazy so far
@@ -163,11 +163,6 @@ def run(
         rejected_logps=values[1] if len(values) == 2 else None,
     )
     return result, cotangents
-
-
-def margins_of(outputs: tuple[Array, ...]) -> Array:
-    """(N,) margins of (margins,) or (chosen_logps, rejected_logps)."""
-    return outputs[0] if len(outputs) == 1 else outputs[0] - outputs[1]
 
 
 def probe_pull(margins: Array, gamma: Any, config: GAPOConfig, backend: Backend) -> tuple[Array, Array]:
@@ -257,12 +252,6 @@ class _Perturbation:
             )
 
 
-def _on_outputs(by_margin: Array, outputs: tuple[Array, ...], xp: Namespace) -> tuple[Array, ...]:
-    """A cotangent on the margins as cotangents on `outputs`, in their dtypes."""
-    by_output = (by_margin,) if len(outputs) == 1 else (by_margin, -by_margin)
-    return tuple(xp.astype(c, output.dtype) for c, output in zip(by_output, outputs, strict=True))
-
-
 def _add_sft(
     loss: Array, cotangents: tuple[Array, ...], values: tuple[Array, ...], sft_weight: float, xp: Namespace
 ) -> tuple[Array, tuple[Array, ...]]:
@@ -337,7 +326,6 @@ def _first_not_finite(arrays: dict[str, Array], xp: Namespace) -> str | None:
 
 __all__ = [
     "StepResult",
-    "margins_of",
     "run",
     "value_and_grad",
 ]

@@ -98,3 +98,14 @@ def outputs_of(returned: Any) -> tuple[Array, ...]:
     if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
         raise ValueError(f"{accepted}, with N >= 1 pairs; got {', '.join(map(str, shapes))}")
     return outputs
+
+
+def margins_of(outputs: Sequence[Array]) -> Array:
+    """(N,) margins of (margins,) or (chosen_logps, rejected_logps); of their derivatives likewise."""
+    return outputs[0] if len(outputs) == 1 else outputs[0] - outputs[1]
+
+
+def on_outputs(by_margin: Array, outputs: Sequence[Array], xp: Namespace) -> tuple[Array, ...]:
+    """The transpose: a cotangent on the margins (N,) as cotangents on `outputs`, in their dtypes."""
+    by_output = (by_margin,) if len(outputs) == 1 else (by_margin, -by_margin)
+    return tuple(xp.astype(c, output.dtype) for c, output in zip(by_output, outputs, strict=True))

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from gapo import geometry
-from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of
 from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
 from gapo.step import StepResult
@@ -65,7 +65,7 @@ class JaxForward:
             theta = self.parameters[name]
             tangents[name] += delta(name, theta).astype(theta.dtype)
         (along,) = push((tangents,))
-        return along[0] if len(along) == 1 else along[0] - along[1]
+        return margins_of(along)
 
     def pack(self, grads: dict[str, Array]) -> Any:
         """`grads` as a tree like the parameters; a leaf that is no floating array gets what `jax.grad` gives it."""

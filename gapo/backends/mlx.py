@@ -11,7 +11,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from gapo import geometry
-from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of
 from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
 
@@ -74,7 +74,7 @@ class MlxForward:
         leaves = [self.parameters[name] for name in names]
         tangents = [delta(name, theta).astype(theta.dtype) for name, theta in zip(names, leaves, strict=True)]
         _, along = mx.jvp(lambda *values: self._run(names, values), leaves, tangents)
-        return along[0] if len(along) == 1 else along[0] - along[1]
+        return margins_of(along)
 
 
 class MlxBackend:

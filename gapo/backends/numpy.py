@@ -10,7 +10,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from gapo import geometry
-from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of
 from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
 
@@ -68,8 +68,7 @@ class NumpyForward:
     def directional(self, delta: LeafRule, names: Iterable[str]) -> np.ndarray:
         along = np.zeros(self.outputs[0].shape)
         for name in names:
-            jacobian = self._jacobian[name]
-            by_margin = jacobian[0] if len(jacobian) == 1 else jacobian[0] - jacobian[1]
+            by_margin = margins_of(self._jacobian[name])
             along += np.sum((by_margin * delta(name, self.parameters[name])).reshape(len(along), -1), axis=1)
         return along
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import array_api_compat.torch as xp
 import torch
 from torch import Tensor, nn
 
-from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of
 from gapo.backends.torch.cut import cut_below
 from gapo.backends.torch.head import head_parameters
 from gapo.backends.torch.random_state import RandomState
@@ -87,6 +88,6 @@ class TorchForward:
         for i in range(self.outputs[0].shape[0]):
             one = torch.zeros_like(self.outputs[0])
             one[i] = 1
-            grads = self.pullback((one,) if len(self.outputs) == 1 else (one, -one), names).values()
+            grads = self.pullback(on_outputs(one, self.outputs, xp), names).values()
             along.append(sum(torch.sum(g * d) for g, d in zip(grads, deltas, strict=True)))
         return torch.stack(along)  # type: ignore[arg-type]

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import array_api_compat.torch as xp
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gapo.backends.base import LeafRule, MarginFn
+from gapo.backends.base import LeafRule, MarginFn, on_outputs
 from gapo.backends.torch.forward import TorchForward
 from gapo.config import GAPOConfig
 
@@ -72,7 +73,7 @@ class ShardedForward(TorchForward):
                 one = torch.zeros_like(self.outputs[0])
                 if rank == dist.get_rank():
                     one[i] = ranks
-                grads = self.pullback((one,) if len(self.outputs) == 1 else (one, -one), names).values()
+                grads = self.pullback(on_outputs(one, self.outputs, xp), names).values()
                 product = sum(whole(torch.sum(g * d)) for g, d in zip(grads, deltas, strict=True))
                 if rank == dist.get_rank():
                     along[i] = product
