@@ -14,15 +14,21 @@ HEADS = {"llama": "lm_head.weight", "gpt2": "transformer.wte.weight", "pythia": 
 KINDS = tuple(HEADS)
 
 
-def make(kind: str, *, dropout: float = 0.0, seed: int = 0) -> Any:
-    """A model of two layers in float32."""
+def make(kind: str, *, dropout: float = 0.0, seed: int = 0, layers: int = 2) -> Any:
+    """A small model in float32."""
     torch.manual_seed(seed)
     shared = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    wide = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    wide = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 48}
     if kind == "gpt2":
         return transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
-                **shared, n_embd=32, n_layer=2, n_head=4, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout
+                **shared,
+                n_embd=32,
+                n_layer=layers,
+                n_head=4,
+                resid_pdrop=dropout,
+                embd_pdrop=dropout,
+                attn_pdrop=dropout,
             )
         ).eval()
     if kind == "pythia":

@@ -270,8 +270,8 @@ def test_logits_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from gapo.backends.torch import token_logps as kernel
 
     monkeypatch.setitem(kernel._CHUNK, "cpu", 1000)
-    logits = torch.randn(4, 30, 500, dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.randint(0, 500, (4, 30))
+    logits = torch.randn(1, 120, 500, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 500, (1, 120))
     with Sizes():
         gapo.sequence_logps(logits, labels).sum().backward()
     assert max(sizes) == logits.numel() * 2
@@ -280,6 +280,29 @@ def test_logits_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with Sizes():
         gapo.sequence_logps(logits, labels).sum().backward()
     assert max(sizes) > logits.numel() * 2  # without the kernel there are float32 copies
+
+
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 3e30), (torch.float64, 3e300)])
+def test_the_norm_neither_overflows_nor_vanishes(dtype: torch.dtype, large: float) -> None:
+    for size in (large, 1 / large):
+        x = torch.tensor([3.0, 4.0], dtype=dtype) * (size / 3)
+        torch.testing.assert_close(TorchBackend().norm(x), torch.tensor(5 / 3 * size, dtype=dtype), rtol=1e-6, atol=0)
+
+
+def test_gaussian_draws_follow_the_global_seed_and_the_dtype() -> None:
+    parameters = {str(dtype): torch.zeros(4, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)}
+
+    def draw() -> dict[str, torch.Tensor]:
+        return TorchBackend().normal(list(parameters), parameters, None)
+
+    torch.manual_seed(0)
+    first, second = draw(), draw()
+    torch.manual_seed(0)
+    again = draw()
+    for name, x in first.items():
+        assert x.dtype == (torch.float64 if name == "torch.float64" else torch.float32)
+        assert torch.equal(again[name], x)
+        assert not torch.equal(second[name], x)
 
 
 def test_the_core_compiles_without_a_graph_break() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -13,6 +14,7 @@ from torch import nn
 
 import gapo
 from gapo.adapters.hf.margins import pair_logps
+from gapo.backends.torch import cut as cut_module
 from gapo.backends.torch import forward as forward_module
 from gapo.backends.torch.cut import cut_below
 
@@ -60,15 +62,65 @@ def test_anchor_starts_at_the_cut(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     result = step_of(model, adaptive=kind != "lora")
     assert float(result.anchor_gaps.abs().max()) > 1e-4
     assert torch.equal(result.anchor_gaps, expected.anchor_gaps)
-    assert all("forward" not in vars(module) for module in model.modules())
+    assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", hf_models.KINDS)
 def test_dropout_above_the_cut_draws_the_same_masks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = hf_models.make(kind, dropout=0.3).train()
+    model = hf_models.make(kind, dropout=0.3, layers=3).train()
     step_of(model)
     assert torch.equal(step_of(model, seed=1).anchor_gaps, whole(monkeypatch, model, seed=1).anchor_gaps)
-    assert anchor_calls(model)[f"{LAYERS[kind]}.0"] == 0
+    calls = anchor_calls(model)
+    assert calls[f"{LAYERS[kind]}.0"] == calls[f"{LAYERS[kind]}.1"] == 0
+
+
+def test_a_layers_own_forward_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as accelerate's, which stands at the instance."""
+    model = hf_models.make("llama")
+    expected = whole(monkeypatch, model)
+    layer, plain = model.model.layers[0], model.model.layers[0].forward
+    layer.forward = own = lambda *args, **kwargs: plain(*args, **kwargs)
+    for _ in range(2):
+        assert torch.equal(step_of(model).anchor_gaps, expected.anchor_gaps)
+        assert layer.forward is own
+
+
+class Tuples(nn.Module):
+    """Layers that return more than a hidden state, as those of older models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(hf_models.VOCAB, 8)
+        self.layers = nn.ModuleList(Tuple(8, 8) for _ in range(3))
+        self.lm_head = nn.Linear(8, hf_models.VOCAB)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x, rest = layer(x)
+            assert rest[1] is None
+        return SimpleNamespace(logits=self.lm_head(x))
+
+
+class Tuple(nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        y = x + torch.tanh(super().forward(x))
+        return y, [2 * y, None]
+
+
+def test_layers_that_return_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Tuples()
+    kept: list[Any] = []
+    plain = cut_module._detached
+    monkeypatch.setattr(cut_module, "_detached", lambda output: kept.append(plain(output)) or kept[-1])
+    step_of(model)
+    kept.clear()
+    assert torch.equal(step_of(model).anchor_gaps, whole(monkeypatch, model).anchor_gaps)
+    (x, (doubled, none)) = next(output for output in kept if isinstance(output, tuple))
+    assert none is None
+    assert not x.requires_grad  # else the whole graph of the clean forward would live on
+    assert not doubled.requires_grad
 
 
 def test_checkpointed_layers_and_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:

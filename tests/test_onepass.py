@@ -88,9 +88,9 @@ def assert_same(found: Any, expected: Any, tol: float = 1e-9) -> None:
         assert float((grads[name].double() - g.double()).norm()) <= tol * (1 + float(g.double().norm())), name
 
 
-def backwards_of(model: Any, batch: Any, fn: Any = pair_logps) -> float:
+def backwards_of(model: Any, batch: Any, fn: Any = pair_logps, **options: Any) -> float:
     """How often the backward comes through a layer for each clean forward of it: 1 in one pass."""
-    step = gapo.value_and_grad(fn, backend="torch")
+    step = gapo.value_and_grad(fn, gapo.GAPOConfig(**options), backend="torch")
     step(model, batch)
     layer, forwards, backwards = model.downs[0], [], []
     handles = [
@@ -287,10 +287,38 @@ def interleaved(model: Any, batch: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("fn", "backwards"), [(separate, 1), (interleaved, 2)])
-def test_margin_functions_of_ones_own(fn: Any, backwards: int) -> None:
+@pytest.mark.parametrize("probe", ["loss", "margin"])
+def test_margin_functions_of_ones_own(fn: Any, backwards: int, probe: str) -> None:
     model, batch = Net().double(), hf_models.batch()
-    assert_same(*both(model, batch, fn, anchor="first_order"))
+    assert_same(*both(model, batch, fn, anchor="first_order", probe=probe))
     assert backwards_of(model, batch, fn) == backwards
+
+
+def test_bfloat16_may_differ_by_its_rounding() -> None:
+    assert backwards_of(Net(depth=2).to(torch.bfloat16), hf_models.batch(), separate, anchor="first_order") == 1
+
+
+def test_a_hundredth_in_a_wrong_order_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    def fn(model: Any, batch: Any) -> Tensor:  # small, so that a threshold must be relative
+        chosen, rejected = separate(model, batch)
+        return 1e-3 * (chosen - rejected + 0.01 * interleaved(model, batch))
+
+    with caplog.at_level(logging.WARNING, logger="gapo"):
+        assert_same(*both(Net().double(), hf_models.batch(), fn), tol=1e-12)
+    assert "its gradients differ from autograd's by" in caplog.text
+
+
+def test_a_first_step_without_a_gradient_proves_nothing() -> None:
+    model, batch = Net().double(), hf_models.batch()
+
+    def fn(model: Any, batch: Any) -> Tensor:
+        return scale * interleaved(model, batch)
+
+    one, two = (gapo.value_and_grad(fn, backend="torch", one_pass=one_pass) for one_pass in (True, False))
+    scale = 0.0
+    one(model, batch)
+    scale = 1.0
+    assert_same(one(model, batch), two(model, batch))
 
 
 def test_the_declaration_is_trusted_and_the_graph_read_all_the_same() -> None:
@@ -313,6 +341,9 @@ def test_nothing_stays_behind() -> None:
     fails = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(perturb="nowhere"), backend="torch")
     with pytest.raises(ValueError, match="selects none"):
         fails(model, batch)
+    gc.collect()
+    assert all(not m._forward_hooks for m in model.modules())
+    gapo.value_and_grad(interleaved, backend="torch")(model, batch)  # which gives up
     with pytest.raises(KeyError):
         gapo.value_and_grad(pair_logps, backend="torch")(model, {})
     assert len(forwards()) == len(before)
