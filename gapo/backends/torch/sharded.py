@@ -67,7 +67,7 @@ class ShardedForward(TorchForward):
         mine, ranks = self.outputs[0].shape[0], dist.get_world_size()
         pairs: list[Any] = [None] * ranks
         dist.all_gather_object(pairs, mine)
-        along = torch.zeros_like(self.outputs[0], requires_grad=False)
+        along: list[Any] = []
         for rank, there in enumerate(pairs):
             for i in range(there):
                 one = torch.zeros_like(self.outputs[0])
@@ -76,8 +76,8 @@ class ShardedForward(TorchForward):
                 grads = self.pullback(on_outputs(one, self.outputs, xp), names).values()
                 product = sum(whole(torch.sum(g * d)) for g, d in zip(grads, deltas, strict=True))
                 if rank == dist.get_rank():
-                    along[i] = product
-        return along
+                    along.append(product)
+        return torch.stack(along)
 
     def _reshard(self) -> None:
         for unit in self._units:
