@@ -64,7 +64,7 @@ TESTS = {
     f"{TORCH}/cut.py": ("cut", ""),
     f"{TORCH}/forward.py": ("backend_torch step onepass", "(torch or onepass) and not log_probs and not compiles"),
     f"{TORCH}/head.py": ("backend_torch", "head"),
-    f"{TORCH}/onepass.py": ("onepass hf", "onepass or oracles"),
+    f"{TORCH}/onepass.py": ("onepass hf faults", "onepass or oracles or step_that_fails or refused_between"),
     f"{TORCH}/random_state.py": ("backend_torch cut", "dropout or calls"),
     f"{TORCH}/rules.py": ("onepass", ""),
     f"{TORCH}/sharded.py": ("devices", "fsdp2 or refused"),

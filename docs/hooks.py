@@ -1,4 +1,4 @@
-"""What the built pages add to Markdown: equations as MathML, and pictures inline, in the colour of the page's text."""
+"""What the built pages add to Markdown: equations as MathML, pictures inline, line breaks in names of tests."""
 
 import html
 import re
@@ -9,6 +9,8 @@ from latex2mathml.converter import convert
 
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.+?)\\[)\]]</\1>', re.DOTALL)
 _PICTURE = re.compile(r'<img alt="([^"]*)" src="[./]*(images/[^"]+\.svg)"\s*/?>')
+
+_TEST = re.compile(r"<code>(tests/[^<]+::[^<]+)</code>")
 
 
 def on_page_content(content: str, config: Any, **_: Any) -> str:
@@ -22,4 +24,8 @@ def on_page_content(content: str, config: Any, **_: Any) -> str:
         svg = Path(config["docs_dir"], match[2]).read_text(encoding="utf-8").replace("#777777", "currentColor")
         return f'<span class="picture">{svg[svg.index("<svg") :]}</span>'
 
-    return _PICTURE.sub(picture, _EQUATION.sub(equation, content))
+    def test(match: re.Match[str]) -> str:
+        broken = re.sub("(_|::)", r"\1<wbr>", match[1])
+        return f'<code class="test">{broken}</code>'
+
+    return _TEST.sub(test, _PICTURE.sub(picture, _EQUATION.sub(equation, content)))
