@@ -193,6 +193,31 @@ def test_no_rule_stands_for_what_it_does_not_fit(layer: nn.Module) -> None:
     assert rule_for(layer) is None
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(2, 2),
+        nn.Embedding(2, 2, padding_idx=0),
+        Conv1D(2, 2),
+        nn.LayerNorm(2),
+        nn.LayerNorm(2, bias=False),
+        nn.RMSNorm(2),
+        OneMoreRMSNorm(2),
+    ],
+    ids=repr,
+)
+def test_a_rule_stands_for_what_it_fits(layer: nn.Module) -> None:
+    assert rule_for(layer) is not None
+
+
+def test_padding_of_zeros_hides_no_offset_of_a_norm() -> None:
+    model, batch = Net(norm="gemma").double(), hf_models.batch(side="left")
+    assert batch["chosen_input_ids"][0, 0] == 0
+    with torch.no_grad():
+        model.embed.weight[0] = 0
+    assert_same(*both(model, batch))
+
+
 def test_attention_projects_by_the_rule_of_linear_layers() -> None:
     assert rule_for(nn.MultiheadAttention(2, 1).out_proj) is rule_for(nn.Linear(2, 2))
 

@@ -7,12 +7,16 @@ pair's rows enter. A rule says, for one type of layer, what those parts are.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+# Whether a norm gives something for a weight of 0, asked once: on a GPU each look waits for the work before it.
+_offsets: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 class PairGrads(Protocol):
@@ -124,7 +128,10 @@ def _norm(module: Any, a: Tensor, g: Tensor) -> Parts:
         bias = {"bias": torch.zeros_like(weight)} if isinstance(getattr(module, "bias", None), Tensor) else {}
         unit = _computed(module, {"weight": torch.ones_like(weight), **bias}, a)
         zero = {"weight": torch.zeros_like(weight), **bias}
-        if bool(_computed(module, zero, a[:1, :1, :1]).any()):
+        if module not in _offsets:
+            ramp = torch.linspace(1, 2, a.shape[-1], dtype=a.dtype, device=a.device)  # a row of a may be all zeros
+            _offsets[module] = bool(_computed(module, zero, ramp[None, None, None]).any())
+        if _offsets[module]:
             unit = unit - _computed(module, zero, a)
         yield "weight", Explicit((g * unit).sum((0, 2)))
     if isinstance(getattr(module, "bias", None), Tensor) and module.bias.requires_grad:
