@@ -51,7 +51,10 @@ TORCH = "gapo/backends/torch"
 TESTS = {
     "gapo/objective.py": ("objective config", "not jax and not mlx and not strict and not compile"),
     "gapo/geometry.py": ("geometry", "not jax"),
-    "gapo/step.py": ("step backend_torch", "(test_step and (torch or another)) or bfloat16 or names_the_parameter"),
+    "gapo/step.py": (
+        "step backend_torch",
+        "test_step and (torch or another or unknown or result) or bfloat16 or names_the_parameter",
+    ),
     "gapo/backends/__init__.py": ("step imports", "(torch and errors) or absent or loaded"),
     "gapo/backends/base.py": ("step onepass", "(torch and (errors or alone or identity)) or fit or declaration"),
     "gapo/backends/numpy.py": ("step", "numpy"),
@@ -62,7 +65,10 @@ TESTS = {
         "(torch or onepass or ddp or fsdp2) and not log_probs and not compiles",
     ),
     f"{TORCH}/cut.py": ("cut", ""),
-    f"{TORCH}/forward.py": ("backend_torch step onepass", "(torch or onepass) and not log_probs and not compiles"),
+    f"{TORCH}/forward.py": (
+        "backend_torch step onepass cut faults",
+        "(torch or onepass or cut or ctrl_c) and not log_probs and not compiles",
+    ),
     f"{TORCH}/head.py": ("backend_torch", "head"),
     f"{TORCH}/onepass.py": ("onepass hf faults", "onepass or oracles or step_that_fails or refused_between"),
     f"{TORCH}/random_state.py": ("backend_torch cut", "dropout or calls"),

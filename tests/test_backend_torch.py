@@ -150,8 +150,11 @@ def test_autocast_sees_the_anchor() -> None:
     batch = hf_models.batch()
     exact = take_step(model, batch, rho=1.0)[0].anchor_gaps
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = pair_logps(model, batch)[0]
         half = take_step(model, batch, rho=1.0)[0].anchor_gaps
-        assert pair_logps(model, batch)[0].dtype == torch.float32
+        after = pair_logps(model, batch)[0]
+    assert after.dtype == torch.float32
+    assert torch.equal(before, after)  # of the anchor's low-precision copies none is left
     assert float((exact - half).abs().max()) < 0.05 * float(exact.abs().max())
 
 

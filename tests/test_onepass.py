@@ -394,6 +394,30 @@ def test_nothing_stays_behind() -> None:
     assert all(not m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_the_loss_of_training_loops_has_the_pullbacks_gradient(one_pass: bool) -> None:
+    model, batch, config = Net().double(), hf_models.batch(), gapo.GAPOConfig()
+    forwards = [TorchBackend(one_pass).forward(pair_logps, model, batch, config) for _ in range(2)]
+    cotangents = [torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64) * sign for sign in (1, -1)]
+    for forward in forwards:
+        forward.pullback(cotangents, ["lm_head.weight"])  # the probe
+    loss = forwards[0].as_loss(torch.tensor(7.0, dtype=torch.float64), cotangents)
+    (3 * loss).backward()
+    assert float(loss.detach()) == 7
+    for name, g in forwards[1].pullback(cotangents).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, 3 * g)
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_a_parameter_that_is_not_used_gets_zeros(one_pass: bool) -> None:
+    model = Net()
+    model.spare = nn.Linear(2, 2)
+    step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(perturb="all"), backend="torch", one_pass=one_pass)
+    result, grads = step(model, hf_models.batch())
+    assert torch.equal(grads["spare.weight"], torch.zeros(2, 2))
+    assert bool(result.anchor_gaps.isfinite().all())
+
+
 def test_sft_and_float16_take_the_two_pass_step() -> None:
     model, batch = Net().double(), hf_models.batch()
     assert_same(*both(model, batch, sft_weight=0.5))

@@ -216,6 +216,7 @@ def test_gradient_of_exactly_zero_is_no_nan(backend: Library) -> None:
         result, grads, _ = take_step(backend, zeros, batch, anchor=anchor)
         assert result["radius"] == 0
         assert result["first_order_ratio"] == 1
+        assert result["changed_fraction"] == (1 if anchor == "first_order" else 0)
         np.testing.assert_array_equal(result["anchor_gaps"], 0)
         assert all(np.isfinite(g).all() for g in grads.values())
 
@@ -383,6 +384,12 @@ def test_the_result_says_what_its_fields_are() -> None:
     documented = inspect.getdoc(gapo.StepResult) or ""
     for field in dataclasses.fields(gapo.StepResult):
         assert f"\n    {field.name}: " in documented
+
+
+def test_a_result_cannot_be_written_to() -> None:
+    result, _ = gapo.value_and_grad(lambda p, b: b @ p["w"], backend="numpy")({"w": np.ones(2)}, np.eye(2))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.loss = 0  # type: ignore[misc]
 
 
 def test_unknown_backend_and_absent_framework(monkeypatch: pytest.MonkeyPatch) -> None:
