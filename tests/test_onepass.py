@@ -266,6 +266,23 @@ class ByKeyword(Net):
         return self.norms[0](x=super().hidden(ids))
 
 
+class GatedRMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(x) * gate
+
+
+class Gated(Net):
+    """Calls a norm with a second input, which its rule knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated = GatedRMSNorm(8)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = super().hidden(ids)
+        return self.gated(x, torch.sigmoid(x))
+
+
 def unknown() -> nn.Module:
     model = Net()
     model.norms[0] = Scale(8)
@@ -278,7 +295,8 @@ def unknown() -> nn.Module:
         (unknown, "no rule for layers of type Scale"),
         (Untold, "its gradients differ from autograd's"),
         (Mixing, "no rule for layers of type BatchNorm1d"),
-        (ByKeyword, "RMSNorm receives (): not one row for each answer of 3 pairs"),
+        (ByKeyword, "RMSNorm is called by keyword, or with more than one input"),
+        (Gated, "GatedRMSNorm is called by keyword, or with more than one input"),
         (Flat, "RMSNorm receives (66, 8): not one row for each answer of 3 pairs"),
     ],
 )
@@ -291,6 +309,25 @@ def test_the_slower_way_where_it_does_not_fit(make: Any, reason: str, caplog: py
     assert len(told) == 1, told
     assert reason in told[0]
     assert backwards_of(model, batch) == 2
+
+
+class InPlace(Net):
+    """Writes to what its layers gave, where autograd allows it."""
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x += 0.5
+        x[:, 0] = 0
+        y = self.downs[0](nn.functional.relu(self.ups[0](self.norms[0](x)), inplace=True))
+        y += x
+        return y
+
+
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_a_model_that_writes_to_what_its_layers_gave(anchor: str) -> None:
+    model, batch = InPlace().double(), hf_models.batch()
+    assert_same(*both(model, batch, anchor=anchor))
+    assert TorchBackend().forward(pair_logps, model, batch, gapo.GAPOConfig()).one_pass
 
 
 def separate(model: Any, batch: Any) -> tuple[Tensor, Tensor]:

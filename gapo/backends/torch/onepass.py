@@ -45,7 +45,8 @@ class OnePassForward(TorchForward):
     def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
         self._parts: dict[str, list[PairGrads]] = defaultdict(list)
         self._collected = False
-        self._seen: set[tuple[str, tuple[int, ...]]] = set()  # types of layers, and the shapes that they received
+        # Types of layers, and the shape of what they received; None where that is not one positional input.
+        self._seen: set[tuple[str, tuple[int, ...] | None]] = set()
         self._uses: Counter[str] = Counter()  # of each parameter, by layers with a rule
         self._declared = bool(getattr(margin_fn, "by_pairs", False))
         self._root = torch.zeros((), requires_grad=True)  # what the backward is asked for: it lies behind every layer
@@ -78,7 +79,9 @@ class OnePassForward(TorchForward):
             if layer in _hooks:
                 _hooks.pop(layer).remove()
             # First of the layer's hooks: what others make of its output is not the rule's affair.
-            _hooks[layer] = layer.register_forward_hook(self._tap(rules[id(layer)], own), prepend=True)
+            _hooks[layer] = layer.register_forward_hook(
+                self._tap(rules[id(layer)], own), prepend=True, with_kwargs=True
+            )
             self._handles.append(_hooks[layer])
         # The hooks must outlive the forward: a checkpointed layer runs again in the backward. They go with this object.
         weakref.finalize(self, _remove, self._handles)
@@ -87,15 +90,17 @@ class OnePassForward(TorchForward):
         # Held weakly: the graph hangs on this object's outputs, and a cycle through it would never be collected.
         forward = weakref.ref(self)
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             alive = forward()
             if alive is None or not torch.is_grad_enabled():
                 return None
             alive._uses.update(own.values())
-            shape = tuple(args[0].shape) if args else ()  # called by keyword: what it received is not seen here
-            alive._seen.add((type(layer).__name__, (*shape, 1) if isinstance(layer, nn.Embedding) else shape))
-            if not args:
+            kind = type(layer).__name__
+            if len(args) != 1 or kwargs:
+                alive._seen.add((kind, None))
                 return None
+            shape = tuple(args[0].shape)
+            alive._seen.add((kind, (*shape, 1) if isinstance(layer, nn.Embedding) else shape))
 
             def collect(a: Tensor, g: Tensor) -> None:
                 alive = forward()
@@ -109,7 +114,9 @@ class OnePassForward(TorchForward):
     def _not_by_rows(self) -> str | None:
         """What is wrong where a layer did not get one row of tokens for each answer: (N or 2N, seq, ...)."""
         pairs = self.outputs[0].shape[0]
-        for kind, shape in sorted(self._seen):
+        for kind, shape in sorted(self._seen, key=str):
+            if shape is None:
+                return f"{kind} is called by keyword, or with more than one input"
             if len(shape) < 3 or shape[0] not in (pairs, 2 * pairs):
                 return f"{kind} receives {shape}: not one row for each answer of {pairs} pairs"
         return None
@@ -212,7 +219,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, root: Tensor, a: Tensor, collect: Any) -> Tensor:
         ctx.save_for_backward(a)  # as saved, so that a checkpointed layer's comes from its second run
         ctx.collect = collect
-        return output.view_as(output)
+        return output.detach()  # the same memory, but no view: models may write to it
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
