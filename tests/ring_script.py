@@ -17,6 +17,7 @@ from mlx_lm.tuner.trainer import TrainingArgs, train
 
 from gapo import GAPOConfig
 from gapo.adapters.mlx_lm import MetricsCallback, iterate_batches, make_loss
+from gapo.backends.mlx import MlxBackend
 
 
 def run(folder: str, config: dict[str, Any]) -> tuple[dict[str, mx.array], dict[str, Any]]:
@@ -27,6 +28,7 @@ def run(folder: str, config: dict[str, Any]) -> tuple[dict[str, mx.array], dict[
         batch_size=4, iters=3, max_seq_length=64, steps_per_report=1, adapter_file=f"{folder}/adapters.safetensors"
     )
     report = MetricsCallback(model)
+    mx.random.seed(0)
     train(
         model.train(),
         optim.SGD(0.1),
@@ -40,11 +42,27 @@ def run(folder: str, config: dict[str, Any]) -> tuple[dict[str, mx.array], dict[
     return dict(tree_flatten(model.parameters())), report.train[-1] if report.train else {}
 
 
-CONFIGS = {"exact": {"adaptive": True}, "first_order": {"anchor": "first_order", "adaptive": False}}
+CONFIGS = {
+    "exact": {"adaptive": True},
+    "first_order": {"anchor": "first_order", "adaptive": False},
+    "gaussian": {"direction": "gaussian"},
+}
+
+
+def verbs(rank: int) -> dict[str, mx.array]:
+    """What the backend's verbs give on this rank for `rank + 1`, and two draws from its own random stream."""
+    backend, weights = MlxBackend(), {"w": mx.zeros((4,))}
+    mx.random.seed(rank)
+    found = {op: backend.all_reduce(mx.array([rank + 1.0]), op) for op in ("mean", "max", "sum")}
+    return found | {f"draw {i}": backend.normal(["w"], weights, None)["w"] for i in range(2)}
 
 
 def main(folder: str) -> None:
     world = mx.distributed.init(strict=True)
+    of_all = {name: mx.distributed.all_gather(x[None]) for name, x in verbs(world.rank()).items()}
+    mx.eval(of_all)  # on both ranks: each waits for the other
+    if world.rank() == 0:
+        mx.save_safetensors(f"{folder}/verbs.safetensors", of_all)
     for name, config in CONFIGS.items():
         weights, _ = run(folder, config)
         if world.rank() == 0:

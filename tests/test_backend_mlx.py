@@ -157,6 +157,20 @@ def test_ctrl_c_at_any_line_while_the_weights_are_the_anchors() -> None:
     assert 30 < line < 499
 
 
+def test_what_a_failing_forward_left_in_the_module_goes() -> None:
+    """As mlx-lm's gradient checkpointing leaves arrays of its own there."""
+    model = mixer()
+    before = dict(tree_flatten(model.parameters()))
+
+    def fails(module: Mixer, batch: Any) -> Any:
+        module.up.weight = 2 * module.up.weight
+        raise RuntimeError("in the forward")
+
+    with pytest.raises(RuntimeError, match="in the forward"):
+        gapo.value_and_grad(fails, backend="mlx")(model, BATCH)
+    assert all(x is before[name] for name, x in tree_flatten(model.parameters()))
+
+
 def test_params_must_be_a_module() -> None:
     with pytest.raises(TypeError, match=r'params must be an mlx.nn.Module for backend="mlx", got dict'):
         gapo.value_and_grad(margin_fn, backend="mlx")({}, BATCH)

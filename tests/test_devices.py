@@ -140,6 +140,13 @@ def test_a_ring_of_mlx_equals_one_process(tmp_path: Path) -> None:
         weights, _ = ring_script.run(str(tmp_path), config)
         for parameter, value in weights.items():
             np.testing.assert_allclose(np.array(found[parameter]), np.array(value), rtol=1e-5, atol=1e-6)
+    verbs = {name: np.array(x) for name, x in mx.load(str(tmp_path / "verbs.safetensors")).items()}
+    for op, expected in (("mean", 1.5), ("max", 2), ("sum", 3)):
+        np.testing.assert_array_equal(verbs[op], [[expected]] * 2)
+    of_first = [ring_script.verbs(0)[f"draw {i}"] for i in range(2)]
+    for i in range(2):  # the first rank's stream, on both
+        np.testing.assert_array_equal(verbs[f"draw {i}"], [np.array(of_first[i])] * 2)
+    assert (verbs["draw 0"] != verbs["draw 1"]).any()
 
 
 def test_two_hosts_of_jax_equal_one_process(tmp_path: Path) -> None:
