@@ -218,6 +218,16 @@ def test_padding_of_zeros_hides_no_offset_of_a_norm() -> None:
     assert_same(*both(model, batch))
 
 
+def test_a_norms_bias_that_was_zero_at_first_is_no_offset() -> None:
+    model, batch = Net(norm="layer").double(), hf_models.batch()
+    with torch.no_grad():
+        model.norms[0].bias.zero_()
+    gapo.value_and_grad(pair_logps, backend="torch")(model, batch)
+    with torch.no_grad():
+        model.norms[0].bias.normal_()
+    assert_same(*both(model, batch))
+
+
 def test_attention_projects_by_the_rule_of_linear_layers() -> None:
     assert rule_for(nn.MultiheadAttention(2, 1).out_proj) is rule_for(nn.Linear(2, 2))
 
