@@ -62,7 +62,7 @@ TESTS = {
     "gapo/backends/mlx.py": ("backend_mlx step mlx_lm devices", "(mlx or ring) and not compiled"),
     f"{TORCH}/backend.py": (
         "backend_torch onepass step devices",
-        "(torch or onepass or ddp or fsdp2) and not log_probs and not compiles",
+        "(torch or onepass or ddp or fsdp2 or refused) and not log_probs and not compiles",
     ),
     f"{TORCH}/cut.py": ("cut", ""),
     f"{TORCH}/forward.py": (

@@ -269,6 +269,14 @@ class Flat(Net):
         return self.norms[0](x.flatten(0, 1)).unflatten(0, ids.shape)
 
 
+class TimeFirst(Net):
+    """Puts tokens before rows, as recurrent layers do."""
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).transpose(0, 1)
+        return (x + self.downs[0](torch.tanh(self.ups[0](x)))).transpose(0, 1)
+
+
 class ByKeyword(Net):
     """Calls a layer by keyword, where a hook does not see what it receives."""
 
@@ -308,6 +316,7 @@ def unknown() -> nn.Module:
         (ByKeyword, "RMSNorm is called by keyword, or with more than one input"),
         (Gated, "GatedRMSNorm is called by keyword, or with more than one input"),
         (Flat, "RMSNorm receives (66, 8): not one row for each answer of 3 pairs"),
+        (TimeFirst, "Conv1D receives (11, 6, 24): not one row for each answer of 3 pairs"),
     ],
 )
 def test_the_slower_way_where_it_does_not_fit(make: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
