@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from gapo.config import GAPOConfig
 from gapo.data import read_pairs
@@ -147,8 +148,6 @@ def _measure_all(
     pairs: list[Row], sources: list[Source], settings: Row, config: ScoreConfig, step: GAPOConfig, files: Files
 ) -> list[Row]:
     """Measure what the log does not hold yet; write the settings, then the scores."""
-    from tqdm.auto import tqdm
-
     head, *lines = read_lines(files.log) or [{}]
     if config.overwrite:
         head, lines = {}, []
