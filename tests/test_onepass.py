@@ -421,13 +421,11 @@ def test_a_first_step_without_a_gradient_proves_nothing() -> None:
     assert_same(one(model, batch), two(model, batch))
 
 
-def test_the_declaration_is_trusted_and_the_graph_read_all_the_same() -> None:
+def test_a_declaration_is_asked_like_everything_else() -> None:
     batch = hf_models.batch()
     wrong = by_pairs(lambda model, b: interleaved(model, b))
-    found, expected = both(Net().double(), batch, wrong, anchor="first_order")
-    with pytest.raises(AssertionError):  # a false declaration gives false gaps: it is trusted
-        assert_same(found, expected)
-    assert_same(*both(Untold().double(), batch, pair_logps))  # what the graph shows is not
+    assert_same(*both(Net().double(), batch, wrong, anchor="first_order"))
+    assert_same(*both(Untold().double(), batch, pair_logps))
 
 
 def test_nothing_stays_behind() -> None:

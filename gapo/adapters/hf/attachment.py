@@ -120,17 +120,18 @@ class Attachment:
 
         @by_pairs
         def margin_fn(_: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-            # The clean forward goes through DDP, which prepares its reduction; the anchor's has no backward to prepare.
-            # DeepSpeed's engine would take the probe's backward for the update's.
-            return pair_logps(
-                model if torch.is_grad_enabled() and not self.trainer.is_deepspeed_enabled else bare, batch
-            )
+            return pair_logps(self._through if torch.is_grad_enabled() else bare, batch)
 
+        # The first clean forward goes through DDP, which prepares its reduction. The anchor's has no backward to
+        # prepare, and a second clean one (see `TorchForward`) may run on some ranks only. DeepSpeed's engine would take
+        # the probe's backward for the update's.
+        self._through = bare if self.trainer.is_deepspeed_enabled else model
         forward: TorchForward
         if is_zero3(bare):
             forward = Zero3Forward(pair_logps, model, inputs, self._config)
         else:
             forward = self._backend.forward(margin_fn, bare, inputs, self._config)
+        self._through = bare
         result, cotangents = run(forward, self._config, self._backend)
         if float(result.radius) == 0 and self._config.rho > 0:
             self._tell(

@@ -1,83 +1,137 @@
-"""The cut below the first perturbed layer: the anchor forward starts there, from the clean forward's hidden state.
+"""The cut below the first perturbed layer: the anchor forward starts there, from the clean forward's hidden states.
 
-What lies below computes the same with the anchor's weights as with the policy's. So its layers are passed over, and the
-layer above the cut receives what it received in the clean forward. Where a model has other ways around the cut (a skip
-from a layer below to one above), the first step finds out: there both forwards run, and must agree.
+What lies below computes the same with the anchor's weights as with the policy's. So its layers are passed over: each
+returns what it returned in the clean forward. Nothing else may lead from inside them to the outputs, which is asked
+
+- at every step: in autograd's graph, every way from the outputs to their parameters passes what they returned, and they
+  leave nothing in their arguments;
+- once for a model and margin function: the anchor forward from the cut gives what the whole one gives.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gapo.backends.torch.random_state import RandomState
+from gapo.backends.torch.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)
 
-# Whether a model's outputs from the cut were found to be those of its whole forward, by module and cut.
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
+# Whether a model's outputs from the cut were those of its whole forward.
+_verdicts = Verdicts()
 
 
 class Cut:
-    """The layers below the cut, and what the last of them gave in the clean forward, call by call."""
+    """The layers below the cut, and what each of them gave in the clean forward, call by call."""
 
     def __init__(self, module: nn.Module, name: str, below: Sequence[nn.Module]) -> None:
         self._module, self._name, self._below = module, name, below
-        self._kept: list[tuple[Any, RandomState]] = []
+        self._key: Hashable = None
+        self._kept: list[list[Any]] = [[] for _ in below]
+        self._states: list[RandomState] = []  # as the last layer left it, call by call
+        self._given: list[tuple[Tensor, int]] = []  # what was kept, with its graph and version
+        self._arguments: list[Any] = []  # what the layers that are running received
+        self._wrote = False  # whether one of them left something there
+        self._whole = False
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep, during the clean forward, the hidden state that leaves the last layer below the cut."""
-        known = _verdicts.get(self._module, {}).get(self._name)
-        if known is False:
+    def kept(self, basis: Hashable) -> Iterator[None]:
+        """Keep, during the clean forward, what leaves each layer below the cut. Verdicts rest on `basis`."""
+        self._key = (self._name, basis)
+        self._whole = _verdicts.get(self._module, self._key) is False
+        if self._whole:
             yield
             return
-        last = self._below[-1]
-        handle = last.register_forward_hook(
-            lambda layer, args, output: self._kept.append((_detached(output), RandomState(self._module)))
-        )
+        handles = [
+            # Before hooks of others, which run on what is kept once more.
+            layer.register_forward_hook(self._keeper(kept, layer is self._below[-1]), prepend=True, with_kwargs=True)
+            for layer, kept in zip(self._below, self._kept, strict=True)
+        ]
+        handles += [layer.register_forward_pre_hook(self._see_arguments, with_kwargs=True) for layer in self._below]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
-    def outputs(self, forward: Callable[[], tuple[Tensor, ...]], start: RandomState) -> tuple[Tensor, ...]:
-        """What `forward()` gives, started from the cut where that is the same; without gradient."""
-        if not self._kept:
+    def _keeper(self, kept: list[Any], last: bool) -> Callable[..., None]:
+        def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self._arguments.pop() != _contents((args, kwargs)):
+                self._wrote = True
+            self._given.extend((x, x._version) for x in _tensors(output))
+            kept.append(_detached(output))
+            if last:
+                self._states.append(RandomState(self._module))
+
+        return keep
+
+    def _see_arguments(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        self._arguments.append(_contents((args, kwargs)))
+
+    def see(self, outputs: Sequence[Tensor]) -> None:
+        """Look whether the graph of `outputs` goes around what was kept, or the forward wrote to it."""
+        nodes = {x.grad_fn for x, _ in self._given if x.grad_fn is not None}
+        if not self._whole and _reaches(outputs, self._below, nodes):
+            self._refuse("autograd's graph has another way to a parameter below it")
+        if not self._whole and any(x._version != version for x, version in self._given):
+            self._refuse("the forward writes to what a layer below it gave")
+        if not self._whole and self._wrote:
+            self._refuse("a layer below it writes to its arguments")
+        self._given.clear()
+
+    def _refuse(self, why: str) -> None:
+        self._whole = True
+        for kept in self._kept:
+            kept.clear()
+        if _verdicts.get(self._module, (self._name, why)) is None:  # told once
+            _verdicts.keep(self._module, (self._name, why), False)
+            logger.warning("something besides %s passes the cut (%s): the anchor forward runs whole", self._name, why)
+
+    def outputs(
+        self, forward: Callable[[], tuple[Tensor, ...]], again: Callable[[], AbstractContextManager[None]]
+    ) -> tuple[Tensor, ...]:
+        """What `forward()` gives, started from the cut where that is the same; without gradient. `again()` makes a
+        forward start from the clean one's random numbers and buffers.
+        """
+        if self._whole or not self._states:
             return forward()
+        known = _verdicts.get(self._module, self._key)
+        short: tuple[Tensor, ...] = ()
         try:
             with self._passed_over():
                 short = forward()
         except StopIteration:  # more calls than in the clean forward: layers were left out at random
-            with start.replayed():
+            with again():
                 return forward()
-        found = _verdicts.setdefault(self._module, {})
-        if self._name not in found:
-            with start.replayed():
-                whole = forward()
-            found[self._name] = all(
-                torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
-                for a, b in zip(short, whole, strict=True)
-            )
-            if not found[self._name]:
-                logger.warning("something besides %s passes the cut: the anchor forward runs whole", self._name)
-                self._kept.clear()
-            return whole
-        return short
+        except Exception:  # what a layer would have left in its arguments is not there
+            if known:
+                raise
+        if known:
+            return short
+        with again():
+            whole = forward()
+        same = bool(short) and all(
+            torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+            for a, b in zip(short, whole, strict=True)
+        )
+        _verdicts.keep(self._module, self._key, same)
+        if not same:
+            self._refuse("its outputs differ from those of the whole forward")
+        return whole
 
     @contextmanager
     def _passed_over(self) -> Iterator[None]:
-        """Let every layer below the cut return what was kept, its calls in their order."""
+        """Let every layer below the cut return what was kept of it, its calls in their order."""
         own = [layer.__dict__.get("forward") for layer in self._below]
         try:
-            for layer in self._below:
-                layer.forward = self._return_kept(layer is self._below[-1])
+            for layer, kept in zip(self._below, self._kept, strict=True):
+                layer.forward = self._return_kept(kept, layer is self._below[-1])
             yield
         finally:
             for layer, forward in zip(self._below, own, strict=True):
@@ -86,13 +140,13 @@ class Cut:
                 else:
                     layer.forward = forward
 
-    def _return_kept(self, last: bool) -> Callable[..., Any]:
-        calls = iter(self._kept)
+    def _return_kept(self, kept: list[Any], last: bool) -> Callable[..., Any]:
+        calls, states = iter(kept), iter(self._states)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            output, state = next(calls)
+            output = next(calls)
             if last:  # the layers above draw as they did
-                state.restore()
+                next(states).restore()
             return output
 
         return forward
@@ -111,6 +165,42 @@ def cut_below(module: nn.Module, names: Iterable[str]) -> Cut | None:
         if first:
             return Cut(module, f"{path}.{first - 1}", list(layers)[:first])
     return None
+
+
+def _reaches(outputs: Sequence[Tensor], below: Sequence[nn.Module], stops: set[Any]) -> bool:
+    """Whether autograd's graph leads from `outputs` to a parameter of `below` other than through `stops`."""
+    parameters = {id(p) for layer in below for p in layer.parameters()}
+    stack = [output.grad_fn for output in outputs]
+    seen = set(stack) | stops
+    while stack:
+        node = stack.pop()
+        for parent, _ in node.next_functions if node is not None else ():
+            if id(getattr(parent, "variable", None)) in parameters:
+                return True
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return False
+
+
+def _contents(thing: Any, depth: int = 4) -> Any:
+    """What `thing` holds, by identity: lists, dicts, caches as far as `depth`, tensors with their version."""
+    if isinstance(thing, Tensor):
+        return id(thing), thing._version
+    if depth and isinstance(thing, dict):
+        return tuple((key, _contents(x, depth - 1)) for key, x in thing.items())
+    if depth and isinstance(thing, (tuple, list)):
+        return tuple(_contents(x, depth - 1) for x in thing)
+    own = None if isinstance(thing, (type, nn.Module)) or callable(thing) else getattr(thing, "__dict__", None)
+    return (id(thing), _contents(own, depth - 1)) if depth and own else id(thing)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from _tensors(part)
 
 
 def _detached(output: Any) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -11,68 +14,149 @@ import torch
 from torch import Tensor, nn
 
 from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of
+from gapo.backends.torch.agreement import compared
 from gapo.backends.torch.cut import cut_below
 from gapo.backends.torch.head import head_parameters
-from gapo.backends.torch.random_state import RandomState
+from gapo.backends.torch.replay import Replay
+from gapo.backends.torch.verdicts import Verdicts, basis
 from gapo.config import GAPOConfig
 from gapo.selection import select
 
+logger = logging.getLogger(__name__)
+
+HALVES = (torch.float16, torch.bfloat16)
+
+# Whether a graph gives the same gradients when it is pulled back again. Kernels that write over what they saved do not.
+_lasting = Verdicts()
+
 
 class TorchForward:
-    """The clean forward of a module and its autograd graph."""
+    """The clean forward of a module and its autograd graph.
+
+    A graph whose backward spends it (a kernel stores results over its saved tensors; a compiled one donates them) is
+    found out at the first step, by pulling it back twice; the update then gets a second clean forward.
+    """
 
     def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.head = head_parameters(module, self.parameters)
-        self._random_state = RandomState(module)
+        self._basis = basis(margin_fn, module)
+        self._replay = Replay(module)
+        self._spent = False  # whether the graph behind `outputs` can be pulled back no more
+        self._prepare()
         moved = select(self.parameters, self.head, config) if config.anchor == "exact" else ()
         self._cut = cut_below(module, moved) if moved else None
-        with torch.enable_grad(), self._cut.kept() if self._cut else nullcontext():
+        with torch.enable_grad(), self._cut.kept(self._basis) if self._cut else nullcontext():
             self.outputs = self._run()
         for output in self.outputs:
             if self.parameters and not output.requires_grad:
                 raise ValueError(
                     "the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad"
                 )
+        if self._cut:
+            self._cut.see(self.outputs)
+
+    def _prepare(self) -> None:
+        """What is to be done before the clean forward."""
 
     def _run(self) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = outputs_of(self._margin_fn(self._module, self._batch))
         return outputs
 
+    def _run_again(self) -> None:
+        """A second clean forward: the same numbers, and a graph of its own."""
+        # Not through DDP, which has prepared its reduction in the first one, and whose ranks may not all run again.
+        inside = self._module.module if isinstance(self._module, nn.parallel.DistributedDataParallel) else self._module
+        with torch.enable_grad(), self._replay.again():
+            self.outputs = outputs_of(self._margin_fn(inside, self._batch))
+        self._spent = False
+
     def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         wanted = list(self.parameters if names is None else names)
-        grads = torch.autograd.grad(
-            self.outputs,
-            [self.parameters[name] for name in wanted],
-            grad_outputs=list(cotangents),
-            retain_graph=names is not None,
-            materialize_grads=True,
+        if self._spent:
+            self._run_again()
+        lasts = _lasting.get(self._module, self._basis)
+        if names is None or lasts is False:
+            self._spent = True
+            return self._gradients(cotangents, wanted, keep=False)
+        grads = self._gradients(cotangents, wanted, keep=True)
+        if self._spent:
+            return grads
+        if lasts is None:
+            again = self._gradients(cotangents, wanted, keep=True)
+            same, why = compared(again.__getitem__, grads, than="those of its first backward", coarse=self._coarse())
+            if same is False:
+                self._do_not_keep(why)
+            elif same:
+                _lasting.keep(self._module, self._basis, True)
+        return grads
+
+    def _coarse(self) -> bool:
+        """Whether gradients are of 16-bit arithmetic."""
+        device = self.outputs[0].device.type
+        return torch.is_autocast_enabled(device) or any(
+            x.dtype in HALVES for x in (*self.parameters.values(), *self.outputs)
         )
+
+    def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
+        """The gradients by the parameters `wanted`; with `keep` the graph lives on, if it can."""
+        inputs = [self.parameters[name] for name in wanted]
+        with grads_aside(self.parameters):
+            try:
+                grads = torch.autograd.grad(
+                    self.outputs, inputs, list(cotangents), retain_graph=keep, materialize_grads=True
+                )
+            except RuntimeError as error:
+                if not keep or "donated buffer" not in str(error):
+                    raise
+                self._do_not_keep("a compiled graph donates its buffers")
+                grads = torch.autograd.grad(self.outputs, inputs, list(cotangents), materialize_grads=True)
         return dict(zip(wanted, grads, strict=True))
+
+    def _do_not_keep(self, reason: str) -> None:
+        self._spent = True
+        _lasting.keep(self._module, self._basis, False)
+        logger.warning(
+            "the graph of this model can be pulled back once only (%s): each step runs a second clean forward for its "
+            "update, which costs one forward more",
+            reason,
+        )
 
     def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
         """A scalar of this value whose `backward()` gives the pullback of `cotangents`: the way of training loops."""
+        if self._spent:
+            self._run_again()
         pull = torch.stack([torch.sum(c * y) for c, y in zip(cotangents, self.outputs, strict=True)]).sum()
         return value + (pull - pull.detach())
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
         # `.data` is written in place: storages stay where they are (views, buckets, CUDA graphs), and the version
         # counter does not move, so that the clean graph stays valid. theta returns from a clone, bit for bit.
+        names, shared = list(names), self._sharing_memory(names)
         saved: dict[str, Tensor] = {}
         try:
             try:
-                with torch.no_grad(), self._random_state.replayed():
+                with torch.no_grad(), self._replay.again():
                     for name in names:
-                        theta = self.parameters[name].data
-                        saved[name] = theta.clone()
-                        theta.copy_(move(name, theta))
+                        saved[name] = self.parameters[name].data.clone()
+                    for name in names:
+                        theta, moved = self.parameters[name].data, move(name, saved[name])
+                        if name in shared and not torch.equal(theta, saved[name]):  # another one has moved it already
+                            moved = theta + (moved - saved[name])
+                        theta.copy_(moved)
                     torch.clear_autocast_cache()  # low-precision copies of theta would hide the anchor
-                    return self._cut.outputs(self._run, self._random_state) if self._cut else self._run()
+                    return self._cut.outputs(self._run, self._replay.again) if self._cut else self._run()
             finally:
                 self._put_back(saved)
         finally:  # a Ctrl-C may fall into the lines above, and then their work is finished here
             self._put_back(saved)
+
+    def _sharing_memory(self, names: Iterable[str]) -> set[str]:
+        """Those of the parameters `names` that lie in the same storage as another one of them."""
+        places = {name: p.untyped_storage().data_ptr() for name in names if not is_shard(p := self.parameters[name])}
+        owners = Counter(places.values())
+        return {name for name, place in places.items() if owners[place] > 1}
 
     def _put_back(self, saved: dict[str, Tensor]) -> None:
         for name in list(saved):
@@ -91,3 +175,32 @@ class TorchForward:
             grads = self.pullback(on_outputs(one, self.outputs, xp), names).values()
             along.append(sum(torch.sum(g * d) for g, d in zip(grads, deltas, strict=True)))
         return torch.stack(along)
+
+
+@contextmanager
+def grads_aside(parameters: dict[str, Any]) -> Iterator[None]:
+    """Set every `.grad` aside while a backward runs that is to leave none; afterwards all are as they were.
+
+    Raises:
+        RuntimeError: the backward left one.
+    """
+    aside = {name: p.grad for name, p in parameters.items()}
+    try:
+        for p in parameters.values():
+            p.grad = None
+        yield
+        for name, p in parameters.items():
+            if p.grad is not None:
+                raise RuntimeError(
+                    f"a backward within the backward wrote to the .grad of {name!r}, which would add to every update, "
+                    "as re-entrant checkpoints do: use torch.utils.checkpoint with use_reentrant=False"
+                )
+    finally:
+        for name, p in parameters.items():
+            p.grad = aside[name]
+
+
+def is_shard(x: Any) -> bool:
+    """Whether `x` is a rank's shard of a parameter or of its gradient, a `DTensor`."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)

@@ -7,6 +7,7 @@ pair's rows enter. A rule says, for one type of layer, what those parts are.
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-# Whether a norm gives something for a weight of 0, asked once: on a GPU each look waits for the work before it.
+# What was asked of a norm, once, since on a GPU each look waits for the work before it: whether it gives something for
+# a weight of 0; whether it is affine in its weight, and of which code that was found.
 _offsets: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_affine_norms: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 class PairGrads(Protocol):
@@ -78,7 +84,8 @@ class Looked:
 
 Parts = Iterator[tuple[str, PairGrads]]
 # A rule: (module, A (blocks, N, tokens, in), G (blocks, N, tokens, out)) -> the parts of each of its own parameters.
-Rule = Callable[[nn.Module, Tensor, Tensor], Parts]
+# A is None where only a bias is trained.
+Rule = Callable[[nn.Module, Any, Tensor], Parts]
 
 
 def _matrix(a: Tensor, g: Tensor, transposed: bool) -> PairGrads:
@@ -100,18 +107,18 @@ def _matrix(a: Tensor, g: Tensor, transposed: bool) -> PairGrads:
     return Explicit(grads)
 
 
-def _affine(module: Any, a: Tensor, g: Tensor, transposed: bool) -> Parts:
+def _affine(module: Any, a: Any, g: Tensor, transposed: bool) -> Parts:
     if module.weight.requires_grad:
         yield "weight", _matrix(a, g, transposed)
     if isinstance(module.bias, Tensor) and module.bias.requires_grad:
         yield "bias", Explicit(g.sum((0, 2)))
 
 
-def _linear(module: nn.Module, a: Tensor, g: Tensor) -> Parts:
+def _linear(module: nn.Module, a: Any, g: Tensor) -> Parts:
     return _affine(module, a, g, transposed=False)
 
 
-def _conv1d(module: nn.Module, a: Tensor, g: Tensor) -> Parts:
+def _conv1d(module: nn.Module, a: Any, g: Tensor) -> Parts:
     return _affine(module, a, g, transposed=True)
 
 
@@ -121,7 +128,7 @@ def _embedding(module: Any, a: Tensor, g: Tensor) -> Parts:
     yield "weight", Looked(a[..., 0], g, module.weight.shape)
 
 
-def _norm(module: Any, a: Tensor, g: Tensor) -> Parts:
+def _norm(module: Any, a: Any, g: Tensor) -> Parts:
     # Linear in its weight, or, as Gemma's, in 1 + weight: the derivative is what a weight of 1 gives beyond one of 0.
     if module.weight.requires_grad:
         weight = module.weight.detach()
@@ -146,18 +153,86 @@ def _computed(module: nn.Module, parameters: dict[str, Tensor], a: Tensor) -> Te
     return output
 
 
+def is_affine(module: Any, a: Tensor, output: Tensor) -> bool:
+    """Whether a norm is what its rule takes it for, asked once for each: its output is an offset plus the weight times
+    what does not depend on it, channel by channel and token by token. True for layers of other rules.
+    """
+    if rule_for(module) is not _norm or not module.weight.requires_grad:
+        return True
+    key = (type(module), type(module).forward, module.training)
+    kept, affine = _affine_norms.get(module, (None, False))
+    if kept != key:
+        affine = _asked(module, a.detach(), output.detach())
+        _affine_norms[module] = key, affine
+        _offsets.pop(module, None)
+    return affine
+
+
+@torch.no_grad()
+def _asked(module: Any, a: Tensor, output: Tensor) -> bool:
+    half = a.dtype in (torch.float16, torch.bfloat16)
+    tokens = a.flatten(1, -2)  # what reads other tokens' places as they were gives something else here
+    again = _computed(module, {}, tokens).reshape(output.shape)
+    if not torch.allclose(again.float(), output.float(), rtol=1e-2 if half else 1e-4, atol=1e-2 if half else 1e-5):
+        return False
+    wide = tokens.float() if half else tokens
+    weight = module.weight.detach().to(wide.dtype)
+    bias = {"bias": torch.zeros_like(weight)} if isinstance(getattr(module, "bias", None), Tensor) else {}
+    drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    zero, one, other = (
+        _computed(module, {"weight": w, **bias}, wide)
+        for w in (torch.zeros_like(weight), torch.ones_like(weight), 4 * drawn - 2)
+    )
+    meant = zero + (4 * drawn - 2) * (one - zero)
+    return bool(((other - meant).norm() <= 1e-4 * meant.norm()).logical_and(meant.isfinite().all()))
+
+
+def unfit(module: nn.Module) -> str | None:
+    """What in `module` no rule can stand for, or changes gradients and rows unseen by rules; None without."""
+    without = {type(m).__name__ for m in module.modules() if trained(m) and rule_for(m) is None}
+    if without:
+        return f"no rule for layers of type {', '.join(sorted(without))}"
+    hooks = torch_module._global_forward_hooks.values()  # PyTorch's own, its counters of flops, change nothing
+    if any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks):
+        return "a forward hook of all modules may change what layers give"
+    for m in module.modules():
+        if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None):
+            return f"{type(m).__name__} mixes the rows of a batch"
+        for part, p in trained(m).items():
+            if p._backward_hooks:
+                return f"the {part} of a {type(m).__name__} has a gradient hook"
+            if hasattr(p, "full_tensor"):
+                return f"the {part} of a {type(m).__name__} is a shard"
+    return None
+
+
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of `module` itself that are trained."""
+    return {part: p for part, p in module._parameters.items() if p is not None and p.requires_grad}
+
+
 def rule_for(module: Any) -> Rule | None:
-    """The rule for `module`'s own parameters, or None. Subclasses that compute something else have none."""
+    """The rule for `module`'s own parameters, or None. What computes something else than its class is known for, such
+    as a subclass or an instance with a `forward` of its own, has none.
+    """
     kind, name = type(module), type(module).__name__
-    if kind is nn.Linear or name == "NonDynamicallyQuantizableLinear":
+    own = {part for part, p in module._parameters.items() if p is not None}
+    if "forward" in vars(module) or not {"weight"} <= own <= {"weight", "bias"}:
+        return None  # old weight norms and pruning hold the weight under other names
+    known = kind.forward.__module__ == kind.__module__
+    if known and kind in (nn.Linear, NonDynamicallyQuantizableLinear):
         return _linear
-    if kind is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq and not module.sparse:
+    if known and kind is nn.Embedding and not (module.max_norm or module.scale_grad_by_freq or module.sparse):
         return _embedding
-    if name == "Conv1D" and set(dict(module.named_parameters(recurse=False))) == {"weight", "bias"}:
+    if known and own == {"weight", "bias"} and kind is getattr(_transformers(), "Conv1D", None):
         return _conv1d
-    own = set(dict(module.named_parameters(recurse=False)))
-    if kind is nn.LayerNorm and len(module.normalized_shape) == 1 and own <= {"weight", "bias"}:
+    if kind is nn.LayerNorm and len(module.normalized_shape) == 1:
         return _norm
     if name.endswith("RMSNorm") and own == {"weight"} and module.weight.ndim == 1:
         return _norm
     return None
+
+
+def _transformers() -> Any:
+    """The module of GPT-2's `Conv1D`; not loaded: no model has one."""
+    return sys.modules.get("transformers.pytorch_utils")

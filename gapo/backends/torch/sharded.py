@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gapo.backends.base import LeafRule, MarginFn, on_outputs
-from gapo.backends.torch.forward import TorchForward
+from gapo.backends.torch.forward import TorchForward, is_shard
 from gapo.config import GAPOConfig
 
 
@@ -29,12 +29,12 @@ class ShardedForward(TorchForward):
         self._reshard()  # after a forward without backward some parameters are still the gathered ones
         super().__init__(margin_fn, module, batch, config)
 
-    def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
         aside = {name: p.grad for name, p in self.parameters.items()}
         try:
             for p in self.parameters.values():
                 p.grad = None
-            torch.autograd.backward(self.outputs, list(cotangents), retain_graph=names is not None)
+            torch.autograd.backward(self.outputs, list(cotangents), retain_graph=keep)
             grads = {name: p.grad for name, p in self.parameters.items()}
         finally:
             for name, p in self.parameters.items():
@@ -45,8 +45,11 @@ class ShardedForward(TorchForward):
                 "that share an anchor reduce at every backward: set sync_each_batch=True in "
                 "accelerate.utils.GradientAccumulationPlugin, or call set_requires_gradient_sync(True)"
             )
-        wanted = self.parameters if names is None else names
         return {name: torch.zeros_like(self.parameters[name]) if (g := grads[name]) is None else g for name in wanted}
+
+    def _run_again(self) -> None:
+        self._reshard()
+        super()._run_again()
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
         # What is gathered is gathered from theta until it is resharded, and afterwards from the anchor: without the
@@ -101,12 +104,6 @@ def fsdp_units(module: nn.Module) -> list[Any]:
     if any(isinstance(m, fsdp.FullyShardedDataParallel) for m in module.modules()):
         raise ValueError("the model is sharded by FSDP1: use FSDP2, fsdp_version=2 in accelerate")
     return [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)]
-
-
-def is_shard(x: Any) -> bool:
-    """Whether `x` is a rank's shard of a parameter or of its gradient, a `DTensor`."""
-    tensor = sys.modules.get("torch.distributed.tensor")
-    return tensor is not None and isinstance(x, tensor.DTensor)
 
 
 def whole(x: Any) -> Tensor:

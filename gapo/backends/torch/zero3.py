@@ -55,7 +55,7 @@ class Zero3Forward(ShardedForward):
         return {name: grads[name] if name in grads else torch.zeros_like(self.parameters[name]) for name in wanted}
 
     def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
-        with torch.enable_grad(), self._random_state.replayed():
+        with torch.enable_grad(), self._replay.again():
             self.outputs = outputs_of(self._margin_fn(self._engine, self._batch))
         return super().as_loss(value, cotangents)
 

@@ -1,0 +1,82 @@
+"""What a forward reads and writes besides parameters, for another one to start from: random streams and buffers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gapo.backends.torch.random_state import RandomState
+
+# Which buffers a module writes to, looked at once, since kernels such as batch norm's do not count versions up.
+_written: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[str]]] = weakref.WeakKeyDictionary()
+
+# Running statistics, power iterations and counters are small; what is large (packed weights) is only watched.
+_SMALL = 2**16
+
+
+class _Buffer(NamedTuple):
+    """A buffer as it was before the clean forward; `copy` is None for a large one."""
+
+    owner: nn.Module
+    name: str
+    tensor: Tensor
+    version: int
+    copy: Tensor | None
+
+    @property
+    def written(self) -> bool:
+        return self.owner._buffers.get(self.name) is not self.tensor or self.tensor._version != self.version
+
+    @property
+    def differs(self) -> bool:
+        return self.copy is not None and not torch.equal(self.copy, self.tensor)
+
+
+class Replay:
+    """The state before a clean forward: random streams, and the buffers that it writes (running statistics)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.random = RandomState(module)
+        with torch.no_grad():
+            self._buffers = {
+                f"{path}.{name}": _Buffer(owner, name, x, x._version, x.clone() if x.numel() <= _SMALL else None)
+                for path, owner in module.named_modules()
+                for name, x in owner._buffers.items()
+                if isinstance(x, Tensor) and not x.is_inference()
+            }
+        self._known = _written.setdefault(module, {})
+        self._training = module.training
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Start from this state; afterwards streams and buffers are what they were.
+
+        Raises:
+            ValueError: the clean forward wrote to a large buffer, which is not kept.
+        """
+        if self._training not in self._known:
+            self._known[self._training] = {name for name, buffer in self._buffers.items() if buffer.differs}
+        known = self._known[self._training]
+        written = [buffer for name, buffer in self._buffers.items() if name in known or buffer.written]
+        for buffer in written:
+            if buffer.copy is None:
+                raise ValueError(
+                    f"the forward writes to the buffer {buffer.name!r} of a {type(buffer.owner).__name__}, of shape "
+                    f"{tuple(buffer.tensor.shape)}: the anchor's forward would change it again. Only buffers of up to "
+                    f"{_SMALL} entries are put back: keep it out of the module, or write to it outside of margin_fn"
+                )
+        left = [(buffer, buffer.owner._buffers.get(buffer.name)) for buffer in written]
+        try:
+            for buffer in written:  # another tensor, since the clean graph may have saved this one
+                if buffer.copy is not None:
+                    buffer.owner._buffers[buffer.name] = buffer.copy.clone()
+            with self.random.replayed():
+                yield
+        finally:
+            for buffer, tensor in left:
+                buffer.owner._buffers[buffer.name] = tensor
