@@ -79,7 +79,7 @@ class Backend(Protocol):
 def by_pairs(margin_fn: MarginFn) -> MarginFn:
     """Declare that row r of whatever a layer receives belongs to pair r mod N: rejected rows stand behind chosen ones.
 
-    The PyTorch backend then trusts it; without the declaration it compares gradients at a model's first step.
+    A word to readers: the PyTorch backend asks every margin function, declared or not.
     """
     margin_fn.by_pairs = True  # type: ignore[attr-defined]
     return margin_fn
