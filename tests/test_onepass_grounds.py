@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -675,7 +676,12 @@ def test_autocast_within_the_models_forward_keeps_the_one_pass() -> None:
 # The cut.
 
 
+ELSEWHERE: list[Tensor] = []
+
+
 class Block(nn.Module):
+    leaves = ""
+
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.outer = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -684,6 +690,10 @@ class Block(nn.Module):
         y = torch.tanh(self.inner(x))
         if states is not None:
             states.append(y)
+        if self.leaves == "attribute":
+            self.left = y
+        if self.leaves == "elsewhere":
+            ELSEWHERE.append(y)
         return x + torch.tanh(self.outer(y)).cumsum(1)
 
 
@@ -695,7 +705,7 @@ class Deep(nn.Module):
         torch.manual_seed(0)
         self.embed, self.layers = nn.Embedding(VOCAB, WIDTH), nn.ModuleList(Block() for _ in range(4))
         self.gate, self.lm_head = nn.Parameter(torch.tensor(gate)), nn.Linear(WIDTH, VOCAB)
-        self.way = way
+        self.way = self.layers[0].leaves = way
         self.double()
 
     def forward(self, ids: Tensor, way: str | None = None) -> Tensor:
@@ -706,6 +716,10 @@ class Deep(nn.Module):
             x = layer(x, states) if way == "list" else layer(x)
             if i == 0 and way == "output":
                 skip = x
+            if i == 0 and way == "attribute":
+                skip = layer.__dict__.pop("left", skip)
+            if i == 0 and way == "elsewhere":
+                skip = ELSEWHERE.pop() if ELSEWHERE else skip
             if i == 0 and way == "in place":
                 kept = x
             if i == 2 and way == "in place":
@@ -755,8 +769,10 @@ def test_a_verdict_on_the_cut_is_of_one_margin_function() -> None:
     assert_close(gaps_of(model, listed, ids), gaps_by_hand(model, ids, "list"))
 
 
-@pytest.mark.parametrize("way", ["embedding", "output", "list"])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("way", "frozen"),
+    [*itertools.product(["embedding", "output", "list", "attribute"], [False, True]), ("elsewhere", False)],
+)
 def test_a_way_around_the_cut_whose_gate_is_closed_at_first(way: str, frozen: bool) -> None:
     model, ids = Deep(way, gate=0.0), ids_of(3)
     if frozen:
@@ -769,10 +785,11 @@ def test_a_way_around_the_cut_whose_gate_is_closed_at_first(way: str, frozen: bo
 
 
 def test_a_forward_that_writes_to_what_was_kept() -> None:
-    model, ids = Deep("in place"), ids_of(3)
+    model, ids = Deep(), ids_of(3)
     model.requires_grad_(False)
     model.layers[3].requires_grad_(True)
-    for _ in range(2):
+    for way in ("none", "in place", "in place"):  # not at the first step, which is compared
+        model.way = way
         assert_close(gaps_of(model, stacked, ids), gaps_by_hand(model, ids))
 
 

@@ -4,7 +4,7 @@ What lies below computes the same with the anchor's weights as with the policy's
 returns what it returned in the clean forward. Nothing else may lead from inside them to the outputs, which is asked
 
 - at every step: in autograd's graph, every way from the outputs to their parameters passes what they returned, and they
-  leave nothing in their arguments;
+  leave nothing in their arguments or attributes;
 - once for a model and margin function: the anchor forward from the cut gives what the whole one gives.
 """
 
@@ -22,6 +22,8 @@ from gapo.backends.torch.random_state import RandomState
 from gapo.backends.torch.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)
+
+_OF_MODULES = frozenset(vars(nn.Module()))  # hooks, parameters, the mode: what PyTorch keeps
 
 # Whether a model's outputs from the cut were those of its whole forward.
 _verdicts = Verdicts()
@@ -62,7 +64,7 @@ class Cut:
 
     def _keeper(self, kept: list[Any], last: bool) -> Callable[..., None]:
         def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self._arguments.pop() != _contents((args, kwargs)):
+            if self._arguments.pop() != _left(layer, args, kwargs):
                 self._wrote = True
             self._given.extend((x, x._version) for x in _tensors(output))
             kept.append(_detached(output))
@@ -72,7 +74,7 @@ class Cut:
         return keep
 
     def _see_arguments(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        self._arguments.append(_contents((args, kwargs)))
+        self._arguments.append(_left(layer, args, kwargs))
 
     def see(self, outputs: Sequence[Tensor]) -> None:
         """Look whether the graph of `outputs` goes around what was kept, or the forward wrote to it."""
@@ -82,7 +84,7 @@ class Cut:
         if not self._whole and any(x._version != version for x, version in self._given):
             self._refuse("the forward writes to what a layer below it gave")
         if not self._whole and self._wrote:
-            self._refuse("a layer below it writes to its arguments")
+            self._refuse("a layer below it leaves something in its arguments or attributes")
         self._given.clear()
 
     def _refuse(self, why: str) -> None:
@@ -181,6 +183,12 @@ def _reaches(outputs: Sequence[Tensor], below: Sequence[nn.Module], stops: set[A
                 seen.add(parent)
                 stack.append(parent)
     return False
+
+
+def _left(layer: nn.Module, *arguments: Any) -> Any:
+    """What others could take from the arguments of `layer` and from its and its submodules' own attributes."""
+    own = [{name: x for name, x in vars(m).items() if name not in _OF_MODULES} for m in layer.modules()]
+    return _contents(arguments), _contents(own, depth=3)
 
 
 def _contents(thing: Any, depth: int = 4) -> Any:
