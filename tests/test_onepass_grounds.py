@@ -720,10 +720,8 @@ class Deep(nn.Module):
                 skip = layer.__dict__.pop("left", skip)
             if i == 0 and way == "elsewhere":
                 skip = ELSEWHERE.pop() if ELSEWHERE else skip
-            if i == 0 and way == "in place":
-                kept = x
             if i == 2 and way == "in place":
-                kept *= 2
+                x *= 2
         if way == "list":
             skip = states[0]
         return self.lm_head(x + self.gate * skip)
