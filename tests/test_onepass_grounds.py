@@ -463,6 +463,28 @@ def test_as_many_tokens_as_rows(seq: int) -> None:
         assert_by_hand(take(by_pairs(stacked), model, ids), by_hand(model, halves(ids)))
 
 
+class Neighbours(nn.Module):
+    """Mixes rows, without a parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.5 * x.roll(1, 0)
+
+
+@pytest.mark.parametrize("by", ["another layer", "another forward"])
+def test_a_model_that_comes_to_mix_rows_after_its_first_step(by: str) -> None:
+    model, ids = Net(nn.Identity(), nn.Linear(WIDTH, WIDTH)), ids_of(3)
+    take(stacked, model, ids)
+    if by == "another layer":
+        model.middle[0] = Neighbours()
+    else:
+        model.middle[0].forward = Neighbours().forward
+    one, two = (
+        gapo.value_and_grad(stacked, gapo.GAPOConfig(rho=0.3), backend="torch", one_pass=one_pass)(model, ids)
+        for one_pass in (True, False)
+    )
+    assert_by_hand(one, (two[0].anchor_gaps, two[1]))
+
+
 def test_a_use_outside_of_its_layer_counts_also_where_its_gate_was_closed() -> None:
     class Gated(Net):
         gate = 0.0
