@@ -101,11 +101,21 @@ def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: 
 
 
 def make_model(kind: str) -> Any:
-    """A model of `hf_models`, or "lora" for adapters on one."""
+    """A model of `hf_models`, or "lora" for adapters on one, with biases off zero as trained models have them.
+
+    What attention adds to all keys alike cancels in its softmax, so the gradient of most key biases is rounding noise
+    of 1e-20, exactly 0 or not as the sum was ordered. On a bias of 0 such a step counts as a change; on 0.1 it rounds away.
+    """
+    model = hf_models.make("pythia" if kind == "lora" else kind)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.add_(0.1 + 0.1 * torch.rand(p.shape, generator=draw))
     if kind != "lora":
-        return hf_models.make(kind)
+        return model
     adapters = peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
-    return peft.get_peft_model(hf_models.make("pythia"), adapters)
+    return peft.get_peft_model(model, adapters)
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
