@@ -30,7 +30,7 @@ def margin_fn(params: dict[str, Any], batch: dict[str, Any]) -> tuple[Any, Any]:
 
 def problem(dtype: str = "float32", **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights and a batch as JAX arrays; 8 pairs, to be sharded."""
-    sizes = {"layers": 2, "width": 16, "vocab": 32}
+    sizes = {"layers": 1, "width": 16, "vocab": 32}
     params = {name: jnp.asarray(x, dtype) for name, x in models.make_params(**sizes, **options).items()}
     batch = {name: jnp.asarray(x) for name, x in models.make_batch(pairs=8, seq=12, vocab=32).items()}
     return params, batch
