@@ -14,10 +14,13 @@ os.environ.setdefault(
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
-    # What one test compiled serves the next. For each worker its own, since JAX writes to it without a lock.
+# What JAX compiled for one test serves the next, also in another process. Each worker has its own folder within that of
+# the process that started it, which removes them all: JAX writes without a lock.
+if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="gapo-jax-", ignore_cleanup_errors=True)
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+elif "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{os.environ['PYTEST_XDIST_WORKER']}"
 
 from frameworks import LIBRARIES, Library, require
 from hypothesis import settings

@@ -139,7 +139,7 @@ def test_bfloat16_weights_have_a_float32_delta() -> None:
 
 
 def test_donated_buffers() -> None:
-    params, batch = problem()
+    params, batch = problem("float64")
     expected = step()(params, batch)
 
     @partial(jax.jit, donate_argnums=0)
@@ -154,7 +154,7 @@ def test_donated_buffers() -> None:
 
 
 def test_leaves_that_are_no_floats_stay_out() -> None:
-    params, batch = problem()
+    params, batch = problem("float64")
     tree = {"weights": params, "steps": jnp.asarray(3)}
     result, grads = step(fn=lambda p, b: margin_fn(p["weights"], b))(tree, batch)
     assert jax.tree.structure(grads) == jax.tree.structure(tree)

@@ -152,6 +152,7 @@ def test_a_ring_of_mlx_equals_one_process(tmp_path: Path) -> None:
 def test_two_hosts_of_jax_equal_one_process(tmp_path: Path) -> None:
     """Global arrays over two processes: the pairs of both share one anchor."""
     import hosts_script
+    import jax
     import numpy as np
     from test_backend_jax import problem, step
 
@@ -169,7 +170,7 @@ def test_two_hosts_of_jax_equal_one_process(tmp_path: Path) -> None:
     finally:
         for host in hosts:
             host.kill()
-    result, grads = step()(*problem("float64"))
+    result, grads = jax.jit(step())(*problem("float64"))
     for rank in range(2):
         found = np.load(tmp_path / f"{rank}.npz")
         assert found["processes"] == 2
