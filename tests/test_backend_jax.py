@@ -164,7 +164,7 @@ def test_leaves_that_are_no_floats_stay_out() -> None:
 
 
 def test_gaussian_needs_a_key() -> None:
-    params, batch = problem()
+    params, batch = problem("float64")
     gaussian = step(gapo.GAPOConfig(direction="gaussian"))
     with pytest.raises(ValueError, match=r'direction="gaussian" draws random numbers: call .*rng=jax.random.key'):
         gaussian(params, batch)

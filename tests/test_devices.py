@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,9 +56,15 @@ def test_two_ranks(engine: str, tmp_path: Path) -> None:
     assert_checkpoints_are_one_process(tmp_path, RTOL[engine])
 
 
+@cache
+def one_process(scenario: str) -> dict[str, Any]:
+    """What every engine is compared with."""
+    return devices_script.train("", scenario)
+
+
 def assert_equal_to_one_process(scenario: str, ranks: list[dict[str, Any]], rtol: float) -> None:
     """Weights, gaps, logs and evaluation are those of one process with both ranks' pairs in a batch."""
-    one = devices_script.train("", scenario)
+    one = one_process(scenario)
     assert len(one["results"]) == len(ranks[0]["results"]) == 4  # two steps of two micro-steps
     for step, result in enumerate(one["results"]):
         taken = [rank["results"][step] for rank in ranks]
