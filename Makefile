@@ -4,17 +4,22 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 LOWEST := .venv-lowest
 DOCS_ADDRESS ?= 127.0.0.1:8000
+# In files' order on all cores, so that a file's fixtures are made once; a worker that is done takes from the others.
+PYTEST := pytest -n auto --dist worksteal --durations=25
 
-.PHONY: demo test test-lowest lint bench docs docs-build clean
+.PHONY: demo test test-lowest test-machines lint bench docs docs-build clean
 
 demo: $(INSTALLED)  ## tune a small language model on noisy pairs; leaves runs/demo/report.html
 	$(BIN)/gapo train examples/demo.yaml --overwrite
 
 test: $(INSTALLED)  ## all tests
-	$(BIN)/pytest -n auto
+	$(BIN)/$(PYTEST)
 
 test-lowest: $(LOWEST)/installed  ## all tests, with the lowest versions of everything that pyproject.toml admits
-	$(LOWEST)/bin/pytest -n auto
+	$(LOWEST)/bin/$(PYTEST)
+
+test-machines: $(INSTALLED)  ## the tests of numbers, as machines of other instruction sets and threads work them out
+	.ci/machines
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .

@@ -1,16 +1,26 @@
 import os
+import tempfile
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small arrays; pytest-xdist uses the cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_X64", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # a mesh without a cluster
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # a mesh without a cluster
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault(
     "MLX_DISABLE_COMPILE", "1"
 )  # one g++ call for each fused kernel; the compiled path has its own test
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# What JAX compiled for one test serves the next, also in another process. Each worker has its own folder within that of
+# the process that started it, which removes them all: JAX writes without a lock.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="gapo-jax-", ignore_cleanup_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+elif "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{os.environ['PYTEST_XDIST_WORKER']}"
 
 from frameworks import LIBRARIES, Library, require
 from hypothesis import settings

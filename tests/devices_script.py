@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: 
         use_cpu=True,
         max_grad_norm=0.0,
         dataloader_pin_memory=False,
-        ddp_timeout=120,
+        ddp_timeout=600,
         **ENGINES[engine],
         **{**defaults, "gradient_accumulation_steps": 2, **options},
     )
@@ -101,11 +102,21 @@ def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: 
 
 
 def make_model(kind: str) -> Any:
-    """A model of `hf_models`, or "lora" for adapters on one."""
+    """A model of `hf_models`, or "lora" for adapters on one, with biases off zero as trained models have them.
+
+    What attention adds to all keys alike cancels in its softmax, so the gradient of most key biases is rounding noise
+    of 1e-20, exactly 0 or not as the sum was ordered. On a bias of 0 such a step counts as a change; on 0.1 it is lost.
+    """
+    model = hf_models.make("pythia" if kind == "lora" else kind)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.add_(0.1 + 0.1 * torch.rand(p.shape, generator=draw))
     if kind != "lora":
-        return hf_models.make(kind)
+        return model
     adapters = peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
-    return peft.get_peft_model(hf_models.make("pythia"), adapters)
+    return peft.get_peft_model(model, adapters)
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -264,21 +275,29 @@ def run_scenarios(engine: str, folder: str) -> None:
     torch.save(results, f"{folder}/{dist.get_rank()}.pt")
 
 
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
+def free_port(count: int = 1) -> int:
+    """The first of `count` ports in a row of this machine that nothing listens on."""
+    while True:
+        with ExitStack() as held:
+            first = 0
+            for i in range(count):
+                free = held.enter_context(socket.socket())
+                try:
+                    free.bind(("127.0.0.1", first + i if i else 0))
+                except (OSError, OverflowError):  # taken, or beyond the last one
+                    break
+                first = first or free.getsockname()[1]
+            else:
+                return first
 
 
 def launch(target: Any, *args: Any) -> list[int | None]:
-    """Run `target` in two ranks, as torchrun does, and wait at most four minutes; their exit codes, None if running."""
+    """Run `target` in two ranks, as torchrun does, and wait at most ten minutes; their exit codes, None if running."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [multiprocessing.get_context("fork").Process(target=run_rank, args=(r, target, args)) for r in range(2)]
     for rank in ranks:
         rank.start()
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     for rank in ranks:
         rank.join(max(0.0, end - time.monotonic()))
     codes = [rank.exitcode for rank in ranks]

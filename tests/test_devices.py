@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ RTOL = {"ddp": 1e-9, "fsdp2": 1e-9, "zero3": 2e-6}
 
 def run_command(command: list[str]) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}  # whatever this host has
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2000, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -55,9 +56,15 @@ def test_two_ranks(engine: str, tmp_path: Path) -> None:
     assert_checkpoints_are_one_process(tmp_path, RTOL[engine])
 
 
+@cache
+def one_process(scenario: str) -> dict[str, Any]:
+    """What every engine is compared with."""
+    return devices_script.train("", scenario)
+
+
 def assert_equal_to_one_process(scenario: str, ranks: list[dict[str, Any]], rtol: float) -> None:
     """Weights, gaps, logs and evaluation are those of one process with both ranks' pairs in a batch."""
-    one = devices_script.train("", scenario)
+    one = one_process(scenario)
     assert len(one["results"]) == len(ranks[0]["results"]) == 4  # two steps of two micro-steps
     for step, result in enumerate(one["results"]):
         taken = [rank["results"][step] for rank in ranks]
@@ -133,7 +140,7 @@ def test_a_ring_of_mlx_equals_one_process(tmp_path: Path) -> None:
     hf_models.make("llama").save_pretrained(tmp_path / "model")
     hf_models.tokenizer().save_pretrained(tmp_path / "model")
     launcher = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "--starting-port"]
-    run_command([*launcher, str(free_port()), sys.executable, ring_script.__file__, str(tmp_path)])
+    run_command([*launcher, str(free_port(2)), sys.executable, ring_script.__file__, str(tmp_path)])
     for name, config in ring_script.CONFIGS.items():
         found, about = mx.load(str(tmp_path / f"{name}.safetensors"), return_metadata=True)
         assert about["ranks"] == "2"
@@ -152,10 +159,12 @@ def test_a_ring_of_mlx_equals_one_process(tmp_path: Path) -> None:
 def test_two_hosts_of_jax_equal_one_process(tmp_path: Path) -> None:
     """Global arrays over two processes: the pairs of both share one anchor."""
     import hosts_script
+    import jax
     import numpy as np
     from test_backend_jax import problem, step
 
-    environment = {**os.environ, "XLA_FLAGS": ""}  # one device for each process
+    # One device for each process, and no file that both write.
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     address = f"127.0.0.1:{free_port()}"
     hosts = [
         subprocess.Popen(
@@ -163,8 +172,12 @@ def test_two_hosts_of_jax_equal_one_process(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    assert [host.wait(timeout=300) for host in hosts] == [0, 0]
-    result, grads = step()(*problem("float64"))
+    try:
+        assert [host.wait(timeout=600) for host in hosts] == [0, 0]
+    finally:
+        for host in hosts:
+            host.kill()
+    result, grads = jax.jit(step())(*problem("float64"))
     for rank in range(2):
         found = np.load(tmp_path / f"{rank}.npz")
         assert found["processes"] == 2

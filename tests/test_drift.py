@@ -68,6 +68,9 @@ def lora_and_norm() -> Any:
     return model
 
 
+# A divergence of 0 in float32: ten units in the last place of log 96, which the softmax subtracts. Some two are seen.
+ZERO = pytest.approx(0, abs=5e-6)
+
 MODELS = {
     "full": lambda: hf_models.make("llama"),
     "lora": lambda: hf_models.lora("llama"),
@@ -115,11 +118,12 @@ def test_the_numbers_are_their_definitions(tmp_path: Path, kind: str) -> None:
     first, *_, last = rows_of(trainer)
     assert [row["step"] for row in rows_of(trainer)] == [0, 2, 4]
     assert set(first) >= KEYS
-    assert first["drift/kl"] == pytest.approx(0, abs=1e-6)
+    assert first["drift/kl"] == ZERO
     assert last["drift/kl"] > 1e-5
     for row, policy in ((first, start), (last, model)):
         for name, value in oracle(policy, start, held_out_of(trainer)).items():
-            assert row[f"drift/{name}"] == pytest.approx(value, rel=1e-2 if name == "kl" else 1e-4, abs=1e-6), name
+            near = pytest.approx(value, rel=1e-2 if name == "kl" else 1e-4, abs=1e-6)
+            assert row[f"drift/{name}"] == (ZERO if name == "kl" and row is first else near), name
     kept = sorted(path.name for path in (tmp_path / "_starting_policy").iterdir())
     expected = ["adapters_off"] if kind == "lora" else [f"pair-{i:05d}.safetensors" for i in range(5)]
     assert kept == expected
@@ -187,7 +191,7 @@ def test_a_new_run_in_the_same_folder_starts_anew(tmp_path: Path) -> None:
     assert not (tmp_path / "_starting_policy" / "adapters_off").exists()
     again = with_drift(tmp_path, hf_models.make("llama", seed=8), max_steps=1)
     again.train()
-    assert rows_of(again)[0]["drift/kl"] == pytest.approx(0, abs=1e-6)
+    assert rows_of(again)[0]["drift/kl"] == ZERO
 
 
 def test_a_push_to_the_hub_leaves_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +432,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     command = [*launched, drift_script.__file__, str(tmp_path / "two"), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2000, env=environment)
     assert done.returncode == 0, done.stderr
     drift_script.main(str(tmp_path / "one"), 4)
     two, one = (torch.load(tmp_path / name / "rows.pt") for name in ("two", "one"))

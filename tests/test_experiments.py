@@ -200,7 +200,8 @@ def test_the_same_yaml_on_every_backend(finished: Path, tmp_path: Path, loss: st
         for name, value in summaries["torch"]["before"].items():
             if name == "eval_reference/accuracies":  # before the first step the log-ratios are rounding
                 continue
-            assert summaries[backend]["before"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), (backend, name)
+            near = 1.5 / 200 if "accuracies" in name else 1e-4  # a pair whose margin is rounding counts either way
+            assert summaries[backend]["before"][name] == pytest.approx(value, rel=1e-3, abs=near), (backend, name)
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
         after = [summaries[backend]["after"][name] for backend in ("jax", "mlx")]
         assert after[0] == pytest.approx(after[1], rel=1e-3, abs=2e-4), name
@@ -228,7 +229,8 @@ def test_other_backends_resume_too(
     from gapo.experiments import loop
 
     require(_LIBRARY[backend])
-    options = {"model": str(finished / "run" / "model"), "backend": backend}
+    # Of the same shapes as above, so that JAX has compiled them.
+    options = {"model": str(finished / "run" / "model"), "backend": backend, "accumulation": 2, "weight_decay": 0.1}
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     assert train(tmp_path / "whole", **options) == 0

@@ -69,8 +69,8 @@ def test_scores_are_what_the_step_says_of_the_batches(folder: Path, tmp_path: Pa
         assert (row["row"], row["id"], row["is_flipped"]) == (i, PAIRS[i]["id"], PAIRS[i]["is_flipped"])
         for name, values in measured.items():
             assert row[name] == pytest.approx(np.mean(values[:, i]), rel=1e-4, abs=2e-6)
-        for name in ("gap", "weight"):
-            assert row[f"{name}_std"] == pytest.approx(np.std(measured[name][:, i], ddof=1), rel=1e-2, abs=2e-6)
+        for name in ("gap", "weight"):  # to ten units in the last place of a float32 log-prob
+            assert row[f"{name}_std"] == pytest.approx(np.std(measured[name][:, i], ddof=1), rel=1e-2, abs=5e-6)
         assert row["gaps"] == pytest.approx(measured["gap"][:, i].tolist(), rel=1e-4, abs=2e-6)
         assert row["margin"] - row["anchor_margin"] == pytest.approx(row["gap"], abs=1e-6)
 

@@ -112,8 +112,9 @@ def test_adapter_weights_alone_are_perturbed(folder: Path, tmp_path: Path) -> No
     step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(rho=0.3), backend="torch")
     result, grads = step(trained_adapter(), batch)
     assert all("lora" in name for name in grads)
-    assert [row["gap"] for row in scores] == pytest.approx(result.anchor_gaps.tolist(), abs=2e-6)
-    assert [row["margin"] for row in scores] == pytest.approx(result.margins.tolist(), abs=2e-6)
+    near = 5e-6  # ten units in the last place of a float32 log-prob
+    assert [row["gap"] for row in scores] == pytest.approx(result.anchor_gaps.tolist(), abs=near)
+    assert [row["margin"] for row in scores] == pytest.approx(result.margins.tolist(), abs=near)
     alone = step(hf_models.make("llama"), batch)[0]
     assert [row["margin"] for row in scores] != pytest.approx(alone.margins.tolist(), abs=1e-4)
 
