@@ -99,7 +99,7 @@ def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str):
         return row if prompt is not None else _split(row, _end_of_prompt(chosen, rejected))
-    if prompt is None:
+    if not prompt:
         return _split(row, common_length(bare(chosen), bare(rejected)))
     if isinstance(prompt, str):
         return _split(row, _end_of_messages(prompt, chosen, rejected))
