@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from gapo.data.messages import OTHERS, common_length, media_of, text_of
+from gapo.data.rows import ANSWERS, require_turns
 
 # What `apply_chat_template` is given here, or what would change the kind of its result.
 _OURS = ("conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict",
@@ -30,7 +31,8 @@ def split_chat(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[lis
     chat = _Chat(tokenizer, row)
     prompt = chat.ids(row["prompt"], generation=True)
     wholes = []
-    for side in ("chosen", "rejected"):
+    for side in ANSWERS:
+        require_turns(side, row[side])
         whole = chat.ids([*row["prompt"], *row[side]])
         chat.require_printed(row["prompt"], row[side], side)
         if whole[: len(prompt)] != prompt:
@@ -48,7 +50,7 @@ def require_text(row: dict[str, Any]) -> None:
             f"column {column!r} holds what is no text, and would be dropped: remove the column, if the answers do not "
             "depend on it"
         )
-    for name in ("prompt", "chosen", "rejected"):
+    for name in ("prompt", *ANSWERS):
         if kinds := media_of(row[name]):
             raise ValueError(f"column {name!r} has a part of the type {kinds[0]!r}; accepted are parts of text")
 
@@ -60,12 +62,7 @@ def len_of(value: Any) -> int:
 
 def has_turns_of_others(row: dict[str, Any]) -> bool:
     """Whether an answer of several messages holds some that the policy did not write, such as results of tools."""
-    return any(
-        message["role"] in OTHERS
-        for side in ("chosen", "rejected")
-        if not isinstance(row[side], str)
-        for message in row[side]
-    )
+    return any(message["role"] in OTHERS for side in ANSWERS if not isinstance(row[side], str) for message in row[side])
 
 
 class _Chat:

@@ -11,7 +11,7 @@ from typing import Any
 from gapo.data.chat import has_turns_of_others, require_text, say_once, split_chat
 from gapo.data.limits import Cuts, Limits
 from gapo.data.messages import common_length
-from gapo.data.rows import ANSWERS, name_of, require_turns, with_prompt
+from gapo.data.rows import ANSWERS, name_of, with_prompt
 
 IGNORE_INDEX = -100
 # Merges across the border change a token or two of the prompt. More is a tokenizer that reads its text otherwise.
@@ -108,8 +108,6 @@ def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
         prompt, answers = _split_text(row, tokenizer)
     else:
         prompt, answers = split_chat(row, tokenizer)
-        for side in ANSWERS:
-            require_turns(side, row[side])
         if has_turns_of_others(row):
             say_once(
                 "some answers hold messages that the policy did not write, such as results of tools: as in TRL, their "

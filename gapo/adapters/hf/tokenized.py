@@ -35,7 +35,7 @@ def tokenized(rows: Any, name: str, collator: PreferenceCollator, args: GAPOConf
         return {**columns, **dict(zip(_NOTES, notes, strict=True))}
 
     if not hasattr(rows, "__len__"):  # streamed
-        return _of_stream(rows.map(tokenize, with_indices=True), name)
+        return _of_stream(rows.map(tokenize, with_indices=True), name, collator)
     with args.main_process_first():
         mapped = rows.map(
             tokenize,
@@ -64,16 +64,23 @@ def _of_list(rows: Any, name: str, collator: PreferenceCollator) -> list[dict[st
     return found
 
 
-def _of_stream(mapped: Any, name: str) -> Any:
-    told: list[None] = []
+def _of_stream(mapped: Any, name: str, collator: PreferenceCollator) -> Any:
+    """The stream without equal pairs. It has no end at which to count: the first of each kind is told."""
+    told: set[str] = set()
 
-    def differ(equal: bool) -> bool:
-        if equal and not told:
-            told.append(None)
-            _logger.warning("%s: pairs whose answers are the same tokens are left out", name)
+    def tell(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            _logger.warning("%s: %s", name, text)
+
+    def differ(prompt_cut: int, answers_cut: int, equal: bool) -> bool:
+        if prompt_cut or answers_cut:
+            tell(f"max_length={collator.limits.max_length} cuts prompts or the ends of answers")
+        if equal:
+            tell("pairs whose answers are the same tokens are left out")
         return not equal
 
-    return mapped.filter(differ, input_columns=[_NOTES[-1]]).remove_columns(list(_NOTES))
+    return mapped.filter(differ, input_columns=list(_NOTES)).remove_columns(list(_NOTES))
 
 
 def _row(
