@@ -134,6 +134,7 @@ def test_a_prompt_that_the_answers_repeat_is_taken_from_them() -> None:
          r"alone it goes on with '1user:hi<e>assistant:', before the answer with '2user"),
         (ASKED, "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}", "renders the prom"),
         (ASKED, TURNS + "{% if add_generation_prompt %}bot:{% endif %}", "renders the prompt otherwise"),
+        (ASKED, TURNS + "{% if add_generation_prompt %}answer:{% endif %}", "alone it goes on with 'nswer:', before"),
         ({**ASKED, "chosen": [user("hi"), assistant("yes")]}, OPENED, "'chosen' repeats the messages of the prompt"),
         ({**ASKED, "chosen": [user("you"), assistant("yes")]}, OPENED, "'chosen', without the prompt, begins with a m"),
         ({**ASKED, "chosen": [assistant("yes"), user("so?")]}, OPENED, "ends with a message of the role 'user'"),

@@ -7,7 +7,7 @@ import logging
 from functools import cache
 from typing import Any
 
-from gapo.data.messages import OTHERS, common_length, media_of, text_of
+from gapo.data.messages import OTHERS, bare, common_length, media_of, text_of
 from gapo.data.rows import ANSWERS, require_turns
 
 # What `apply_chat_template` is given here, or what would change the kind of its result.
@@ -89,7 +89,7 @@ class _Chat:
     def _apply(self, messages: list[dict[str, Any]], generation: bool, tokenize: bool) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=generation, tokenize=tokenize, **self._options
+                bare(messages), add_generation_prompt=generation, tokenize=tokenize, **self._options
             )
         except Exception as error:
             # A template that adds text to a list, or looks for a key in a text, ends in a TypeError.
@@ -132,17 +132,26 @@ class _Chat:
         """
         opened, whole = self._text(prompt, generation=True), self._text([*prompt, *answer])
         shared = common_length(opened, whole)
-        rest = opened[shared:].strip()
-        if rest in ("", self._tokenizer.eos_token):
+        if opened[shared:].strip() in ("", self._tokenizer.eos_token):
             return
-        closed = self._text(prompt)
-        if shared <= common_length(opened, closed):
-            raise ValueError(
-                f"the tokenizer's chat template renders the prompt otherwise once the {side} answer follows: alone it "
-                f"goes on with {opened[shared:][:40]!r}, before the answer with {whole[shared:][:40]!r}. No token "
-                "can be said to be the answer's first: use a template whose rendering of a message does not "
-                "depend on what follows"
-            )
+        closed = common_length(opened, self._text(prompt))
+        if shared > closed and not _is_within_head(answer[0], whole, shared):
+            return
+        raise ValueError(
+            f"the tokenizer's chat template renders the prompt otherwise once the {side} answer follows: alone it "
+            f"goes on with {opened[shared:][:40]!r}, before the answer with {whole[shared:][:40]!r}. No token "
+            "can be said to be the answer's first: use a template whose rendering of a message does not "
+            "depend on what follows"
+        )
+
+
+def _is_within_head(message: dict[str, Any], whole: str, shared: int) -> bool:
+    """Whether a part of the turn's head, such as a role, stands between the border and the text of the answer."""
+    text = text_of([message]).strip()[:20]
+    if set(bare([message])[0]) - {"role", "content", "name"} or not text or "<" in text:
+        return False
+    between = whole[shared : whole.find(text, shared)] if text in whole[shared:] else ""
+    return bool(between.strip()) and "<" not in between  # "<" opens a block of thoughts, or what the template marks
 
 
 def _name_of_tool(tool: Any) -> str:

@@ -161,7 +161,7 @@ def require_turns(name: str, answer: str | list[dict[str, Any]]) -> None:
     if isinstance(answer, str) or not answer:
         return
     for message, verb in ((answer[0], "begins"), (answer[-1], "ends")):
-        if message["role"] in OTHERS:
+        if message["role"].lower() in OTHERS:
             raise RowFault(
                 f"column {name!r}, without the prompt, {verb} with a message of the role {message['role']!r}, which is "
                 "no answer"

@@ -175,6 +175,8 @@ def _csv_row(row: dict[Any, Any]) -> dict[str, Any] | Unreadable:
         return Unreadable("not UTF-8")
     if None in row:
         return Unreadable("more cells than the first line names: quote a text that holds commas")
+    if row.get("prompt", "") is None:
+        return Unreadable("fewer cells than the first line names, so that the prompt is missing")
     flag = {"true": True, "false": False, "1": True, "0": False}
     if (flipped := row.get("is_flipped")) is not None:
         row["is_flipped"] = flag.get(str(flipped).lower(), flipped)

@@ -191,7 +191,7 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 def text_tokenizer(processing_class: Any) -> Any:
     """The tokenizer itself, or that of a processor (of a model which sees or hears as well)."""
     inner = getattr(processing_class, "tokenizer", None)
-    return processing_class if inner is None or hasattr(processing_class, "eos_token_id") else inner
+    return inner if hasattr(inner, "eos_token_id") else processing_class
 
 
 def equal_message(row: dict[str, Any], tokens: Tokens, limits: Limits) -> str:
