@@ -39,10 +39,9 @@ def as_pair(row: Any) -> dict[str, Any]:
     Raises:
         RowFault: it is none.
     """
-    if not isinstance(row, dict):
-        raise RowFault(f"not an object with columns, but {type(row).__name__}")
-    if (reason := _fault_within(row) or _fault_of_columns(row)) is not None:
+    if isinstance(row, dict) and (reason := _fault_within(row)) is not None:
         raise RowFault(reason)
+    require_columns(row)
     pair = with_prompt(row)
     if not isinstance(pair.get("is_flipped", False), bool):
         raise RowFault("column 'is_flipped' is not true or false")
@@ -51,6 +50,14 @@ def as_pair(row: Any) -> dict[str, Any]:
             raise RowFault(f"column {name!r} is empty after the shared prompt")
         require_turns(name, pair[name])
     return pair
+
+
+def require_columns(row: Any) -> None:
+    """Raise RowFault unless `row` has a prompt and two different answers of one kind, text or messages."""
+    if not isinstance(row, dict):
+        raise RowFault(f"not an object with columns, but {type(row).__name__}")
+    if (reason := _fault_of_columns(row)) is not None:
+        raise RowFault(reason)
 
 
 def _fault_of_columns(row: dict[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from gapo.data.chat import has_turns_of_others, require_text, say_once, split_chat
 from gapo.data.limits import Cuts, Limits
 from gapo.data.messages import common_length
-from gapo.data.rows import ANSWERS, name_of, with_prompt
+from gapo.data.rows import ANSWERS, name_of, require_columns, with_prompt
 
 IGNORE_INDEX = -100
 # Merges across the border change a token or two of the prompt. More is a tokenizer that reads its text otherwise.
@@ -57,9 +57,9 @@ def tokenize_pair(
         "chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels".
 
     Raises:
-        ValueError: an answer has no token, both are the same tokens (a warning, where truncation made them so), the
-            chat template refuses the messages or hides where the answer begins, the row holds images, or a limit is
-            too small.
+        ValueError: the row is no pair, an answer has no token, both are the same tokens (a warning, where truncation
+            made them so), the chat template refuses the messages or hides where the answer begins, the row holds
+            images, or a limit is too small.
     """
     limits = Limits(max_length, max_prompt_length)
     tokens = tokens_of(row, tokenizer, limits)
@@ -102,6 +102,7 @@ def tokenize_pairs(
 def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
     """What `tokenize_pair` documents, with how much was cut; equal answers are not refused."""
     tokenizer = text_tokenizer(tokenizer)
+    require_columns(row)
     row = with_prompt(row)
     require_text(row)
     if isinstance(row["chosen"], str):
