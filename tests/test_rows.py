@@ -44,6 +44,29 @@ def test_the_prompt_stands_apart_from_the_answers(tmp_path: Path, row: Any, prom
 
 
 @pytest.mark.parametrize(
+    ("ask", "head"),
+    [
+        ("<|im_start|>user\nQ<|im_end|>\n", "<|im_start|>assistant\n"),
+        ("<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>",
+         "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+        ("<start_of_turn>user\nQ<end_of_turn>\n", "<start_of_turn>model\n"),
+        ("<|user|>\nQ</s>\n", "<|assistant|>\n"),
+        ("[INST] Q ", "[/INST]"),
+        ("### Instruction:\nQ\n\n", "### Response:"),
+    ],
+)  # fmt: skip
+def test_answers_of_rendered_texts_begin_behind_their_head(tmp_path: Path, ask: str, head: str) -> None:
+    before = ask + head + " A. " + ask  # an earlier turn, and words that both answers begin with
+    same, other = f"{before}{head}The cat", f"{before}{head}The dog"
+    parted = {side: f"{before}{ask}?\n{head} b" for side, ask in (("chosen", "more"), ("rejected", "less"))}
+    data.write_rows(tmp_path / "a.jsonl", [{"chosen": same, "rejected": other}, parted])
+    found = data.read_pairs(tmp_path / "a.jsonl")
+    (row,) = found.rows
+    assert row == {"prompt": before + head, "chosen": "The cat", "rejected": "The dog"}
+    assert "part within a turn of the user" in found.problems[0].reason
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"prompt": "Other?", **WHOLE}, "column 'prompt' is text, and none of the messages that both answers"),
@@ -55,7 +78,7 @@ def test_the_prompt_stands_apart_from_the_answers(tmp_path: Path, row: Any, prom
         ({**GOOD, "chosen": json.dumps(WHOLE["chosen"])}, "column 'chosen' is a list of messages written out as text"),
         ({**GOOD, "prompt": str(CONVERSATION["prompt"])}, "column 'prompt' is a list of messages written out as text"),
         ({**GOOD, "prompt": CONVERSATION["prompt"]}, "text and messages are mixed"),
-        ({"chosen": f"{HUMAN} A\n\nHuman: b", "rejected": f"{HUMAN} A\n\nHuman: c"}, "part within a turn of the human"),
+        ({"chosen": f"{HUMAN} A\n\nHuman: b", "rejected": f"{HUMAN} A\n\nHuman: c"}, "part within a turn of the user"),
     ],
 )  # fmt: skip
 def test_rows_whose_prompt_and_answers_do_not_agree(tmp_path: Path, row: Any, reason: str) -> None:

@@ -16,8 +16,16 @@ ANSWERS = ("chosen", "rejected")
 _DEEPEST = 50  # lists and objects within each other in a row: Python reads and compares more, but not much more
 # A list of messages as JSON or Python prints it: what is left of one in a table of text.
 _PRINTED_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
-# The turns of Anthropic's HH sets, whose prompts are implicit and whose answers may begin with the same words.
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+# Heads of turns in texts that are whole conversations: Anthropic's HH sets, and what common chat templates print. The
+# answers may begin with the same words, so that their own head, not their first difference, ends the prompt.
+_ANSWER_HEAD = re.compile(
+    r"\n\nAssistant:|<\|im_start\|>assistant\n|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n"
+    r"|<start_of_turn>model\n|<\|assistant\|>\n?|\[/INST\]|### (?:Assistant|Response):"
+)
+_OTHER_HEAD = re.compile(
+    r"\n\nHuman:|<\|im_start\|>user\n|<\|start_header_id\|>user<|<start_of_turn>user\n|<\|user\|>|\[INST\]"
+    r"|### (?:User|Human|Instruction):"
+)
 
 
 class RowFault(ValueError):
@@ -96,8 +104,9 @@ def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     """`row` with "prompt" apart from its answers, and with "is_flipped" true, false or absent.
 
     Without a prompt, what both answers begin with is the prompt: whole messages; of text whole words, or all up to the
-    last shared "\\n\\nAssistant:". Messages of the prompt that both answers repeat are taken from the answers. A prompt
-    of text beside answers of messages, as in UltraFeedback, stands for the messages that both answers begin with.
+    last shared head of an answer, such as "\\n\\nAssistant:". Messages of the prompt that both answers repeat are taken
+    from the answers. A prompt of text beside answers of messages, as in UltraFeedback, stands for the messages that
+    both answers begin with.
 
     Raises:
         RowFault: prompt and answers contradict each other.
@@ -130,11 +139,11 @@ def _with_flag(row: dict[str, Any]) -> dict[str, Any]:
 
 def _end_of_prompt(chosen: str, rejected: str) -> int:
     shared = common_length(chosen, rejected)
-    turn = chosen.rfind(_ASSISTANT, 0, shared)
-    if turn >= 0:
-        end = turn + len(_ASSISTANT)
-        if _HUMAN in chosen[end:shared]:
-            raise RowFault("the answers part within a turn of the human, so that they have no prompt in common")
+    heads = list(_ANSWER_HEAD.finditer(chosen, 0, shared))
+    if heads:
+        end = heads[-1].end()
+        if _OTHER_HEAD.search(chosen, end, shared):
+            raise RowFault("the answers part within a turn of the user, so that they have no prompt in common")
         return end
     while shared and not chosen[shared - 1].isspace():
         shared -= 1

@@ -85,7 +85,10 @@ class PreferenceCollator:
                     f"column {name!r} was to be kept, but a row lacks it: row {lacking} of the batch has "
                     f"{sorted(map(str, rows[lacking]))}"
                 )
-            batch[name] = torch.tensor([row[name] for row in rows])
+            try:
+                batch[name] = torch.tensor([row[name] for row in rows])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"column {name!r} was to be kept, but is no numbers or booleans: {error}") from error
         return batch
 
     def tokenize(self, row: dict[str, Any]) -> dict[str, Any]:
