@@ -50,3 +50,11 @@ def test_ids_of_any_whole_kind_are_padded_alike() -> None:
 def test_lengths_are_rounded_to_whole_numbers(multiple: Any) -> None:
     with pytest.raises(ValueError, match=f"pad_to_multiple_of must be a whole number .*, got {multiple!r}"):
         data.collate_pairs([ROW], pad_token_id=0, pad_to_multiple_of=multiple)
+
+
+def test_what_is_missing_is_named() -> None:
+    short = {name: ids for name, ids in ROW.items() if name != "rejected_labels"}
+    with pytest.raises(ValueError, match=r"'rejected_labels' is missing in row 1 \(id b\)"):
+        data.collate_pairs([ROW, {**short, "id": "b"}], pad_token_id=0)
+    with pytest.raises(ValueError, match=r"pad_token_id must be a whole number, got None"):
+        data.collate_pairs([ROW], pad_token_id=None)  # type: ignore[arg-type]

@@ -62,7 +62,8 @@ def len_of(value: Any) -> int:
 
 def has_turns_of_others(row: dict[str, Any]) -> bool:
     """Whether an answer of several messages holds some that the policy did not write, such as results of tools."""
-    return any(message["role"] in OTHERS for side in ANSWERS if not isinstance(row[side], str) for message in row[side])
+    answers = [row[side] for side in ANSWERS if not isinstance(row[side], str)]
+    return any(message["role"].lower() in OTHERS for answer in answers for message in answer)
 
 
 class _Chat:
@@ -115,6 +116,8 @@ class _Chat:
         names = [_name_of_tool(tool) for tool in tools]
         if names and not any(name in whole for name in names):
             say_once("the tokenizer's chat template has no place for tools: the column 'tools' has no effect")
+        if not calls:
+            return
         written = whole[common_length(whole, self._text(prompt, generation=True)) :]
         for call in calls:
             name = _name_of_tool(call)

@@ -41,12 +41,15 @@ def collate_pairs(
         ValueError: no pair, a column is missing or holds no ids or labels (naming the row), or an unknown side.
     """
     check_padding(padding_side, pad_to_multiple_of)
+    if pad_token_id is None:
+        raise ValueError("pad_token_id must be a whole number, got None: any id will do, since padding never counts")
     if not tokenized:
         raise ValueError("a batch needs at least one pair, got none")
-    for name in TOKENIZED:
-        if any(name not in row for row in tokenized):
-            raise ValueError(f"tokenised pairs need the columns {', '.join(TOKENIZED)}; {name!r} is missing")
     names = [_name(row, i if numbers is None else numbers[i]) for i, row in enumerate(tokenized)]
+    for row, place in zip(tokenized, names, strict=True):
+        if missing := [name for name in TOKENIZED if name not in row]:
+            columns = ", ".join(TOKENIZED)
+            raise ValueError(f"tokenised pairs need the columns {columns}; {missing[0]!r} is missing in {place}")
     sides = {
         side: [_checked(row, side, name) for row, name in zip(tokenized, names, strict=True)]
         for side in ("chosen", "rejected")

@@ -87,7 +87,7 @@ def _row(
     row: Any, index: int, name: str, collator: PreferenceCollator
 ) -> tuple[dict[str, list[int]], tuple[int, int, bool]]:
     """The token columns of a row; what was cut of its prompt and of its answers, and whether those are equal."""
-    if all(column in row for column in TOKENIZED):
+    if hasattr(row, "keys") and all(column in row for column in TOKENIZED):
         return {column: row[column] for column in TOKENIZED}, (0, 0, False)
     try:
         _, tokens = collator.tokens_of(dict(row) if hasattr(row, "keys") else row)
