@@ -32,15 +32,6 @@ class RowFault(ValueError):
     """A row is no preference pair: the reason."""
 
 
-def fault(row: Any) -> str | None:
-    """Why `row` is no preference pair, or None if it is one."""
-    try:
-        as_pair(row)
-    except RowFault as error:
-        return str(error)
-    return None
-
-
 def as_pair(row: Any) -> dict[str, Any]:
     """`row` as a checked pair, in the form of `with_prompt`.
 
