@@ -71,6 +71,9 @@ def test_the_pickle_of_these_tests_does_run(tmp_path: Path) -> None:
         ("a.csv", CSV + b"Q? ,yes," + b"n" * 200_000 + b"\nQ? ,yes,no\n", 2, []),
         ("a.csv", CSV + b'Q? ,"yes"!,no\nQ? ,yes,no\n', 1, ["2: not valid CSV: "]),
         ("a.csv", CSV + b'Q? ,yes,no\nQ? ,"yes,no\nQ? ,yes,no\n', 1, ["4: not valid CSV: unexpected end of data"]),
+        ("a.csv", CSV + b"Q? ,yes, of course,no\nQ? ,yes,no\n", 1, ["2: more cells than the first line names: quote"]),
+        ("a.csv", b"chosen,rejected,prompt\nyes,no\nyes,no,Q\n", 1, ["2: fewer cells than the first line names"]),
+        ("a.jsonl", LINE + b'\n{"chosen": "a", "rejected": "b", "chosen": "c"}', 1, ["2: column 'chosen' stands t"]),
         ("a.csv", CSV + b"Q? ,yes,\xff\nQ? ,yes,no\n", 1, ["2: not UTF-8"]),
         # The name that a gzip file carries inside is not used.
         ("a.jsonl.gz", b"\x1f\x8b\x08\x08" + bytes(6) + b"../../b\0" + gzip.compress(LINE, mtime=0)[10:], 1, []),

@@ -46,6 +46,30 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=found, **special)
 
 
+def bytes_tokenizer(template: str | None = None, *, opens: str = "", closes: str = "") -> Any:
+    """A tokenizer of one token for each byte, so that text says where tokens are; "<b>" is its BOS, "<e>" its EOS.
+
+    `opens` and `closes` are what it sets before and behind every text: "<b>", "<e>" or nothing.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<e>", "<b>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    found = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate([*special, *alphabet])}, merges=[]))
+    found.add_special_tokens(special)
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    frame = [(x, found.token_to_id(x)) for x in {opens, closes} - {""}]
+    if frame:
+        found.post_processor = processors.TemplateProcessing(
+            single=f"{opens} $A {closes}".split(), special_tokens=frame
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=found, bos_token="<b>", eos_token="<e>", pad_token="<e>", chat_template=template
+    )
+
+
 def pairs(n: int = 8, seed: int = 0) -> list[dict[str, Any]]:
     """Generated pairs, tokenised as well."""
     return [{**row, **tokenize_pair(row, tokenizer(), max_length=64)} for row in generate_pairs(n, seed=seed)]

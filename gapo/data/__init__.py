@@ -6,7 +6,7 @@ from gapo.data.flip import flip_pairs
 from gapo.data.pairs import Pairs, Problem, read_pairs
 from gapo.data.reference import with_reference_logps
 from gapo.data.sources import PairError
-from gapo.data.tokenize import tokenize_pair
+from gapo.data.tokenize import tokenize_pair, tokenize_pairs
 from gapo.data.writing import write_rows
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "generate_pairs",
     "read_pairs",
     "tokenize_pair",
+    "tokenize_pairs",
     "warmup_text",
     "with_reference_logps",
     "write_rows",

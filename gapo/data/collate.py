@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gapo.data.limits import whole_number
 from gapo.data.tokenize import IGNORE_INDEX
 
 PARTS = ("input_ids", "attention_mask", "labels")
@@ -22,41 +23,107 @@ def collate_pairs(
     pad_token_id: int,
     padding_side: str = "right",
     pad_to_multiple_of: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Pad N tokenised pairs to one length: {chosen,rejected}_{input_ids,attention_mask,labels}, each (N, seq) int64.
 
     Both answers get the same seq, so that they can be stacked. Labels are -100 on padding. Where all rows have the
     columns `REFERENCE`, so has the batch: each (N,) float32.
 
+    Args:
+        tokenized: rows of `tokenize_pair`.
+        pad_token_id: the id on padding, which never counts.
+        padding_side: "left" or "right".
+        pad_to_multiple_of: round seq up to a multiple of this; None for no rounding.
+        numbers: what an error calls the rows; their places from 0 otherwise.
+
     Raises:
-        ValueError: no pair, a column is missing, or an unknown side.
+        ValueError: no pair, a column is missing or holds no ids or labels (naming the row), or an unknown side.
     """
-    if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+    check_padding(padding_side, pad_to_multiple_of)
+    if pad_token_id is None:
+        raise ValueError("pad_token_id must be a whole number, got None: any id will do, since padding never counts")
     if not tokenized:
         raise ValueError("a batch needs at least one pair, got none")
-    for name in TOKENIZED:
-        if any(name not in row for row in tokenized):
-            raise ValueError(f"tokenised pairs need the columns {', '.join(TOKENIZED)}; {name!r} is missing")
-    seq = max(len(row[f"{side}_input_ids"]) for row in tokenized for side in ("chosen", "rejected"))
+    names = [_name(row, i if numbers is None else numbers[i]) for i, row in enumerate(tokenized)]
+    for row, place in zip(tokenized, names, strict=True):
+        if missing := [name for name in TOKENIZED if name not in row]:
+            columns = ", ".join(TOKENIZED)
+            raise ValueError(f"tokenised pairs need the columns {columns}; {missing[0]!r} is missing in {place}")
+    sides = {
+        side: [_checked(row, side, name) for row, name in zip(tokenized, names, strict=True)]
+        for side in ("chosen", "rejected")
+    }
+    seq = max(len(ids) for rows in sides.values() for ids, _ in rows)
     if pad_to_multiple_of:
         seq = -(-seq // pad_to_multiple_of) * pad_to_multiple_of
     batch = {}
-    for side in ("chosen", "rejected"):
-        ids = [row[f"{side}_input_ids"] for row in tokenized]
-        batch[f"{side}_input_ids"] = _pad(ids, seq, pad_token_id, padding_side)
-        batch[f"{side}_attention_mask"] = _pad([[1] * len(row) for row in ids], seq, 0, padding_side)
-        batch[f"{side}_labels"] = _pad([row[f"{side}_labels"] for row in tokenized], seq, IGNORE_INDEX, padding_side)
+    for side, rows in sides.items():
+        batch[f"{side}_input_ids"] = _pad([ids for ids, _ in rows], seq, pad_token_id, padding_side)
+        batch[f"{side}_attention_mask"] = _pad([np.ones_like(ids) for ids, _ in rows], seq, 0, padding_side)
+        batch[f"{side}_labels"] = _pad([labels for _, labels in rows], seq, IGNORE_INDEX, padding_side)
     if all(name in row for name in REFERENCE for row in tokenized):
         batch |= {name: np.array([row[name] for row in tokenized], dtype=np.float32) for name in REFERENCE}
+        finite = np.isfinite([batch[name] for name in REFERENCE]).all(0)
+        if not finite.all():
+            raise ValueError(f"the reference log-probabilities of {names[int(finite.argmin())]} are not finite")
     return batch
 
 
-def _pad(rows: Sequence[Sequence[int]], seq: int, value: int, side: str) -> np.ndarray:
+def check_padding(padding_side: Any, pad_to_multiple_of: Any) -> None:
+    """Raise ValueError, saying what is accepted, unless rows can be padded so."""
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+    if pad_to_multiple_of is not None and whole_number("pad_to_multiple_of", pad_to_multiple_of) < 0:
+        raise ValueError(f"pad_to_multiple_of must be a whole number >= 1 or None, got {pad_to_multiple_of!r}")
+
+
+def _name(row: dict[str, Any], number: int) -> str:
+    return f"row {number}" if row.get("id") is None else f"row {number} (id {row['id']})"
+
+
+def _checked(row: dict[str, Any], side: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels of an answer as arrays (seq,) of integers, of which some label counts."""
+    found = []
+    for column in (f"{side}_input_ids", f"{side}_labels"):
+        values = np.asarray(row[column])
+        if values.ndim != 1 or not len(values) or values.dtype.kind not in "iu":
+            raise ValueError(f"{column} of {name} must be a list of whole numbers, not empty; got {_briefly(values)}")
+        found.append(values)
+    ids, labels = found
+    if len(ids) != len(labels):
+        raise ValueError(f"{name} has {len(ids)} {side}_input_ids and {len(labels)} {side}_labels: one for each id")
+    counts = labels != IGNORE_INDEX
+    if ids.min() < 0 or (counts & (labels < 0)).any():
+        raise ValueError(f"{name}: {side} ids must be >= 0, labels >= 0 or {IGNORE_INDEX}; got {_briefly(ids, labels)}")
+    if not counts[1:].any():
+        raise ValueError(
+            f"no token of the {side} answer of {name} counts: its labels are all {IGNORE_INDEX}, but for the first, "
+            "which nothing predicts"
+        )
+    if _are_shifted(ids, labels, counts):
+        raise ValueError(
+            f"the {side}_labels of {name} are shifted: each label belongs at the place of its own id, and the "
+            "log-probabilities shift by themselves"
+        )
+    return ids, labels
+
+
+def _are_shifted(ids: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> bool:
+    if (labels[counts] == ids[counts]).all():
+        return False
+    early = counts[:-1]
+    return bool(early.any() and (labels[:-1] == ids[1:])[early].all())
+
+
+def _briefly(*arrays: np.ndarray) -> str:
+    return " and ".join(np.array2string(array, threshold=6, edgeitems=3) for array in arrays).replace("\n", " ")
+
+
+def _pad(rows: Sequence[np.ndarray], seq: int, value: int, side: str) -> np.ndarray:
     out = np.full((len(rows), seq), value, dtype=np.int64)
     for line, row in zip(out, rows, strict=True):
-        if len(row):
-            line[slice(0, len(row)) if side == "right" else slice(seq - len(row), seq)] = row
+        line[slice(0, len(row)) if side == "right" else slice(seq - len(row), seq)] = row
     return out
 
 
@@ -77,7 +144,8 @@ def batches(
     `epochs` None goes on for ever.
 
     Raises:
-        ValueError: `batch_size` is not positive, or greater than the data with `drop_last`.
+        ValueError: `batch_size` is not positive, or greater than the data with `drop_last`; a row is
+            no tokenised pair (naming it).
     """
     if batch_size < 1 or (drop_last and batch_size > len(tokenized)):
         raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
@@ -91,6 +159,9 @@ def batches(
             made += 1
             if made > skip:
                 padded = collate_pairs(
-                    [tokenized[i] for i in index], pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of
+                    [tokenized[i] for i in index],
+                    pad_token_id=pad_token_id,
+                    pad_to_multiple_of=pad_to_multiple_of,
+                    numbers=index.tolist(),
                 )
                 yield {**padded, "index": index}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gapo.data.sources import PairError, Unreadable, is_utf8, read_rows
-
-ANSWERS = ("chosen", "rejected")
-_DEEPEST = 50  # lists and objects within each other in a row: Python reads and compares more, but not much more
+from gapo.data.messages import text_of as text_of
+from gapo.data.rows import RowFault, as_pair
+from gapo.data.sources import PairError, Unreadable, read_rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ def read_pairs(source: str | Path, *, split: str = "train", strict: bool = False
 
     A pair has "chosen" and "rejected", two different non-empty answers, and mostly "prompt": text, or lists of
     {"role", "content"} messages (TRL's standard and conversational formats). Without "prompt", what both answers begin
-    with is the prompt. Other columns are kept; "is_flipped", where present, must be true or false.
+    with is the prompt; answers that are whole conversations may repeat it, also beside a prompt of text (the layout of
+    UltraFeedback). Other columns are kept; "is_flipped" must be true, false or missing.
 
     Args:
         source: a file (.json, .jsonl, each also .gz, .csv, .parquet), a folder saved by `datasets`, or the name of a
@@ -68,86 +67,19 @@ def read_pairs(source: str | Path, *, split: str = "train", strict: bool = False
     rows: list[dict[str, Any]] = []
     problems: list[Problem] = []
     for line, row in read_rows(source, split):
-        reason = row if isinstance(row, Unreadable) else fault(row)
-        if reason is None:
-            rows.append(with_prompt(row))
-            if limit is not None and len(rows) >= limit:
-                break
-            continue
-        if strict:
-            raise PairError(f"{source}, line {line}: {reason}. Mend or remove the row, or read without strict")
-        problems.append(Problem(line, reason))
+        try:
+            if isinstance(row, Unreadable):
+                raise RowFault(row)
+            rows.append(as_pair(row))
+        except RowFault as error:
+            if strict:
+                raise PairError(
+                    f"{source}, line {line}: {error}. Mend or remove the row, or read without strict"
+                ) from None
+            problems.append(Problem(line, str(error)))
+        if limit is not None and len(rows) >= limit:
+            break
     pairs = Pairs(rows, problems, str(source))
     if not rows:
         raise PairError(f"no usable pair found. {pairs.summary()}")
     return pairs
-
-
-def fault(row: Any) -> str | None:
-    """Why `row` is no preference pair, or None if it is one."""
-    if not isinstance(row, dict):
-        return f"not an object with columns, but {type(row).__name__}"
-    if (reason := _fault_within(row)) is not None:
-        return reason
-    missing = [name for name in ANSWERS if row.get(name) is None]
-    if missing:
-        return f"column {missing[0]!r} is missing"
-    columns = [name for name in ("prompt", *ANSWERS) if row.get(name) is not None]
-    for name in columns:
-        if not isinstance(row[name], str) and not is_conversation(row[name]):
-            return f"column {name!r} is neither text nor a list of messages with role and content"
-    if len({isinstance(row[name], str) for name in columns}) > 1:
-        return "text and messages are mixed"
-    for name in ANSWERS:
-        if not text_of(row[name]).strip():
-            return f"column {name!r} is empty"
-    if row["chosen"] == row["rejected"]:
-        return "chosen equals rejected"
-    if not isinstance(row.get("is_flipped", False), bool):
-        return "column 'is_flipped' is not true or false"
-    full = with_prompt(row)
-    for name in ANSWERS:
-        if not text_of(full[name]).strip():
-            return f"column {name!r} is empty after the shared prompt"
-    return None
-
-
-def _fault_within(value: Any, depth: int = 0) -> str | None:
-    """What in `value`, at any depth, could be read but not handled or written again."""
-    if isinstance(value, str):
-        return None if is_utf8(value) else "half a surrogate pair (such as \\ud800) is no text"
-    if not isinstance(value, (dict, list)):
-        return None
-    if depth >= _DEEPEST:
-        return f"nested more than {_DEEPEST} levels deep"
-    inner: Iterable[Any] = value if isinstance(value, list) else (part for item in value.items() for part in item)
-    return next((reason for part in inner if (reason := _fault_within(part, depth + 1)) is not None), None)
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether `value` is a list of messages, each with a role and a text."""
-    return isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )
-
-
-def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with "prompt": as it stands, or what both answers begin with (whole words of text, whole messages)."""
-    if row.get("prompt") is not None:
-        return row
-    chosen, rejected = row["chosen"], row["rejected"]
-    shared = common_length(chosen, rejected)
-    if isinstance(chosen, str):
-        while shared and not chosen[shared - 1].isspace():
-            shared -= 1
-    return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
-
-
-def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items `a` and `b` have in common at their start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def text_of(answer: str | list[dict[str, str]]) -> str:
-    """The text of an answer; of messages, their contents one after another."""
-    return answer if isinstance(answer, str) else "".join(message["content"] for message in answer)

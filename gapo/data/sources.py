@@ -18,6 +18,7 @@ Rows = Iterable[tuple[int, Any]]
 
 _FILES = ".json, .jsonl (each also .gz), .csv, .parquet"
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".joblib")
+_COLUMNS = ("prompt", "chosen", "rejected")
 _BLOCK = 1 << 20
 # Text seldom shrinks to less than a twentieth; what grows more than this, and past this many bytes, is meant to harm.
 _GROWTH, _HARMLESS = 100, 100 * _BLOCK
@@ -121,11 +122,20 @@ def _read_json(path: Path) -> Rows:
 
 def _parse(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        once = all(text.count(f'"{name}"') < 2 for name in _COLUMNS)
+        return json.loads(text) if once else json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError:
         return Unreadable("not UTF-8")
     except (ValueError, RecursionError):
         return Unreadable("not valid JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    """A JSON object; `Unreadable` where an answer stands twice in it, of which the first would be lost."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in _COLUMNS if names.count(name) > 1), None)
+    return dict(pairs) if twice is None else Unreadable(f"column {twice!r} stands twice in the row")
 
 
 def _read_csv(path: Path) -> Rows:
@@ -163,10 +173,14 @@ def _require_distinct(reader: csv.DictReader[str], path: Path) -> None:
 def _csv_row(row: dict[Any, Any]) -> dict[str, Any] | Unreadable:
     if any(not is_utf8(cell) for pair in row.items() for cell in pair if isinstance(cell, str)):
         return Unreadable("not UTF-8")
+    if None in row:
+        return Unreadable("more cells than the first line names: quote a text that holds commas")
+    if row.get("prompt", "") is None:
+        return Unreadable("fewer cells than the first line names, so that the prompt is missing")
     flag = {"true": True, "false": False, "1": True, "0": False}
     if (flipped := row.get("is_flipped")) is not None:
         row["is_flipped"] = flag.get(str(flipped).lower(), flipped)
-    return {name: cell for name, cell in row.items() if isinstance(name, str)}
+    return row
 
 
 def is_utf8(text: str) -> bool:

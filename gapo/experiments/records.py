@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gapo.data import tokenize_pair
+from gapo.data import tokenize_pairs
 from gapo.experiments.config import TrainConfig
 from gapo.step import StepResult
 
@@ -27,8 +27,8 @@ def tokenize_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and held-out rows with their token ids and labels."""
     train, held_out = (
-        [{**row, **tokenize_pair(row, tokenizer, max_length=config.max_length)} for row in rows]
-        for rows in (data.train, data.held_out)
+        tokenize_pairs(rows, tokenizer, max_length=config.max_length, name=name)
+        for name, rows in (("training pairs", data.train), ("held-out pairs", data.held_out))
     )
     return train, held_out
 

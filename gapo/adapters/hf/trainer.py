@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from gapo.adapters.hf.arguments import GAPOConfig
 from gapo.adapters.hf.callback import GAPOCallback
 from gapo.adapters.hf.collator import PreferenceCollator
-from gapo.data.collate import TOKENIZED
+from gapo.adapters.hf.tokenized import tokenized
 
 _CARD = """
 ## Training method
@@ -99,11 +99,11 @@ class GAPOTrainer(Trainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
             )
         if isinstance(data_collator, PreferenceCollator):
-            train_dataset = _tokenized(train_dataset, "train_dataset", data_collator, args)
+            train_dataset = tokenized(train_dataset, "train_dataset", data_collator, args)
             eval_dataset = (
-                {name: _tokenized(rows, name, data_collator, args) for name, rows in eval_dataset.items()}
+                {name: tokenized(rows, name, data_collator, args) for name, rows in eval_dataset.items()}
                 if isinstance(eval_dataset, dict)
-                else _tokenized(eval_dataset, "eval_dataset", data_collator, args)
+                else tokenized(eval_dataset, "eval_dataset", data_collator, args)
             )
         settings: Any = args.objective_settings
         step = GAPOCallback(
@@ -158,25 +158,3 @@ def _with_adapters(model: Any, peft_config: Any, args: GAPOConfig) -> Any:
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         )
     return get_peft_model(model, peft_config)
-
-
-def _tokenized(rows: Any, name: str, collator: PreferenceCollator, args: GAPOConfig) -> Any:
-    """`rows` with their token ids, where they are a data set of `datasets`; other rows are tokenised batch by batch."""
-    if rows is None or not hasattr(rows, "map") or set(TOKENIZED) <= set(rows.column_names or ()):
-        return rows
-
-    def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
-        try:
-            return collator.tokenize(dict(row))
-        except ValueError as error:
-            raise ValueError(f"row {index} of {name}: {error}") from error
-
-    if not hasattr(rows, "__len__"):  # streamed
-        return rows.map(tokenize, with_indices=True)
-    with args.main_process_first():
-        return rows.map(
-            tokenize,
-            with_indices=True,
-            num_proc=args.dataset_num_proc,
-            desc=f"Tokenising {name}",
-        )
