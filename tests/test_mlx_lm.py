@@ -65,7 +65,7 @@ def tree_map_float(model: nn.Module) -> Any:
     return tree_map(lambda x: x.astype(mx.float32), model.parameters())
 
 
-def one_batch(pairs: int = 4, seed: int = 0) -> tuple[mx.array, mx.array]:
+def one_batch(pairs: int = 4, seed: int = 0) -> tuple[mx.array, mx.array, mx.array]:
     return next(adapter.iterate_batches(token_pairs.pairs(8), pairs, 64, seed=seed))
 
 
@@ -145,7 +145,7 @@ def test_the_models_agree_with_pytorch(folder: Path) -> None:
 
     from gapo.adapters.hf.margins import pair_logps
 
-    ids, labels = one_batch()
+    ids, labels, _ = one_batch()
     half = len(ids) // 2
     sides = {"chosen": slice(0, half), "rejected": slice(half, None)}
     batch = {}

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -18,7 +19,7 @@ from gapo.backends.mlx_head import head_names, watched
 from gapo.backends.mlx_state import ModuleState
 from gapo.config import GAPOConfig
 
-_log = logging.getLogger("gapo")
+logger = logging.getLogger(__name__)
 
 
 class MlxForward:
@@ -49,9 +50,9 @@ class MlxForward:
         self._calls = calls
 
     @property
-    def head(self) -> list[str]:
-        head = head_names(self._module, self._calls)
-        return [name for name in self.parameters if name in head]
+    def head(self) -> Iterator[str]:
+        """Found when it is asked for: what cannot be told apart matters to perturb="backbone" alone."""
+        yield from self.parameters.keys() & head_names(self._module, self._calls)
 
     def _run(self, names: list[str], values: Sequence[mx.array]) -> list[mx.array]:
         """The outputs with `values` in place of the named parameters, and the random numbers of the clean forward."""
@@ -121,7 +122,7 @@ class MlxForward:
         again, clean = margins_of(self._again), margins_of(self.outputs)
         apart = mx.abs(again - clean) > tolerance * (1 + mx.abs(clean))
         try:
-            pairs = [i for i, is_apart in enumerate(apart.tolist()) if is_apart]
+            pairs = np.flatnonzero(np.array(apart)).tolist()
         except (RuntimeError, ValueError):
             return
         if pairs:
@@ -182,7 +183,7 @@ class MlxBackend:
 @cache
 def _say_pair_by_pair(error: str) -> None:
     """Once for each operation that has no forward derivative."""
-    _log.warning(
+    logger.warning(
         'MLX cannot differentiate this model forward (%s): anchor="first_order" takes one backward for each pair '
         'instead, with the same result. anchor="exact" takes one forward',
         error,

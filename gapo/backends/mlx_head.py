@@ -91,9 +91,10 @@ def _watching(cls: Any, calls: Calls) -> Any:
 def head_names(module: nn.Module, calls: Calls) -> set[str]:
     """Names of the parameters of `module`, frozen ones too, that belong to the output head.
 
-    The head is, in this order: the module that made the logits last, be it a layer or an embedding by `as_linear` (tied:
-    the head all the same); what has a name that heads commonly have; the one matrix of the logits' width outside the
-    embeddings; the embedding itself, by whose matrix the forward then multiplied. Without an embedding, names alone.
+    The head is, in this order: the module that made the logits last, be it a layer or an embedding by `as_linear`
+    (tied: the head all the same); what has a name that heads commonly have; the one matrix of the logits' width outside
+    the embeddings; the embedding itself, by whose matrix the forward then multiplied. Without an embedding, names
+    alone.
 
     Raises:
         ValueError: several matrices could be the head.
