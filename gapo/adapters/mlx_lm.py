@@ -91,9 +91,11 @@ def make_loss(
         result, cotangents = run(forward, config, backend)
         forward.require_repeatable()
         result = detached(result)
-        pulls = [mx.sum(mx.stop_gradient(c) * y) for c, y in zip(cotangents, forward.outputs, strict=True)]
+        metrics = keep_training(model, step_metrics(result, config))
+        # Whoever evaluates the gradient evaluates the metrics too, which otherwise hold what they would be made of.
+        cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], metrics)
+        pulls = [mx.sum(c * y) for c, y in zip(cotangents, forward.outputs, strict=True)]
         pull = pulls[0] + pulls[1]
-        keep_training(model, step_metrics(result, config))
         if on_step is not None:
             on_step(result)
         value = mx.stop_gradient(result.loss) + (pull - mx.stop_gradient(pull))

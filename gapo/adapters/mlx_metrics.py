@@ -32,9 +32,10 @@ def detached(result: StepResult) -> StepResult:
     return replace(result, **{name: mx.array(x.tolist(), x.dtype) for name, x in fields.items()})
 
 
-def keep_training(model: nn.Module, metrics: Mapping[str, mx.array]) -> None:
-    """Put a batch's metrics where `last_metrics` finds them, also from a compiled step."""
+def keep_training(model: nn.Module, metrics: Mapping[str, mx.array]) -> list[mx.array]:
+    """Put a batch's metrics where `last_metrics` finds them, also from a compiled step; returns those arrays."""
     model[_TRAIN] = {name: mx.stop_gradient(value) for name, value in metrics.items()}
+    return list(model[_TRAIN].values())
 
 
 def keep_evaluation(model: nn.Module, metrics: Mapping[str, mx.array], pairs: int) -> None:

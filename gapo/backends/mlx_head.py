@@ -37,8 +37,11 @@ class Calls:
         finally:
             self._depth -= 1
         first = result[0] if isinstance(result, (tuple, list)) and result else result
-        if noted and isinstance(first, mx.array) and first.ndim == 3:
+        sequences = isinstance(first, mx.array) and first.ndim == 3
+        if noted and sequences:
             self.outermost[-1].append((module, int(first.shape[-1])))
+        elif self._depth == 0 and not sequences:  # a score of each sequence: no logits
+            self.outermost[-1].clear()
         return result
 
 
@@ -101,11 +104,12 @@ def head_names(module: nn.Module, calls: Calls) -> set[str]:
     """
     parameters = dict(tree_flatten(module.parameters()))
     named = {name for name in parameters if HEAD_NAME.search(name)}
-    logits = {returned[-1][1] for returned in calls.outermost if returned} - {1}
-    if not calls.embeddings or not logits:
+    widths = [returned[-1][1] for returned in calls.outermost if returned and returned[-1][1] > 1]
+    if not calls.embeddings or not widths:
         return named
-    rows = {x.shape[0] for m in calls.embeddings for x in _matrices(m)}
-    last = [m for returned in calls.outermost if (m := _last_matrix(returned, calls.embeddings, logits | rows))]
+    # Logits are as wide as the embedding has rows; where padded to another width, what came last.
+    logits = set(widths) & {x.shape[0] for m in calls.embeddings for x in _matrices(m)} or {widths[-1]}
+    last = [m for returned in calls.outermost if (m := _last_matrix(returned, calls.embeddings, logits))]
     if last or named:
         return _under(module, last, parameters) if last else named
     tied = [m for m in calls.embeddings if any(x.shape[0] in logits for x in _matrices(m))]
