@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from gapo._extras import missing
 try:
     import mlx.core as mx
     from mlx import nn
+    from mlx.utils import tree_flatten
 
     from gapo.adapters.mlx_metrics import MetricsCallback, detached, keep_evaluation, keep_training, last_metrics
     from gapo.adapters.mlx_pairs import as_arrays, iterate_batches, load_pairs, require_pairs, require_right_padding
@@ -85,15 +87,16 @@ def make_loss(
             count = mx.sum(labels != -100) if model.training else mx.array(len(logps.chosen))
             return mx.mean(other.losses(logps, **settings)), count
         _refuse_checkpointed_dropout(model)
+        _warn_of_a_bare_quantised_base(model)
         # `trainable_parameters` are the tracers of the caller's gradient here: the clean forward is the one it goes
         # back through, and the step's cotangents, constants to it, make the loss's gradient the step's.
         forward = MlxForward(pair_logps, model, (ids, labels))
         result, cotangents = run(forward, config, backend)
         forward.require_repeatable()
         result = detached(result)
-        metrics = keep_training(model, step_metrics(result, config))
+        kept = keep_training(model, step_metrics(result, config))
         # Whoever evaluates the gradient evaluates the metrics too, which otherwise hold what they would be made of.
-        cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], metrics)
+        cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], kept)
         pulls = [mx.sum(c * y) for c, y in zip(cotangents, forward.outputs, strict=True)]
         pull = pulls[0] + pulls[1]
         if on_step is not None:
@@ -126,6 +129,19 @@ def pair_logps(model: nn.Module, batch: Sequence[mx.array] | Mapping[str, Any]) 
     logps = gapo.sequence_logps(logits, labels)
     half = logps.shape[0] // 2
     return logps[:half], logps[half:]
+
+
+def _warn_of_a_bare_quantised_base(model: nn.Module) -> None:
+    """Packed weights are frozen by mlx, so that without adapters the norms alone would train."""
+    packed = [name for name, x in tree_flatten(model.parameters()) if name.endswith(".weight") and x.dtype == mx.uint32]
+    matrices = [name for name, x in tree_flatten(model.trainable_parameters()) if x.ndim > 1]
+    if packed and not matrices:
+        warnings.warn(
+            f"the model is quantised and has no adapters: {len(packed)} packed matrices stay as they are, and norms "
+            "and biases alone train. Call mlx_lm.tuner.utils.linear_to_lora_layers first",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _refuse_checkpointed_dropout(model: nn.Module) -> None:

@@ -102,9 +102,17 @@ class MetricsCallback(TrainingCallback):
 
     Attributes:
         train, valid: the completed reports so far.
+
+    Raises:
+        ValueError: the model has no trainable parameter.
     """
 
     def __init__(self, model: nn.Module, then: TrainingCallback | None = None) -> None:
+        if not tree_flatten(model.trainable_parameters()):
+            raise ValueError(
+                "the model has no trainable parameter (all are frozen): unfreeze some, or add adapters with "
+                "mlx_lm.tuner.utils.linear_to_lora_layers"
+            )
         self._model, self._then = model, then
         self._warned = False
         self.train: list[dict[str, Any]] = []
