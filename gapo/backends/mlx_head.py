@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -53,16 +55,20 @@ def watched(module: nn.Module) -> Iterator[Calls]:
     """
     calls = Calls()
     classes = {id(m): (m, type(m)) for m in module.modules()}
-    subclasses = {cls: _watching(cls, calls) for _, cls in classes.values()}
+    token = _open.set(calls)
     try:
         try:
             for m, cls in classes.values():
-                m.__class__ = subclasses[cls]
+                m.__class__ = _watching(cls)
             yield calls
         finally:
             _put_back(classes.values())
     finally:  # a Ctrl-C may fall into the line above
         _put_back(classes.values())
+        _open.reset(token)
+
+
+_open: ContextVar[Calls] = ContextVar("_open")
 
 
 def _put_back(classes: Iterable[tuple[nn.Module, type]]) -> None:
@@ -70,16 +76,19 @@ def _put_back(classes: Iterable[tuple[nn.Module, type]]) -> None:
         m.__class__ = cls
 
 
-def _watching(cls: Any, calls: Calls) -> Any:
+@cache
+def _watching(cls: Any) -> Any:
     """A subclass of `cls` whose calls are noted; of an embedding, what `as_linear` returns."""
     is_embedding = hasattr(cls, "as_linear")
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls = _open.get()
         if is_embedding:
             calls.embeddings.append(self)
         return calls.run(self, lambda: cls.__call__(self, *args, **kwargs), noted=not is_embedding)
 
     def as_linear(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls = _open.get()
         calls.embeddings.append(self)
         return calls.run(self, lambda: cls.as_linear(self, *args, **kwargs), noted=True)
 
