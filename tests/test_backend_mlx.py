@@ -276,3 +276,40 @@ def test_first_order_where_mlx_has_no_forward_derivative(kind: str, caplog: pyte
     half, whole = gaps(0.01, "exact"), gaps(0.02, "exact")
     np.testing.assert_allclose(found, 4 * half - whole, rtol=2e-2, atol=2e-5)
     assert np.abs(found).min() > 1e-4
+
+
+@mx.custom_function
+def rounded(x: mx.array) -> mx.array:
+    """Rounds; its backward lets the gradient straight through, and its forward derivative is 0."""
+    return mx.round(8 * x) / 8
+
+
+@rounded.vjp
+def straight_through(primal: Any, cotangent: Any, output: Any) -> Any:
+    return cotangent
+
+
+class Rounded(Mixer):
+    def __call__(self, ids: mx.array) -> mx.array:
+        x = self.embed(ids)
+        x = x + mx.cumsum(x, 1) / mx.arange(1, ids.shape[1] + 1)[None, :, None].astype(x.dtype)
+        return self.lm_head(x + rounded(self.down(mx.tanh(self.up(x)))))
+
+
+def test_first_order_follows_the_backward_where_the_two_derivatives_differ() -> None:
+    """Against <grad M_i, delta> of MLX's own gradient, one pair after another."""
+    mx.random.seed(0)
+    model = Rounded()
+    rho, names = 0.3, ["up.weight", "down.weight"]
+    config = gapo.GAPOConfig(rho=rho, anchor="first_order", adaptive=False, probe="margin", perturb="^(up|down).weight")
+    result, _ = gapo.value_and_grad(margin_fn, config, backend="mlx")(model, BATCH)
+
+    def margin(i: int) -> dict[str, np.ndarray]:
+        grads = nn.value_and_grad(model, lambda m: mx.subtract(*margin_fn(m, BATCH))[i])(model)[1]
+        return {name: np.array(g, dtype=np.float64) for name, g in tree_flatten(grads) if name in names}
+
+    each = [margin(i) for i in range(4)]
+    mean = {name: sum(g[name] for g in each) / 4 for name in names}
+    norm = np.sqrt(sum((g**2).sum() for g in mean.values()))
+    expected = [rho * sum((g[name] * mean[name]).sum() for name in names) / norm for g in each]
+    np.testing.assert_allclose(np.array(result.anchor_gaps), expected, rtol=1e-4, atol=1e-6)

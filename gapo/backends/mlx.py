@@ -39,6 +39,7 @@ class MlxForward:
         self._random_state = mx.array(_random_state())
         self._before = ModuleState(module)
         self._again: list[mx.array] | None = None
+        self._pulled: tuple[Sequence[mx.array], dict[str, mx.array]] | None = None
         try:
             with watched(module) as calls:
                 self.outputs = outputs_of(margin_fn(module, batch))
@@ -81,7 +82,9 @@ class MlxForward:
         wanted = list(self.parameters if names is None else names)
         leaves = [self.parameters[name] for name in wanted]
         self._again, grads = mx.vjp(lambda *values: self._run(wanted, values), leaves, list(cotangents))
-        return dict(zip(wanted, grads, strict=True))
+        pulled = dict(zip(wanted, grads, strict=True))
+        self._pulled = cotangents, pulled
+        return pulled
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[mx.array, ...]:
         names = list(names)
@@ -91,14 +94,34 @@ class MlxForward:
         names = list(names)
         leaves = [self.parameters[name] for name in names]
         tangents = [delta(name, theta).astype(theta.dtype) for name, theta in zip(names, leaves, strict=True)]
+        by_name = dict(zip(names, tangents, strict=True))
         try:
             _, along = mx.jvp(lambda *values: self._run(names, values), leaves, tangents)
         except ValueError as error:
             if "jvp" not in str(error):
                 raise
             _say_pair_by_pair(str(error))
-            return self._pair_by_pair(dict(zip(names, tangents, strict=True)))
+            return self._pair_by_pair(by_name)
+        if not self._is_transpose(along, by_name):  # mx.custom_function with a vjp alone: jvp knows nothing of it
+            _say_pair_by_pair("its forward derivative is not the transpose of its backward")
+            return self._pair_by_pair(by_name)
         return margins_of(along)
+
+    def _is_transpose(self, along: Sequence[mx.array], tangents: dict[str, mx.array]) -> bool:
+        """Whether <cotangents, J delta> is <J^T cotangents, delta>; True where values cannot be read."""
+        if self._pulled is None or not tangents.keys() <= self._pulled[1].keys():
+            return True
+        cotangents, grads = self._pulled
+        forward = mx.stack([mx.sum(c.astype(mx.float32) * y) for c, y in zip(cotangents, along, strict=True)])
+        size = mx.sum(mx.stack([mx.sum(mx.abs(c * y)) for c, y in zip(cotangents, along, strict=True)]))
+        tolerance = 0.1 if self._is_half() else 0.01
+        try:
+            return bool(mx.abs(mx.sum(forward) - _inner(grads, tangents)) <= tolerance * size + 1e-12)
+        except (RuntimeError, ValueError):
+            return True
+
+    def _is_half(self) -> bool:
+        return any(x.dtype in (mx.float16, mx.bfloat16) for x in self.parameters.values())
 
     def _pair_by_pair(self, tangents: dict[str, mx.array]) -> mx.array:
         """The same from the transpose: <grad M_i, delta> of one pair after another."""
@@ -106,8 +129,7 @@ class MlxForward:
         for i in range(self.outputs[0].shape[0]):
             one = mx.arange(self.outputs[0].shape[0]) == i
             grads = self.pullback(on_outputs(one.astype(mx.float32), self.outputs, mx), tangents)
-            terms = [mx.sum(grads[name].astype(mx.float32) * x.astype(mx.float32)) for name, x in tangents.items()]
-            found.append(mx.sum(mx.stack(terms)))
+            found.append(_inner(grads, tangents))
         return mx.stack(found)
 
     def require_repeatable(self) -> None:
@@ -117,8 +139,7 @@ class MlxForward:
         """
         if self._again is None:
             return
-        half = any(x.dtype in (mx.float16, mx.bfloat16) for x in self.parameters.values())
-        tolerance = 0.05 if half else 1e-3  # in a gradient MLX takes other kernels, which round otherwise
+        tolerance = 0.05 if self._is_half() else 1e-3  # in a gradient MLX takes other kernels, which round otherwise
         again, clean = margins_of(self._again), margins_of(self.outputs)
         apart = mx.abs(again - clean) > tolerance * (1 + mx.abs(clean))
         try:
@@ -188,6 +209,11 @@ def _say_pair_by_pair(error: str) -> None:
         'instead, with the same result. anchor="exact" takes one forward',
         error,
     )
+
+
+def _inner(a: dict[str, mx.array], b: dict[str, mx.array]) -> mx.array:
+    """Sum of the products over the names of `b`, float32."""
+    return mx.sum(mx.stack([mx.sum(a[name].astype(mx.float32) * x.astype(mx.float32)) for name, x in b.items()]))
 
 
 def _random_state() -> mx.array:

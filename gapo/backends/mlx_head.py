@@ -59,7 +59,7 @@ def watched(module: nn.Module) -> Iterator[Calls]:
     try:
         try:
             for m, cls in classes.values():
-                m.__class__ = _watching(cls)
+                m.__class__ = _watching(cls)  # type: ignore[arg-type]
             yield calls
         finally:
             _put_back(classes.values())
