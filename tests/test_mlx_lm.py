@@ -288,8 +288,9 @@ def test_checkpointing_with_dropout_is_refused(folder: Path) -> None:
         __call__ = checkpointed_fn
 
     model.layers[0].__class__ = Checkpointed
-    with pytest.raises(ValueError, match="grad_checkpoint draws other dropout masks"):
-        adapter.loss(model.train(), *one_batch())
+    for objective in ("gapo", "simpo"):
+        with pytest.raises(ValueError, match="grad_checkpoint draws other dropout masks"):
+            adapter.make_loss(objective=objective)(model.train(), *one_batch())
 
 
 @pytest.mark.parametrize("anchor", ["exact", "first_order"])
@@ -558,10 +559,19 @@ def test_wandb_gets_the_metrics_in_one_order_and_a_warning_in_the_other(monkeypa
     tracker.on_train_loss_report({"iteration": 2})  # once
 
 
+def test_a_gradient_in_evaluation_mode_is_refused() -> None:
+    """mlx_lm.load leaves a model in evaluation mode, and a loop of one's own would train on the loss without anchor."""
+    model = mlx_models.make("llama").eval()
+    assert float(adapter.loss(model, *mlx_models.batch())[0]) > 0
+    with pytest.raises(ValueError, match=r"in evaluation mode, .* call model\.train\(\) before training"):
+        nn.value_and_grad(model, adapter.loss)(model, *mlx_models.batch())
+    nn.value_and_grad(model.train(), adapter.loss)(model, *mlx_models.batch())
+
+
 def test_a_model_that_cannot_train_is_named() -> None:
     model = mlx_models.make("llama", hidden_size=32, head_dim=16, intermediate_size=32)
     nn.quantize(model, group_size=32, bits=4)
-    with pytest.warns(UserWarning, match=r"no adapters: 9 packed matrices stay .* linear_to_lora_layers first"):
+    with pytest.warns(UserWarning, match=r"no adapters: 9 packed matrices stay .*linear_to_lora_layers first"):
         adapter.loss(model, *mlx_models.batch())
     model.freeze()
     with pytest.raises(ValueError, match=r"no trainable parameter \(all are frozen\)"):

@@ -59,8 +59,9 @@ def make_loss(
 
     Raises:
         ValueError: an unknown objective, or settings that are not its own. From the loss: no reference where one is
-            needed; a batch that is not `iterate_batches`'; padding on the left; dropout together with mlx-lm's
-            `grad_checkpoint`, whose gradients are wrong for any loss, since the recomputed forward draws other masks.
+            needed; a batch that is not `iterate_batches`'; padding on the left; a gradient in evaluation mode, where
+            there is no anchor; dropout together with mlx-lm's `grad_checkpoint`, whose gradients are wrong for any
+            loss, since the recomputed forward draws other masks.
 
     Source: method document, "The step".
     """
@@ -74,6 +75,9 @@ def make_loss(
         require_pairs(ids, labels)
         if is_concrete(labels):
             require_right_padding(np.array(ids), np.array(labels))
+        if model.training:
+            _refuse_checkpointed_dropout(model)
+            _warn_of_a_bare_quantised_base(model)
         if not model.training or objective != "gapo":
             references = () if reference is None or not reference.size else reference
             if other.needs_reference:
@@ -85,9 +89,10 @@ def make_loss(
             else:
                 keep_evaluation(model, metrics, len(logps.chosen))
             count = mx.sum(labels != -100) if model.training else mx.array(len(logps.chosen))
-            return mx.mean(other.losses(logps, **settings)), count
-        _refuse_checkpointed_dropout(model)
-        _warn_of_a_bare_quantised_base(model)
+            value: Any = mx.mean(other.losses(logps, **settings))
+            if objective == "gapo":
+                value = _without_gradient(value)
+            return value, count
         # `trainable_parameters` are the tracers of the caller's gradient here: the clean forward is the one it goes
         # back through, and the step's cotangents, constants to it, make the loss's gradient the step's.
         forward = MlxForward(pair_logps, model, (ids, labels))
@@ -117,6 +122,7 @@ def pair_logps(model: nn.Module, batch: Sequence[mx.array] | Mapping[str, Any]) 
 
     Raises:
         ValueError: shapes that are not those of pairs, or padding on the left.
+        TypeError: the model returns more than logits.
     """
     ids, labels = (as_arrays(batch) if isinstance(batch, Mapping) else batch)[:2]
     require_pairs(ids, labels)
@@ -129,6 +135,20 @@ def pair_logps(model: nn.Module, batch: Sequence[mx.array] | Mapping[str, Any]) 
     logps = gapo.sequence_logps(logits, labels)
     half = logps.shape[0] // 2
     return logps[:half], logps[half:]
+
+
+@mx.custom_function
+def _without_gradient(value: mx.array) -> mx.array:
+    """`value`; raises where it is differentiated."""
+    return value
+
+
+@_without_gradient.vjp
+def _refuse_gradient(value: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    raise ValueError(
+        "the model is in evaluation mode, in which the loss is the probe loss without an anchor, and its gradient is "
+        "asked for: call model.train() before training (mlx_lm.load leaves a model in evaluation mode)"
+    )
 
 
 def _warn_of_a_bare_quantised_base(model: nn.Module) -> None:
