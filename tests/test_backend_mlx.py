@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_models
 import models
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
 import gapo
+from gapo.adapters.mlx_lm import pair_logps
+from gapo.backends import mlx as backend_mlx
 from gapo.backends.mlx import MlxForward
 
 MLX = LIBRARIES["mlx"]
@@ -205,3 +209,107 @@ print("compiled equals eager")
     del environment["MLX_DISABLE_COMPILE"]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "compiled equals eager" in done.stdout, done.stderr
+
+
+class Stateful(nn.Module):
+    """Statistics of its own, a batch norm's, and a counter: all move in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(32, 8), nn.BatchNorm(8)
+        self.lm_head = nn.Linear(8, 32)
+        self.sums = [mx.zeros((8,))]
+        self.freeze(keys=["sums"], recurse=False)
+        self.calls = 0
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        self.calls += 1
+        x = mx.cumsum(self.embed(ids), axis=1)
+        self.sums = [self.sums[0] + mx.sum(mx.stop_gradient(x), axis=(0, 1))]
+        return self.lm_head(self.norm(x) + 0.01 * self.calls)
+
+
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_state_of_the_module_moves_once_in_a_step(anchor: str) -> None:
+    mx.random.seed(0)
+    once, model = Stateful().train(), Stateful().train()
+    once.update(model.parameters())
+    margin_fn(once, BATCH)
+    result, _ = take_step(model, rho=0.0, anchor=anchor)
+    np.testing.assert_array_equal(np.array(result.anchor_gaps), 0)
+    assert (model.calls, once.calls) == (2, 2)
+    state = dict(tree_flatten(model.parameters()))
+    for name, x in tree_flatten(once.parameters()):
+        np.testing.assert_array_equal(np.array(state[name]), np.array(x), err_msg=name)
+    assert float(mx.abs(model.norm.running_mean).max()) > 0
+
+
+def test_a_forward_that_is_another_when_run_again_is_refused() -> None:
+    model, rng = mixer(), np.random.default_rng(0)
+
+    def noisy(module: nn.Module, batch: Any) -> Any:
+        chosen, rejected = margin_fn(module, batch)
+        return chosen * float(rng.uniform(0.5, 1.5)), rejected
+
+    with pytest.raises(ValueError, match=r"the margins of pairs \[.*\] are others when .* run again"):
+        gapo.value_and_grad(noisy, backend="mlx")(model, BATCH)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
+def test_first_order_where_mlx_has_no_forward_derivative(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Against central differences of the margins along delta, which the exact anchor's two radii give."""
+    backend_mlx._say_pair_by_pair.cache_clear()
+    model, batch = mlx_models.make(kind), mlx_models.batch()
+    options: dict[str, Any] = {"adaptive": False, "probe": "margin"}
+
+    def gaps(rho: float, anchor: str) -> np.ndarray:
+        config = gapo.GAPOConfig(rho=rho, anchor=anchor, **options)
+        return np.array(gapo.value_and_grad(pair_logps, config, backend="mlx")(model, batch)[0].anchor_gaps)
+
+    with caplog.at_level(logging.WARNING, logger="gapo"):
+        found = gaps(0.02, "first_order")
+        gaps(0.02, "first_order")
+    assert [record.message.startswith("MLX cannot differentiate this model forward") for record in caplog.records] == [
+        True
+    ]
+    # gap(rho) = a rho + b rho^2 + ...: twice the gap at half the radius, the quadratic term taken out.
+    half, whole = gaps(0.01, "exact"), gaps(0.02, "exact")
+    np.testing.assert_allclose(found, 4 * half - whole, rtol=2e-2, atol=2e-5)
+    assert np.abs(found).min() > 1e-4
+
+
+@mx.custom_function
+def rounded(x: mx.array) -> mx.array:
+    """Rounds; its backward lets the gradient straight through, and its forward derivative is 0."""
+    return mx.round(8 * x) / 8
+
+
+@rounded.vjp
+def straight_through(primal: Any, cotangent: Any, output: Any) -> Any:
+    return cotangent
+
+
+class Rounded(Mixer):
+    def __call__(self, ids: mx.array) -> mx.array:
+        x = self.embed(ids)
+        x = x + mx.cumsum(x, 1) / mx.arange(1, ids.shape[1] + 1)[None, :, None].astype(x.dtype)
+        return self.lm_head(x + rounded(self.down(mx.tanh(self.up(x)))))
+
+
+def test_first_order_follows_the_backward_where_the_two_derivatives_differ() -> None:
+    """Against <grad M_i, delta> of MLX's own gradient, one pair after another."""
+    mx.random.seed(0)
+    model = Rounded()
+    rho, names = 0.3, ["up.weight", "down.weight"]
+    config = gapo.GAPOConfig(rho=rho, anchor="first_order", adaptive=False, probe="margin", perturb="^(up|down).weight")
+    result, _ = gapo.value_and_grad(margin_fn, config, backend="mlx")(model, BATCH)
+
+    def margin(i: int) -> dict[str, np.ndarray]:
+        grads = nn.value_and_grad(model, lambda m: mx.subtract(*margin_fn(m, BATCH))[i])(model)[1]
+        return {name: np.array(g, dtype=np.float64) for name, g in tree_flatten(grads) if name in names}
+
+    each = [margin(i) for i in range(4)]
+    mean = {name: sum(g[name] for g in each) / 4 for name in names}
+    norm = np.sqrt(sum((g**2).sum() for g in mean.values()))
+    expected = [rho * sum((g[name] * mean[name]).sum() for name in names) / norm for g in each]
+    np.testing.assert_allclose(np.array(result.anchor_gaps), expected, rtol=1e-4, atol=1e-6)

@@ -5,23 +5,31 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import mlx_lm
+import mlx_models
 import numpy as np
 import pytest
 import token_pairs
 from frameworks import require
 from mlx import nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama
+from mlx_lm.tuner import callbacks
+from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model
 
 import gapo
 from gapo import data
@@ -60,12 +68,10 @@ def load(folder: Path, lora: bool = False) -> Any:
 
 
 def tree_map_float(model: nn.Module) -> Any:
-    from mlx.utils import tree_map
-
     return tree_map(lambda x: x.astype(mx.float32), model.parameters())
 
 
-def one_batch(pairs: int = 4, seed: int = 0) -> tuple[mx.array, mx.array]:
+def one_batch(pairs: int = 4, seed: int = 0) -> tuple[mx.array, mx.array, mx.array]:
     return next(adapter.iterate_batches(token_pairs.pairs(8), pairs, 64, seed=seed))
 
 
@@ -145,7 +151,7 @@ def test_the_models_agree_with_pytorch(folder: Path) -> None:
 
     from gapo.adapters.hf.margins import pair_logps
 
-    ids, labels = one_batch()
+    ids, labels, _ = one_batch()
     half = len(ids) // 2
     sides = {"chosen": slice(0, half), "rejected": slice(half, None)}
     batch = {}
@@ -282,8 +288,9 @@ def test_checkpointing_with_dropout_is_refused(folder: Path) -> None:
         __call__ = checkpointed_fn
 
     model.layers[0].__class__ = Checkpointed
-    with pytest.raises(ValueError, match="grad_checkpoint draws other dropout masks"):
-        adapter.loss(model.train(), *one_batch())
+    for objective in ("gapo", "simpo"):
+        with pytest.raises(ValueError, match="grad_checkpoint draws other dropout masks"):
+            adapter.make_loss(objective=objective)(model.train(), *one_batch())
 
 
 @pytest.mark.parametrize("anchor", ["exact", "first_order"])
@@ -352,3 +359,255 @@ def test_ranks_share_a_batch() -> None:
         next(adapter.iterate_batches(rows, 3, 64, comm_group=Group(0)))
     with pytest.raises(ValueError, match=r"a row has \d+ tokens, more than max_seq_length=8: pass max_length=8"):
         next(adapter.iterate_batches(rows, 4, 8))
+
+
+def test_a_tied_model_has_pytorchs_gaps(tmp_path: Path) -> None:
+    """The head that both leave out is the embedding."""
+    torch = require("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gapo.adapters.hf.margins import pair_logps
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    there = LlamaForCausalLM(LlamaConfig(vocab_size=token_pairs.VOCAB, **sizes, tie_word_embeddings=True)).eval()
+    there.save_pretrained(tmp_path)
+    here, _ = load_model(tmp_path)
+    assert "lm_head" not in here
+    arrays = token_pairs.arrays(4)
+    batch = {name: torch.from_numpy(x) for name, x in arrays.items()}
+    stacked = [
+        mx.array(np.concatenate([arrays[f"{side}_{part}"] for side in ("chosen", "rejected")]))
+        for part in ("input_ids", "labels")
+    ]
+    gaps = {}
+    for perturb in ("backbone", "all"):
+        config = gapo.GAPOConfig(rho=0.3, perturb=perturb)
+        expected, _ = gapo.value_and_grad(pair_logps, config, backend="torch")(there, batch)
+        found, _ = bare_step(here, stacked, config)
+        gaps[perturb] = np.array(found.anchor_gaps)
+        np.testing.assert_allclose(gaps[perturb], expected.anchor_gaps.numpy(), rtol=1e-3, atol=2e-5)
+    assert np.abs(gaps["all"] - gaps["backbone"]).max() > 0.005
+
+
+def held(objective: str, steps: int = 3) -> float:
+    """Bytes that stay allocated by steps whose caller evaluates what it trains, in weights."""
+    model, batch = mlx_models.make("llama"), mlx_models.batch(4, 48)
+    optimizer, loss = optim.SGD(1e-3), adapter.make_loss(CONFIG, objective=objective)
+    value_and_grad = nn.value_and_grad(model, loss)
+    state = [model.state, optimizer.state, mx.random.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(*batch: mx.array) -> None:
+        optimizer.update(model, value_and_grad(model, *batch)[1])
+
+    weights = sum(x.nbytes for _, x in tree_flatten(model.parameters()))
+    before = mx.get_active_memory()
+    for _ in range(steps):
+        step(*batch)
+        mx.eval(model.parameters(), optimizer.state)
+    held = float(mx.get_active_memory() - before) / weights
+    assert adapter.last_metrics(model)
+    return held
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_metrics_hold_no_graph(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # without a C++ compiler, mx.compile fuses nothing and is quick
+    try:
+        if compiled:
+            mx.enable_compile()
+        assert held("gapo") <= held("simpo") + 0.5
+    finally:
+        mx.disable_compile()
+
+
+def test_the_results_that_on_step_gets_hold_none_either() -> None:
+    model, results = mlx_models.make("llama"), []
+    loss = adapter.make_loss(CONFIG, on_step=results.append)
+    nn.value_and_grad(model, loss)(model, *mlx_models.batch(4, 48))
+    model.pop("_gapo_train")
+    before = mx.get_active_memory()
+    results.clear()
+    assert before - mx.get_active_memory() < 0.1 * sum(x.nbytes for _, x in tree_flatten(model.parameters()))
+
+
+def tiny_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Tokenised pairs over the vocabulary of `mlx_models`, of unequal lengths."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        prompt = rng.integers(1, mlx_models.VOCAB, 3).tolist()
+        row = {}
+        for side in ("chosen", "rejected"):
+            answer = rng.integers(1, mlx_models.VOCAB, rng.integers(2, 6)).tolist()
+            row |= {f"{side}_input_ids": prompt + answer, f"{side}_labels": [-100] * 3 + answer}
+        rows.append(row)
+    return rows
+
+
+def test_another_loss_cannot_digest_our_batches_nor_ours_another_batch(tmp_path: Path) -> None:
+    model, rows = mlx_models.make("llama"), tiny_rows(4)
+    args = TrainingArgs(batch_size=2, iters=1, max_seq_length=64, adapter_file=str(tmp_path / "a.safetensors"))
+    for call in (
+        lambda: train(model, optim.SGD(0.1), rows, None, args, iterate_batches=adapter.iterate_batches),
+        lambda: evaluate(model, rows, 2, -1, 64, iterate_batches=adapter.iterate_batches),
+    ):
+        with pytest.raises(TypeError, match=r"default_loss\(\) takes 3 positional arguments but 4 were given"):
+            call()
+    texts = [(row["chosen_input_ids"], 3) for row in rows]
+    with pytest.raises(ValueError, match=r"got \(2, 33\) and \(2, 2\)\. .* iterate_batches=gapo"):
+        train(model.train(), optim.SGD(0.1), texts, None, args, loss=adapter.loss)
+
+
+def test_batches_that_are_no_pairs_are_refused() -> None:
+    model, (ids, labels) = mlx_models.make("llama"), mlx_models.batch()
+    for mode in (model.train, model.eval):
+        mode()
+        with pytest.raises(ValueError, match=r"each \(2N, seq\), chosen rows first; got \(3, 6\) and \(3, 6\)"):
+            adapter.loss(model, ids[:3], labels[:3])
+        with pytest.raises(ValueError, match=r"got \(4, 6\) and \(4, 5\)"):
+            adapter.loss(model, ids, labels[:, 1:])
+    tuples = mlx_models.make("llama")
+    with pytest.raises(TypeError, match=r"the model must return logits, an array .* got tuple"):
+        adapter.pair_logps(lambda x: (tuples(x), None), (ids, labels))  # type: ignore[arg-type]
+
+
+def test_left_padding_is_refused_and_right_padding_is_exact() -> None:
+    rows, model = tiny_rows(3), mlx_models.make("mamba")
+    right, left = (data.collate_pairs(rows, pad_token_id=0, padding_side=side) for side in ("right", "left"))
+    singly = [adapter.pair_logps(model, data.collate_pairs([row], pad_token_id=0)) for row in rows]
+    found = adapter.pair_logps(model, right)
+    for side in (0, 1):
+        np.testing.assert_allclose(np.array(found[side]), [float(one[side][0]) for one in singly], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"padded on the left, .* padding_side='right'"):
+        adapter.pair_logps(model, left)
+    ids, labels = (
+        mx.array(np.concatenate([left[f"{side}_{part}"] for side in ("chosen", "rejected")]))
+        for part in ("input_ids", "labels")
+    )
+    with pytest.raises(ValueError, match="padded on the left"):
+        adapter.loss(model, ids, labels)
+
+
+def test_data_sets_as_people_pass_them() -> None:
+    rows = tiny_rows(4)
+    plain, cached = (next(adapter.iterate_batches(each, 4, 64)) for each in (rows, CacheDataset(rows)))
+    assert all(mx.array_equal(a, b) for a, b in zip(plain, cached, strict=True))
+    with pytest.raises(ValueError, match=r"row 0 is not a tokenised pair: it is the columns .*prompt, .* load_pairs"):
+        next(adapter.iterate_batches(data.generate_pairs(4), 4, 64))
+    with pytest.raises(ValueError, match=r"row 0 is not a tokenised pair: it is a list"):
+        next(adapter.iterate_batches([[1, 2, 3]] * 4, 4, 64))  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"has 4 pairs, fewer than batch_size=8: give more pairs or a smaller"):
+        next(adapter.iterate_batches(rows, 8, 64, loop=True))
+    with pytest.raises(ValueError, match="has 0 pairs"):
+        next(adapter.iterate_batches([], 8, 64))
+
+
+def test_a_validation_set_smaller_than_the_batch_is_one_batch(tmp_path: Path) -> None:
+    model, rows, valid = mlx_models.make("llama"), tiny_rows(4), tiny_rows(3, seed=1)
+    args = TrainingArgs(batch_size=4, iters=1, max_seq_length=64, adapter_file=str(tmp_path / "a.safetensors"))
+    report = adapter.MetricsCallback(model)
+    chosen, rejected = adapter.pair_logps(model, data.collate_pairs(valid, pad_token_id=0))
+    expected = float(mx.mean(mx.logaddexp(mx.array(0.0), CONFIG.gamma - CONFIG.beta * (chosen - rejected))))
+    train(
+        model,
+        optim.SGD(0.0),
+        rows,
+        valid,
+        args,
+        loss=adapter.make_loss(CONFIG),
+        iterate_batches=adapter.iterate_batches,
+        training_callback=report,
+    )
+    assert report.valid[0]["val_loss"] == pytest.approx(expected, rel=1e-5)
+    assert report.valid[0]["rewards/accuracies"] == pytest.approx(float(mx.mean(chosen > rejected)))
+
+
+def test_metrics_of_an_evaluation_are_means_over_its_pairs() -> None:
+    model, rows = mlx_models.make("llama"), tiny_rows(6)
+    loss = adapter.make_loss(CONFIG)
+    for _ in range(2):  # what was asked for is not added to
+        evaluate(model, rows, 2, -1, 64, loss=loss, iterate_batches=adapter.iterate_batches)
+        chosen, rejected = adapter.pair_logps(model, data.collate_pairs(rows, pad_token_id=0))
+        found = adapter.last_metrics(model, evaluation=True)
+        assert found["logps/chosen"] == pytest.approx(float(mx.mean(chosen)), rel=1e-5)
+        assert found["rewards/accuracies"] == pytest.approx(float(mx.mean(chosen > rejected)))
+        assert adapter.last_metrics(model, evaluation=True) == found
+    evaluate(model, rows[:2], 2, -1, 64, loss=loss, iterate_batches=adapter.iterate_batches)
+    model.update(tree_map(lambda x: 2 * x, model.parameters()))  # as an optimiser does, and nobody asked
+    evaluate(model, rows[2:4], 2, -1, 64, loss=loss, iterate_batches=adapter.iterate_batches)
+    chosen, _ = adapter.pair_logps(model, data.collate_pairs(rows[2:4], pad_token_id=0))
+    found = adapter.last_metrics(model, evaluation=True)
+    assert found["logps/chosen"] == pytest.approx(float(mx.mean(chosen)), rel=1e-5)
+
+
+def test_wandb_gets_the_metrics_in_one_order_and_a_warning_in_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, Any]] = []
+    wandb = SimpleNamespace(init=lambda **_: None, log=lambda row, step: logged.append(dict(row)))
+    monkeypatch.setattr(callbacks, "wandb", wandb)
+    model = mlx_models.make("llama")
+    adapter.loss(model, *mlx_models.batch())
+    tracker = callbacks.WandBCallback("project", "logs", {})
+    adapter.MetricsCallback(model, then=tracker).on_train_loss_report({"iteration": 1})
+    assert "gapo/weight_mean" in logged[-1]
+    wrapped = adapter.MetricsCallback(model)
+    tracker = callbacks.WandBCallback("project", "logs", {}, wrapped_callback=wrapped)
+    with pytest.warns(UserWarning, match=r"turn them round, MetricsCallback\(model, then=WandBCallback\(\.\.\.\)\)"):
+        tracker.on_train_loss_report({"iteration": 1})
+    assert "gapo/weight_mean" in wrapped.train[-1]
+    tracker.on_train_loss_report({"iteration": 2})  # once
+
+
+def test_a_gradient_in_evaluation_mode_is_refused() -> None:
+    """mlx_lm.load leaves a model in evaluation mode, and a loop of one's own would train on the loss without anchor."""
+    model = mlx_models.make("llama").eval()
+    assert float(adapter.loss(model, *mlx_models.batch())[0]) > 0
+    with pytest.raises(ValueError, match=r"in evaluation mode, .* call model\.train\(\) before training"):
+        nn.value_and_grad(model, adapter.loss)(model, *mlx_models.batch())
+    nn.value_and_grad(model.train(), adapter.loss)(model, *mlx_models.batch())
+
+
+def test_a_model_that_cannot_train_is_named() -> None:
+    model = mlx_models.make("llama", hidden_size=32, head_dim=16, intermediate_size=32)
+    nn.quantize(model, group_size=32, bits=4)
+    with pytest.warns(UserWarning, match=r"no adapters: 9 packed matrices stay .*linear_to_lora_layers first"):
+        adapter.loss(model, *mlx_models.batch())
+    model.freeze()
+    with pytest.raises(ValueError, match=r"no trainable parameter \(all are frozen\)"):
+        adapter.MetricsCallback(model)
+
+
+def test_gapo_train_refuses_a_quantised_folder(tmp_path: Path) -> None:
+    from gapo.experiments.config import ConfigError, TrainConfig
+    from gapo.experiments.train_mlx import MlxTrainee
+
+    sizes = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 32}
+    model = mlx_models.make("llama", **sizes)
+    config = {**vars(model.args), "quantization": {"group_size": 32, "bits": 4}}
+    nn.quantize(model, **config["quantization"])
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    token_pairs.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is quantised \(.*packed integers\), and gapo train with backend mlx"):
+        MlxTrainee(TrainConfig(backend="mlx"), CONFIG, str(tmp_path))
+
+
+def test_what_the_docs_save_loads_again(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "mlx.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "model")
+    Path("pairs").mkdir()
+    for name in ("train", "valid"):
+        data.write_rows(Path("pairs") / f"{name}.jsonl", data.generate_pairs(4))
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    loaded, _ = mlx_lm.load("model", adapter_path="adapters")
+    trained = dict(tree_flatten(names["model"].trainable_parameters()))
+    assert trained
+    for name, x in tree_flatten(loaded.parameters()):
+        if name in trained:
+            np.testing.assert_array_equal(np.array(x), np.array(trained[name]))
+    ours, theirs = (adapter.pair_logps(m.eval(), one_batch())[0] for m in (names["model"], loaded))
+    assert_close({"logps": theirs}, {"logps": ours}, 1e-4)

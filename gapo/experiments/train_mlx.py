@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import load, save_config, save_model
 
 from gapo.adapters.mlx_lm import last_metrics, make_loss, pair_logps
+from gapo.adapters.mlx_pairs import as_arrays
 from gapo.config import GAPOConfig
-from gapo.data.collate import REFERENCE
 from gapo.experiments import loop
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.records import RunData
@@ -34,6 +33,13 @@ class MlxTrainee:
         except (FileNotFoundError, ValueError, OSError) as error:
             raise ConfigError(f"model {model!r} could not be loaded by mlx-lm: {error}") from error
         self.tokenizer = wrapper._tokenizer
+        packed = [name for name, x in tree_flatten(self._model.parameters()) if not mx.issubdtype(x.dtype, mx.floating)]
+        if packed:
+            raise ConfigError(
+                f"model {model!r} is quantised ({packed[0]} and others are packed integers), and gapo train with "
+                "backend mlx trains all weights: give an unquantised model, or train adapters over this one with "
+                "gapo.adapters.mlx_lm (docs/mlx.md)"
+            )
         self._model.update(tree_map(lambda x: x.astype(mx.float32), self._model.parameters()))
         self._optimizer = optim.AdamW(0.0, weight_decay=config.weight_decay, bias_correction=True)
         self._optimizer.init(self._model.trainable_parameters())
@@ -51,7 +57,7 @@ class MlxTrainee:
     ) -> tuple[Mapping[str, Any], StepResult | None]:
         self._model.train()
         self._results.clear()
-        _, grads = self._value_and_grad(self._model, *_arrays(batch))
+        _, grads = self._value_and_grad(self._model, *as_arrays(batch))
         self._grads.append(grads)
         if len(self._grads) == self._accumulation:
             mean = tree_map(lambda *g: sum(g) / len(g), *self._grads)
@@ -64,8 +70,7 @@ class MlxTrainee:
 
     def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         self._model.eval()
-        ids, labels, *_ = _arrays(batch)
-        chosen, rejected = pair_logps(self._model, (ids, labels))
+        chosen, rejected = pair_logps(self._model, batch)
         return np.array(chosen), np.array(rejected)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -83,17 +88,6 @@ class MlxTrainee:
         save_model(folder, self._model)
         save_config(dict(self._config), config_path=folder / "config.json")
         self.tokenizer.save_pretrained(folder)
-
-
-def _arrays(batch: Mapping[str, np.ndarray]) -> tuple[mx.array, ...]:
-    """(ids, labels), chosen rows first, and reference log-probabilities (2, N) where the batch has them."""
-    stack = partial(_stack, batch)
-    reference = [batch[name] for name in REFERENCE if name in batch]
-    return stack("input_ids"), stack("labels"), *([mx.array(np.stack(reference))] if reference else [])
-
-
-def _stack(batch: Mapping[str, np.ndarray], part: str) -> mx.array:
-    return mx.array(np.concatenate([batch[f"{side}_{part}"] for side in ("chosen", "rejected")]))
 
 
 def run(

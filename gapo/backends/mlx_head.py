@@ -1,0 +1,162 @@
+"""Which of an MLX module's parameters are the output head: what made the logits in its clean forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from gapo.selection import HEAD_NAME
+
+
+class Calls:
+    """What the modules returned in one forward.
+
+    Attributes:
+        outermost: for each call from outside the module, (module, width) of every (batch, seq, width) array returned in
+            it, in order: the last is its own.
+        embeddings: modules that were looked up in, or multiplied by (`as_linear`).
+    """
+
+    def __init__(self) -> None:
+        self.outermost: list[list[tuple[nn.Module, int]]] = []
+        self.embeddings: list[nn.Module] = []
+        self._depth = 0
+
+    def run(self, module: nn.Module, call: Callable[[], Any], noted: bool) -> Any:
+        """`call()`, and with `noted` its result as one that `module` returned."""
+        if self._depth == 0:
+            self.outermost.append([])
+        self._depth += 1
+        try:
+            result = call()
+        finally:
+            self._depth -= 1
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        sequences = isinstance(first, mx.array) and first.ndim == 3
+        if noted and sequences:
+            self.outermost[-1].append((module, int(first.shape[-1])))
+        elif self._depth == 0 and not sequences:  # a score of each sequence: no logits
+            self.outermost[-1].clear()
+        return result
+
+
+@contextmanager
+def watched(module: nn.Module) -> Iterator[Calls]:
+    """The calls of `module` and of those in it, while this is open.
+
+    Python looks `__call__` up on the class, so each instance is given a subclass of its own class for the time.
+    """
+    calls = Calls()
+    classes = {id(m): (m, type(m)) for m in module.modules()}
+    token = _open.set(calls)
+    try:
+        try:
+            for m, cls in classes.values():
+                m.__class__ = _watching(cls)  # type: ignore[arg-type]
+            yield calls
+        finally:
+            _put_back(classes.values())
+    finally:  # a Ctrl-C may fall into the line above
+        _put_back(classes.values())
+        _open.reset(token)
+
+
+_open: ContextVar[Calls] = ContextVar("_open")
+
+
+def _put_back(classes: Iterable[tuple[nn.Module, type]]) -> None:
+    for m, cls in classes:
+        m.__class__ = cls
+
+
+@cache
+def _watching(cls: Any) -> Any:
+    """A subclass of `cls` whose calls are noted; of an embedding, what `as_linear` returns."""
+    is_embedding = hasattr(cls, "as_linear")
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls = _open.get()
+        if is_embedding:
+            calls.embeddings.append(self)
+        return calls.run(self, lambda: cls.__call__(self, *args, **kwargs), noted=not is_embedding)
+
+    def as_linear(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls = _open.get()
+        calls.embeddings.append(self)
+        return calls.run(self, lambda: cls.as_linear(self, *args, **kwargs), noted=True)
+
+    members: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    if any("__call__" in vars(base) for base in cls.__mro__):
+        members["__call__"] = __call__
+    if is_embedding:
+        members["as_linear"] = as_linear
+    return type(cls.__name__, (cls,), members)
+
+
+def head_names(module: nn.Module, calls: Calls) -> set[str]:
+    """Names of the parameters of `module`, frozen ones too, that belong to the output head.
+
+    The head is, in this order: the module that made the logits last, be it a layer or an embedding by `as_linear`
+    (tied: the head all the same); what has a name that heads commonly have; the one matrix of the logits' width outside
+    the embeddings; the embedding itself, by whose matrix the forward then multiplied. Without an embedding, names
+    alone.
+
+    Raises:
+        ValueError: several matrices could be the head.
+    """
+    parameters = dict(tree_flatten(module.parameters()))
+    named = {name for name in parameters if HEAD_NAME.search(name)}
+    widths = [returned[-1][1] for returned in calls.outermost if returned and returned[-1][1] > 1]
+    if not calls.embeddings or not widths:
+        return named
+    # Logits are as wide as the embedding has rows; where padded to another width, what came last.
+    logits = set(widths) & {x.shape[0] for m in calls.embeddings for x in _matrices(m)} or {widths[-1]}
+    last = [m for returned in calls.outermost if (m := _last_matrix(returned, calls.embeddings, logits))]
+    if last or named:
+        return _under(module, last, parameters) if last else named
+    tied = [m for m in calls.embeddings if any(x.shape[0] in logits for x in _matrices(m))]
+    inside = _under(module, calls.embeddings, parameters)
+    others = {name for name, x in parameters.items() if x.ndim > 1 and logits & set(x.shape)} - inside
+    if not tied:
+        return set()
+    if len({name.rpartition(".")[0] for name in others}) > 1:
+        raise ValueError(
+            f'perturb="backbone" leaves the output head out, which could be any of {", ".join(sorted(others)[:4])}: '
+            "give perturb='all', or a regular expression on the names of the parameters to perturb"
+        )
+    return others or _under(module, tied, parameters)
+
+
+def _last_matrix(
+    returned: list[tuple[nn.Module, int]], embeddings: list[nn.Module], widths: set[int]
+) -> nn.Module | None:
+    """The last to return of the modules with parameters of their own, if it is a matrix to one of `widths`."""
+    ids = {id(m) for m in embeddings}
+    for m, width in reversed(returned):
+        whole_model = id(m) not in ids and any(id(inner) in ids for inner in m.modules())
+        if whole_model or not any(isinstance(x, mx.array) for x in m.values()):
+            continue
+        if width in widths and any(width in x.shape for x in _matrices(m)):
+            return m
+        if not m.children():
+            return None
+    return None
+
+
+def _matrices(m: nn.Module) -> list[mx.array]:
+    """The matrices that `m` holds itself."""
+    return [x for x in m.values() if isinstance(x, mx.array) and x.ndim > 1]
+
+
+def _under(module: nn.Module, owners: list[nn.Module], names: Iterable[str]) -> set[str]:
+    """Those of `names` that lie in `owners`, wherever in `module` these are."""
+    ids = {id(m) for m in owners}
+    prefixes = tuple(f"{path}." if path else "" for path, m in module.named_modules() if id(m) in ids)
+    return {name for name in names if prefixes and name.startswith(prefixes)}
