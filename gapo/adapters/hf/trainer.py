@@ -93,7 +93,7 @@ class GAPOTrainer(Trainer):
             model = _with_adapters(model, peft_config, args)
         if data_collator is None:
             data_collator = PreferenceCollator(
-                processing_class,
+                getattr(processing_class, "tokenizer", processing_class),  # of a processor, which reads images too
                 max_length=args.max_length,
                 max_prompt_length=args.max_prompt_length,
                 pad_to_multiple_of=args.pad_to_multiple_of,
