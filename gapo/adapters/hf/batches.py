@@ -110,8 +110,8 @@ def _require_pairs(batch: Mapping[str, Any]) -> None:
     telling = [name for name in batch if name in ("label", "ref_logps") or name.startswith(("KL_", "reference_"))]
     if telling:
         raise ValueError(
-            f"the batch holds {', '.join(telling)}: its rows are no pairs of chosen and rejected answers (TRL's KTO has "
-            "such). GAPO trains on the batches of PreferenceCollator, or of TRL's DPO collator"
+            f"the batch holds {', '.join(telling)}: its rows are no pairs of chosen and rejected answers (TRL's KTO "
+            "has such). GAPO trains on the batches of PreferenceCollator, or of TRL's DPO collator"
         )
     if len(batch["input_ids"]) % 2:
         raise ValueError(

@@ -140,9 +140,7 @@ class DriftCallback(TrainerCallback):
         rows = [stack_pairs(trainer.data_collator([source[int(i)]]), accepted) for i in drawn]
         further = ", ".join(further_inputs(rows[0]))
         if further and self.prompts and name == "held_out":
-            raise ValueError(
-                f"DriftCallback generates from token ids alone, and the pairs hold {further}: set prompts=0"
-            )
+            raise ValueError(f"DriftCallback generates from token ids alone, and pairs hold {further}: set prompts=0")
         return rows
 
     def _keep_start(self, trainer: Trainer) -> None:

@@ -44,16 +44,14 @@ def tell_what_is_left_out(trainer: Trainer) -> None:
     ]
     if changed:
         logger.warning(
-            "%s: without effect, since the loss is GAPO's; its settings are those of gapo.GAPOConfig",
-            ", ".join(changed),
+            "%s: no effect, since the loss is that of gapo.GAPOConfig's settings", ", ".join(sorted(changed))
         )
-    text = getattr(innermost(trainer.model), "config", None)
-    text = text.get_text_config() if hasattr(text, "get_text_config") else text
+    text = text_config(trainer.model)
     asked = getattr(text, "output_router_logits", False) or getattr(trainer, "aux_loss_enabled", False)
     if asked and getattr(text, "router_aux_loss_coef", 0):
         logger.warning(
-            "router_aux_loss_coef=%s: the experts' auxiliary loss is left out. GAPO weighs pairs, and it is no sum over "
-            "pairs. Freeze the routers, or watch their load",
+            "router_aux_loss_coef=%s: the experts' auxiliary loss is left out. GAPO weighs pairs, and it is no sum "
+            "over pairs. Freeze the routers, or watch their load",
             text.router_aux_loss_coef,
         )
     adapters: Any = getattr(trainer.model, "active_peft_config", None)
