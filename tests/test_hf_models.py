@@ -218,9 +218,7 @@ def test_what_is_no_batch_of_pairs_is_refused() -> None:
         stack_pairs({**stacked, "KL_input_ids": ids, "label": torch.ones(4)})
     with pytest.raises(ValueError, match=r"as many chosen rows as rejected ones; got 3 rows"):
         stack_pairs({name: x[:3] for name, x in stacked.items()})
-    with pytest.raises(
-        ValueError, match=r"'pixel_values', which the model's forward takes, must be a tensor, got list"
-    ):
+    with pytest.raises(ValueError, match=r"'pixel_values', which .* takes, must be a tensor, got list"):
         stack_pairs({**stacked, "pixel_values": []}, {"pixel_values"})
 
 
@@ -338,6 +336,33 @@ def test_a_trainer_that_never_asks_for_the_loss_is_refused(tmp_path: Path) -> No
 def test_an_empty_evaluation_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the data set to evaluate on holds no pairs"):
         trainer(tmp_path).evaluate([])
+
+
+def test_an_evaluation_that_rounds_the_weights_is_the_last(tmp_path: Path) -> None:
+    found = trainer(tmp_path, bf16_full_eval=True)
+    found.train()
+    found.evaluate()
+    with pytest.raises(ValueError, match="has rounded the model's weights to 16 bits"):
+        found.train()
+
+
+def test_the_loss_of_an_evaluation_is_every_pairs_mean(tmp_path: Path) -> None:
+    found = trainer(tmp_path, per_device_eval_batch_size=2)
+    rows = hf_models.pairs(3, seed=5)
+    with torch.no_grad():
+        logps = by_hand(found.model, found.data_collator(rows))
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(rows)
+
+    def stacked(rows: Any) -> Any:  # as TRL's collator does
+        both = stack_pairs(PreferenceCollator(hf_models.tokenizer())(rows))
+        return {**both, "completion_mask": (both.pop("labels") != -100).long()}
+
+    found.data_collator = stacked
+    want = -nn.functional.logsigmoid(2.5 * (logps[:3] - logps[3:]) - 0.25).mean()
+    assert found.evaluate(Stream())["eval_loss"] == pytest.approx(float(want), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

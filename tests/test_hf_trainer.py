@@ -285,7 +285,9 @@ def test_trls_trainers_without_pairs_are_refused(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trls_settings_of_the_loss_are_said_to_have_no_effect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_trls_settings_of_the_loss_are_said_to_have_no_effect(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import trl
 
     own = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
@@ -293,7 +295,7 @@ def test_trls_settings_of_the_loss_are_said_to_have_no_effect(tmp_path: Path, ca
         caplog.clear()
         with caplog.at_level("WARNING", logger="gapo"):
             trl.DPOTrainer(
-                hf_models.make("llama"), args=trl.DPOConfig(str(tmp_path), **own, **settings), train_dataset=dataset(2),
+                str(saved), args=trl.DPOConfig(str(tmp_path), **own, **settings), train_dataset=dataset(2),
                 processing_class=hf_models.tokenizer(), callbacks=[GAPOCallback()],
             )  # fmt: skip
         assert ("beta=0.2, ld_alpha=0.5, loss_type=['ipo']: no effect" in caplog.text) is bool(settings)

@@ -46,6 +46,7 @@ class Attachment:
         self._prepared = PreparedModel(callback.disable_dropout)
         self._prepared.prepare(trainer.model)
         tell_what_is_left_out(trainer)
+        self._rounded = False  # by an evaluation in 16 bits
         self._asked: nn.Module | None = None  # the model that is known to be causal
         self._gave_loss = False
         self._flags = {
@@ -87,6 +88,11 @@ class Attachment:
 
     def begin(self) -> None:
         """Make the model ready that a training begins with: `model_init`, or a search, may have made another one."""
+        if self._rounded and self.trainer.model_init is None:
+            raise ValueError(
+                "an evaluation with bf16_full_eval or fp16_full_eval has rounded the model's weights to 16 bits: load "
+                "the model again, and train before you evaluate, or leave the option out"
+            )
         self._window.clear()  # of a training that was interrupted, or begun again with smaller batches
         self._prepared.prepare(self.trainer.model)
         self._asked, self._gave_loss = None, False
@@ -192,7 +198,7 @@ class Attachment:
         averages = sums.per_token()
         logps = torch.stack([averages.chosen, averages.rejected], dim=-1)
         margins = sums.log_ratio_margins()
-        columns = logps if margins is None else torch.cat([logps, margins[:, None]], dim=-1)
+        columns = torch.stack([losses.to(logps), *logps.unbind(-1), *([] if margins is None else [margins])], dim=-1)
         self._evaluated.append(self.trainer.accelerator.gather_for_metrics(columns))
         if prediction_loss_only:
             return losses.mean(), None, None
@@ -201,12 +207,15 @@ class Attachment:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop, with the reward metrics of all its pairs added."""
         self._evaluated = []
+        wide = _has_wide_weights(self.trainer.model)
         output = self._own["evaluation_loop"](*args, **kwargs)
+        self._rounded |= wide and not _has_wide_weights(self.trainer.model)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         if not self._evaluated:
             raise ValueError("the data set to evaluate on holds no pairs: give at least one, or set eval_strategy='no'")
-        chosen, rejected, *log_ratio_margins = torch.cat(self._evaluated).unbind(-1)
-        metrics = reward_metrics(chosen, rejected, self._config)
+        losses, chosen, rejected, *log_ratio_margins = torch.cat(self._evaluated).unbind(-1)
+        # Of every pair: the trainer's own leaves out what is not finite, and counts the rows of a stacked batch.
+        metrics = {"loss": losses.mean(), **reward_metrics(chosen, rejected, self._config)}
         if log_ratio_margins:
             metrics |= reference_metrics(log_ratio_margins[0])
         for name, value in metrics.items():
@@ -249,6 +258,10 @@ class Attachment:
         if message not in self._told:
             self._told.add(message)
             logger.warning(message)
+
+
+def _has_wide_weights(model: nn.Module) -> bool:
+    return any(p.is_floating_point() and p.element_size() >= 4 for p in model.parameters())
 
 
 __all__ = ["Attachment"]

@@ -77,7 +77,7 @@ def _engines(trainer: Trainer) -> Iterator[str]:
             yield REENTRANT
     layout = getattr(accelerator, "parallelism_config", None)
     for name, what in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
-        if getattr(layout, f"{name}_enabled", False):
+        if getattr(layout, f"{name}_enabled", False) or (name == "tp" and trainer.get_tp_size() > 1):
             yield (
                 f"{what} parallelism ({name}_size) is not supported: a rank would see parts of rows or of weights. "
                 "Shard with FSDP2 or DeepSpeed"
