@@ -169,9 +169,9 @@ class Attachment:
         """Ask the model once in a training, on its first batch, when the step has found nothing wrong with that."""
         bare = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
         if self._asked is not bare:
-            self._asked = bare
             in_16_bits = self.trainer.accelerator.mixed_precision != "no"
             require_causal(bare, stack_pairs(inputs, forward_parameters(bare)), in_16_bits)
+            self._asked = bare
 
     def _anchor_pairs(self, result: StepResult) -> int:
         """How many pairs share an anchor: those of the micro-batch, over all ranks."""
