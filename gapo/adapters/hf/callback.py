@@ -43,7 +43,7 @@ class GAPOCallback(TrainerCallback):
         objective_settings: settings of the other objectives, such as {"beta": 0.1}; None for their defaults. "gapo" and
             "simpo" take theirs from `config`.
         on_step: called as `on_step(result, batch)` after each training micro-batch, with the `gapo.StepResult` (None
-            for other objectives) and the batch.
+            for other objectives) and the batch; on each rank, of its own pairs.
         disable_dropout: True sets all dropout to 0 while attached, as TRL does: a preference margin under dropout is
             noise.
 
