@@ -58,7 +58,8 @@ def padding_may_stand_left(model: Any) -> bool:
     be attention alone; rows of other models are padded on the right, where nothing that counts comes after.
     """
     inner = innermost(model)
-    if not isinstance(inner, PreTrainedModel) or not type(inner).__module__.startswith("transformers."):
+    kind = next(c for c in type(inner).__mro__ if not c.__module__.startswith("torch.distributed."))  # FSDP2's own
+    if not isinstance(inner, PreTrainedModel) or not kind.__module__.startswith("transformers."):
         return False
     if has_virtual_tokens(model) or "position_ids" not in forward_parameters(model):
         return False

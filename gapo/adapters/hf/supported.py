@@ -77,7 +77,7 @@ def _engines(trainer: Trainer) -> Iterator[str]:
             yield REENTRANT
     layout = getattr(accelerator, "parallelism_config", None)
     for name, what in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
-        if getattr(layout, f"{name}_enabled", False) or (name == "tp" and trainer.get_tp_size() > 1):
+        if getattr(layout, f"{name}_enabled", False) or (name == "tp" and _tensor_parallel(trainer)):
             yield (
                 f"{what} parallelism ({name}_size) is not supported: a rank would see parts of rows or of weights. "
                 "Shard with FSDP2 or DeepSpeed"
@@ -99,7 +99,7 @@ def _without_effect(trainer: Trainer) -> Iterator[str]:
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on a loss of pairs: set it to 0, and "
             "label_smoothing of gapo.GAPOConfig"
         )
-    if getattr(trainer, "compute_loss_func", None) is not None:
+    if callable(getattr(trainer, "compute_loss_func", None)):  # TRL puts a text there
         yield (
             "compute_loss_func would not be called, since the loss is GAPO's: leave it out, or train with it and "
             "without GAPOCallback"
@@ -160,6 +160,10 @@ def _columns(rows: Any) -> Sequence[str]:
     if getattr(rows, "column_names", None):
         return list(rows.column_names)
     return list(rows[0]) if isinstance(rows, Sequence) and len(rows) and isinstance(rows[0], dict) else []
+
+
+def _tensor_parallel(trainer: Trainer) -> bool:
+    return hasattr(trainer, "get_tp_size") and trainer.get_tp_size() > 1
 
 
 def _is_dispatched(trainer: Trainer) -> bool:
