@@ -83,7 +83,7 @@ def test_a_learned_prompt_shifts_nothing(kind: str, side: str) -> None:
     assert not torch.allclose(got, base, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("kind", ["prompt", "p", "cpt", "prefix"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_learned_prompt_gets_the_gradient_of_the_loss(kind: str) -> None:
     model, virtual = prompted(kind)
@@ -320,6 +320,13 @@ def test_experts_auxiliary_loss_is_said_to_be_left_out(tmp_path: Path, caplog: p
 def test_arguments_without_effect_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **options)
+
+
+def test_arguments_are_looked_at_again_when_training_begins(tmp_path: Path) -> None:
+    found = trainer(tmp_path)
+    found.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.loss
+    with pytest.raises(ValueError, match="compute_loss_func would not be called"):
+        found.train()
 
 
 def test_a_trainer_that_never_asks_for_the_loss_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import hf_models
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer
+from transformers import AutoModelForCausalLM, HfArgumentParser, ProcessorMixin, Trainer
 
 import gapo
 from gapo.adapters.hf import GAPOCallback, GAPOConfig, GAPOTrainer, PreferenceCollator, with_reference_logps
@@ -175,7 +175,11 @@ def test_lengths_are_whole_numbers_or_none(tmp_path: Path) -> None:
 
 
 def test_a_processor_lends_its_tokenizer(tmp_path: Path) -> None:
-    processor = type("Processor", (), {"tokenizer": hf_models.tokenizer()})()
+    class Processor(ProcessorMixin):
+        def __init__(self, tokenizer: Any) -> None:
+            super().__init__(tokenizer)
+
+    processor = Processor(hf_models.tokenizer())
     trainer = GAPOTrainer(
         hf_models.make("llama"), arguments(tmp_path), train_dataset=dataset(), processing_class=processor
     )

@@ -93,6 +93,7 @@ class Attachment:
                 "an evaluation with bf16_full_eval or fp16_full_eval has rounded the model's weights to 16 bits: load "
                 "the model again, and train before you evaluate, or leave the option out"
             )
+        require_supported(self.trainer)  # what was set after attaching
         self._window.clear()  # of a training that was interrupted, or begun again with smaller batches
         self._prepared.prepare(self.trainer.model)
         self._asked, self._gave_loss = None, False

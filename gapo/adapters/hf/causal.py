@@ -47,7 +47,7 @@ def require_causal(model: nn.Module, rows: Mapping[str, Tensor], in_16_bits: boo
     try:
         with torch.no_grad():
             first, second = (_logits(model, ids, further, state) for ids in (tokens, others))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         logger.warning("%s could not be asked whether it is causal: %s", type(innermost(model)).__name__, error)
         return
     change = (first - second).abs().flatten(1).amax(1)

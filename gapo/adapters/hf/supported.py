@@ -146,7 +146,8 @@ def _data(trainer: Trainer) -> Iterator[str]:
             "trl.trainer.dpo_trainer.DataCollatorForVisionPreference(processor), or drop the column"
         )
     strategy, length = getattr(trainer.args, "train_sampling_strategy", None), trainer.args.length_column_name
-    if strategy in ("group_by_length", "batch_rebalance") and columns and length not in _columns(trainer.train_dataset):
+    known = [names for rows in (trainer.train_dataset, trainer.eval_dataset) if (names := _columns(rows))]
+    if strategy in ("group_by_length", "batch_rebalance") and any(length not in names for names in known):
         yield (
             f"train_sampling_strategy={strategy!r} needs a column {length!r} in a datasets.Dataset of pairs: add one "
             'with .map(), such as {"length": len(row["chosen"]) + len(row["rejected"])}'
@@ -168,7 +169,8 @@ def _tensor_parallel(trainer: Trainer) -> bool:
 
 def _is_dispatched(trainer: Trainer) -> bool:
     chosen = trainer.accelerator.dispatch_batches
-    return bool(chosen) or (chosen is None and isinstance(trainer.train_dataset, IterableDataset))
+    rows = trainer.train_dataset
+    return bool(chosen) or (chosen is None and (isinstance(rows, IterableDataset) or not hasattr(rows, "__len__")))
 
 
 def _is_ours(collator: Any) -> bool:
