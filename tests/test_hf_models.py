@@ -296,9 +296,13 @@ def test_experts_auxiliary_loss_is_said_to_be_left_out(tmp_path: Path, caplog: p
     with caplog.at_level(logging.WARNING, logger="gapo"):
         trainer(tmp_path, moe(False))
         assert "auxiliary loss" not in caplog.text
-        trainer(tmp_path, moe(True))
+        trainer(tmp_path, moe(True)).train()
         assert caplog.text.count("router_aux_loss_coef=0.001: the experts' auxiliary loss is left out") == 1
         caplog.clear()
+        found = trainer(tmp_path, moe(False))
+        found.aux_loss_enabled = True  # which TRL's DPOTrainer sets when it has been made
+        found.train()
+        assert "router_aux_loss_coef=0.001" in caplog.text
         ada = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=10)
         trainer(tmp_path, peft.get_peft_model(llama(), ada))
         assert "AdaLoRA's orthogonality loss is left out" in caplog.text

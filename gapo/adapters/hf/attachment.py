@@ -16,7 +16,7 @@ from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import log_probs, pair_logps
 from gapo.adapters.hf.models import forward_parameters
 from gapo.adapters.hf.prepared import PreparedModel
-from gapo.adapters.hf.supported import require_supported, tell_what_is_left_out
+from gapo.adapters.hf.supported import left_out, require_supported
 from gapo.backends.base import by_pairs
 from gapo.backends.torch import TorchBackend, TorchForward
 from gapo.backends.torch.sharded import is_shard
@@ -45,7 +45,8 @@ class Attachment:
         require_supported(trainer)
         self._prepared = PreparedModel(callback.disable_dropout)
         self._prepared.prepare(trainer.model)
-        tell_what_is_left_out(trainer)
+        self._told: set[str] = set()
+        self._tell_what_is_left_out()
         self._rounded = False  # by an evaluation in 16 bits
         self._asked: nn.Module | None = None  # the model that is known to be causal
         self._gave_loss = False
@@ -68,7 +69,6 @@ class Attachment:
         for name in _REPLACED:
             setattr(trainer, name, getattr(self, name))
         trainer._gapo_attachment = self
-        self._told: set[str] = set()
 
     @staticmethod
     def of(trainer: Trainer) -> Attachment | None:
@@ -96,6 +96,7 @@ class Attachment:
         require_supported(self.trainer)  # what was set after attaching
         self._window.clear()  # of a training that was interrupted, or begun again with smaller batches
         self._prepared.prepare(self.trainer.model)
+        self._tell_what_is_left_out()
         self._asked, self._gave_loss = None, False
 
     def require_a_loss(self) -> None:
@@ -254,6 +255,10 @@ class Attachment:
             table = accelerator.gather(table.to(accelerator.device)).cpu()
         self._window.clear()
         return {name: combine(name, column.tolist()) for name, column in zip(names, table.T, strict=True)}
+
+    def _tell_what_is_left_out(self) -> None:
+        for line in left_out(self.trainer):
+            self._tell(line)
 
     def _tell(self, message: str) -> None:
         if message not in self._told:

@@ -82,7 +82,8 @@ def log_probs(model: nn.Module, batch: Mapping[str, Any]) -> LogProbs:
     """
     chosen, rejected = pair_logps(model, batch)
     lengths = response_lengths(stack_pairs(batch)["labels"]).to(chosen.device)
-    ref_chosen, ref_rejected = (batch.get(name) for name in REFERENCE)
+    given = (batch.get(name) for name in REFERENCE)
+    ref_chosen, ref_rejected = (None if x is None else x.to(chosen.device) for x in given)
     return LogProbs.from_averages(chosen, rejected, lengths, ref_chosen, ref_rejected)
 
 

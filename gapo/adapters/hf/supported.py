@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -14,8 +13,6 @@ from gapo.adapters.hf.batches import KEYS
 from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.adapters.hf.models import text_config
 from gapo.adapters.hf.prepared import REENTRANT
-
-logger = logging.getLogger(__name__)
 
 # Of TRL's, those whose batches are pairs. Others train on unpaired rows, triplets, or what they generate themselves.
 _TRL_TRAINERS = ("DPOTrainer", "CPOTrainer", "ORPOTrainer")
@@ -34,29 +31,26 @@ def require_supported(trainer: Trainer) -> None:
         raise ValueError(message)
 
 
-def tell_what_is_left_out(trainer: Trainer) -> None:
-    """Warn, once for each, of what the trainer or the model would add to the loss, and GAPO's has not."""
+def left_out(trainer: Trainer) -> Iterator[str]:
+    """What the trainer or the model would add to the loss, and GAPO's has not: a line for each."""
     config = trainer.args
     changed = [
         f"{f.name}={getattr(config, f.name)!r}"
         for f in fields(config)
-        if f.name in _TRL_LOSS and _is_trl(type(config)) and getattr(config, f.name) != _default(f)
+        if f.name in _TRL_LOSS and getattr(config, f.name) != _default(f)
     ]
-    if changed:
-        logger.warning(
-            "%s: no effect, since the loss is that of gapo.GAPOConfig's settings", ", ".join(sorted(changed))
-        )
+    if changed and any(map(_is_trl, type(config).__mro__)):
+        yield f"{', '.join(sorted(changed))}: no effect, since the loss is that of gapo.GAPOConfig's settings"
     text = text_config(trainer.model)
     asked = getattr(text, "output_router_logits", False) or getattr(trainer, "aux_loss_enabled", False)
     if asked and getattr(text, "router_aux_loss_coef", 0):
-        logger.warning(
-            "router_aux_loss_coef=%s: the experts' auxiliary loss is left out. GAPO weighs pairs, and it is no sum "
-            "over pairs. Freeze the routers, or watch their load",
-            text.router_aux_loss_coef,
+        yield (
+            f"router_aux_loss_coef={text.router_aux_loss_coef}: the experts' auxiliary loss is left out. GAPO weighs "
+            "pairs, and it is no sum over pairs. Freeze the routers, or watch their load"
         )
     adapters: Any = getattr(trainer.model, "active_peft_config", None)
     if getattr(adapters, "orth_reg_weight", 0) and hasattr(adapters, "target_r"):
-        logger.warning("orth_reg_weight=%s: AdaLoRA's orthogonality loss is left out", adapters.orth_reg_weight)
+        yield f"orth_reg_weight={adapters.orth_reg_weight}: AdaLoRA's orthogonality loss is left out"
 
 
 def _refusals(trainer: Trainer) -> Iterator[str]:
