@@ -14,7 +14,7 @@ import hf_models
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, HfArgumentParser, ProcessorMixin, Trainer
+from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer
 
 import gapo
 from gapo.adapters.hf import GAPOCallback, GAPOConfig, GAPOTrainer, PreferenceCollator, with_reference_logps
@@ -172,18 +172,6 @@ def test_lengths_are_whole_numbers_or_none(tmp_path: Path) -> None:
         GAPOConfig(str(tmp_path), pad_to_multiple_of="auto")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_length must be a whole number >= 1, or None, got 0"):
         GAPOConfig(str(tmp_path), max_length=0)
-
-
-def test_a_processor_lends_its_tokenizer(tmp_path: Path) -> None:
-    class Processor(ProcessorMixin):
-        def __init__(self, tokenizer: Any) -> None:
-            super().__init__(tokenizer)
-
-    processor = Processor(hf_models.tokenizer())
-    trainer = GAPOTrainer(
-        hf_models.make("llama"), arguments(tmp_path), train_dataset=dataset(), processing_class=processor
-    )
-    assert trainer.data_collator.tokenizer is hf_models.tokenizer()
 
 
 def test_parsers_and_yaml(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from gapo.adapters.hf.arguments import GAPOConfig
 from gapo.adapters.hf.callback import GAPOCallback
@@ -43,7 +43,7 @@ class GAPOTrainer(Trainer):
         train_dataset: pairs in TRL's formats ("prompt", "chosen", "rejected", text or messages; the prompt may be left
             implicit), or rows of `gapo.data.tokenize_pair`: a `datasets.Dataset`, an `IterableDataset`, a sequence.
         eval_dataset: likewise, or a dict of them.
-        processing_class: the tokenizer, or a processor that holds one; None for the model's own tokenizer.
+        processing_class: the tokenizer; None for the model's own.
         data_collator: None for `PreferenceCollator` with the limits of `args`.
         peft_config: adapters to train instead of the model's weights. A quantised model is made ready for it.
         compute_metrics: as in `transformers.Trainer`, like the next two.
@@ -93,7 +93,7 @@ class GAPOTrainer(Trainer):
             model = _with_adapters(model, peft_config, args)
         if data_collator is None:
             data_collator = PreferenceCollator(
-                processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class,
+                processing_class,
                 max_length=args.max_length,
                 max_prompt_length=args.max_prompt_length,
                 pad_to_multiple_of=args.pad_to_multiple_of,
