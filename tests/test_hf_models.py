@@ -274,10 +274,12 @@ def test_checkpointing_by_reentrance_is_refused_in_every_form(tmp_path: Path) ->
 
     for options in ({"use_reentrant": True}, {"preserve_rng_state": False}):  # torch's default is re-entrant
         with pytest.raises(ValueError, match="re-entrant gradient checkpointing"):
-            trainer(tmp_path, enabled(**options))
+            trainer(tmp_path, enabled(**options)).train()
         with pytest.raises(ValueError, match="re-entrant gradient checkpointing"):
             trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options).train()
     assert trainer(tmp_path, enabled()).train().global_step == 1
+    again = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    assert trainer(tmp_path, enabled(use_reentrant=True), **again).train().global_step == 1  # as QLoRA scripts do
     assert trainer(tmp_path, gradient_checkpointing=True).train().global_step == 1
     prefix, _ = prompted("prefix")
     found = trainer(tmp_path, prefix)

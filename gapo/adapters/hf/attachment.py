@@ -15,7 +15,7 @@ from gapo.adapters.hf.causal import require_causal
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import log_probs, pair_logps
 from gapo.adapters.hf.models import forward_parameters
-from gapo.adapters.hf.prepared import PreparedModel
+from gapo.adapters.hf.prepared import PreparedModel, require_graph
 from gapo.adapters.hf.supported import left_out, require_supported
 from gapo.backends.base import by_pairs
 from gapo.backends.torch import TorchBackend, TorchForward
@@ -96,6 +96,7 @@ class Attachment:
         require_supported(self.trainer)  # what was set after attaching
         self._window.clear()  # of a training that was interrupted, or begun again with smaller batches
         self._prepared.prepare(self.trainer.model)
+        require_graph(self.trainer.model)
         self._tell_what_is_left_out()
         self._asked, self._gave_loss = None, False
 

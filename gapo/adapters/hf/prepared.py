@@ -27,13 +27,12 @@ class PreparedModel:
         """Change what has not been changed yet; give an earlier model, which the trainer has replaced, its own back.
 
         Raises:
-            ValueError: the model is an encoder-decoder, checkpoints by re-entrance, or its 4-bit weights were packed.
+            ValueError: the model is an encoder-decoder, or its 4-bit weights were packed.
         """
         if model is not self._model:
             self.undo()
             require_decoder(model)
         self._model = model
-        _require_graph(model)
         self._changed += stay_differentiable(model)
         self._changed += without_dropout(model) if self._disable_dropout else []
 
@@ -62,8 +61,11 @@ def without_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
     return changed
 
 
-def _require_graph(model: nn.Module) -> None:
-    """Raise ValueError where the model's own checkpointing takes from the step what it needs."""
+def require_graph(model: nn.Module) -> None:
+    """Raise ValueError where the model's own checkpointing takes from the step what it needs.
+
+    Asked when a training begins: a Trainer may have enabled another checkpointing than was there when it was made.
+    """
     checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     if any(_is_reentrant(getattr(module, "_gradient_checkpointing_func", None)) for module in checkpointing):
         raise ValueError(REENTRANT)
