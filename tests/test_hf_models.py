@@ -162,7 +162,7 @@ def test_images_reach_the_model() -> None:
         for batch in (both, {**sides, "pixel_values": images[:1]}, {**sides, **each}):
             torch.testing.assert_close(torch.cat(pair_logps(model, batch)), want)
     with pytest.raises(ValueError, match=r"row 0 of input_ids .* stands for an image, .* but the batch holds none"):
-        pair_logps(model, stacked)
+        pair_logps(model, {**stacked, "position_ids": torch.arange(8).expand(2, 8)})
     with pytest.raises(ValueError, match=r"the batch holds 'pixel_values', but the model's forward takes no"):
         pair_logps(llama(), both)
 

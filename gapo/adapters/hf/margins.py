@@ -110,7 +110,7 @@ def _labelled_columns(model: Any, rows: Mapping[str, Tensor]) -> tuple[int, int]
             f"0..{size - 1}: the tokenizer and the model's vocabulary differ. Use the model's own tokenizer, or "
             "model.resize_token_embeddings(len(tokenizer))"
         )
-    if unseen and not further_inputs(rows):
+    if unseen and all(x.shape == ids.shape for x in further_inputs(rows).values()):  # numbers of tokens are no image
         raise ValueError(
             f"row {int(standing_in.nonzero()[0, 0])} of input_ids (chosen rows stand first) holds a token that stands "
             "for an image, video or sound, but the batch holds none: use a collator that puts them into the batch, "

@@ -99,7 +99,7 @@ def most_positions(model: Any) -> int | None:
 def learned_positions(model: Any) -> bool:
     """Whether the model learned an embedding for each position, as GPT-2 does: it has none for a longer row."""
     inner, limit = innermost(model), most_positions(model)
-    if limit is None:
+    if limit is None or not hasattr(inner, "get_input_embeddings"):
         return False
     rows, tokens = limit + virtual_tokens(model), inner.get_input_embeddings()
     tables = [m for m in inner.modules() if isinstance(m, nn.Embedding) and m is not tokens]

@@ -163,8 +163,9 @@ def _tensor_parallel(trainer: Trainer) -> bool:
 
 def _is_dispatched(trainer: Trainer) -> bool:
     chosen = trainer.accelerator.dispatch_batches
-    rows = trainer.train_dataset
-    return bool(chosen) or (chosen is None and (isinstance(rows, IterableDataset) or not hasattr(rows, "__len__")))
+    given = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
+    streamed = any(isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") for rows in given)
+    return bool(chosen) or (chosen is None and streamed)
 
 
 def _is_ours(collator: Any) -> bool:
