@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gapo import GAPOConfig
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator, with_reference_logps
+from gapo.adapters.hf.batches import to_the_right
 from gapo.adapters.hf.margins import log_probs, pair_logps, stack_pairs
 from gapo.objectives import OBJECTIVES
 
@@ -532,7 +533,7 @@ def test_a_forward_asks_for_labelled_columns_and_reads_the_device_twice(
             patched.setattr(torch.Tensor, name, counted(name))
         pair_logps(model, batch)
     assert read == ["tolist", "__bool__"]
-    labels = stack_pairs(batch)["labels"]
+    labels = to_the_right(stack_pairs(batch))["labels"]  # it takes no positions, so that padding goes to the right
     labelled = [column for column in range(1, labels.shape[1]) if (labels[:, column] >= 0).any()]
     assert kept[0].tolist() == list(range(labelled[0] - 1, labelled[-1] + 1))
 

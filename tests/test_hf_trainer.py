@@ -166,6 +166,14 @@ def test_settings_are_the_cores_and_checked(tmp_path: Path) -> None:
         GAPOTrainer(model, arguments(tmp_path), train_dataset=rows, processing_class=tokenizer)
 
 
+def test_lengths_are_whole_numbers_or_none(tmp_path: Path) -> None:
+    assert GAPOConfig(str(tmp_path), max_length=None).max_length is None
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be a whole number >= 1, or None, got 'auto'"):
+        GAPOConfig(str(tmp_path), pad_to_multiple_of="auto")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_length must be a whole number >= 1, or None, got 0"):
+        GAPOConfig(str(tmp_path), max_length=0)
+
+
 def test_parsers_and_yaml(tmp_path: Path) -> None:
     path = tmp_path / "args.yaml"
     path.write_text(f"output_dir: {tmp_path}\nrho: 0.05\nanchor: first_order\nlast_layers: 2\n")
@@ -244,3 +252,42 @@ def test_the_callback_on_trls_own_trainers(saved: Path, tmp_path: Path, monkeypa
         # TRL's CPOTrainer opens every prompt with a BOS token: other tokens, nearly the same update
         ours, theirs = (x - start[name], weights["CPOTrainer"][name] - start[name])
         assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trls_trainers_without_pairs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    import trl
+    from trl.experimental.tpo.tpo_trainer import DataCollatorForTriplePreference
+
+    own = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    unpaired = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "label": i % 2 == 0} for i in range(4)])
+    text = datasets.Dataset.from_list([{"text": "a b"}] * 4)
+    for kind, made, rows in ((trl.KTOTrainer, trl.KTOConfig, unpaired), (trl.SFTTrainer, trl.SFTConfig, text)):
+        with pytest.raises(ValueError, match=rf"TRL's {kind.__name__} does not train on pairs in batches"):
+            kind(
+                hf_models.make("llama"), args=made(str(tmp_path), **own), train_dataset=rows,
+                processing_class=hf_models.tokenizer(), callbacks=[GAPOCallback()],
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="TRL's DataCollatorForTriplePreference does not make batches of pairs"):
+        Trainer(
+            hf_models.make("llama"), arguments(tmp_path), train_dataset=hf_models.pairs(2),
+            data_collator=DataCollatorForTriplePreference(pad_token_id=0), callbacks=[GAPOCallback()],
+        )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trls_settings_of_the_loss_are_said_to_have_no_effect(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import trl
+
+    own = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    for settings in ({}, {"beta": 0.2, "loss_type": ["ipo"], "ld_alpha": 0.5}):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="gapo"):
+            trl.DPOTrainer(
+                str(saved), args=trl.DPOConfig(str(tmp_path), **own, **settings), train_dataset=dataset(2),
+                processing_class=hf_models.tokenizer(), callbacks=[GAPOCallback()],
+            )  # fmt: skip
+        assert ("beta=0.2, ld_alpha=0.5, loss_type=['ipo']: no effect" in caplog.text) is bool(settings)

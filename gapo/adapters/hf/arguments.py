@@ -94,7 +94,9 @@ class GAPOConfig(TrainingArguments):
         metadata={"help": 'Settings of the other objectives, such as {"beta": 0.1}; their defaults without.'},
     )
 
-    max_length: int = field(default=1024, metadata={"help": "Most tokens of prompt and answer together."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Most tokens of prompt and answer together; None for no limit."}
+    )
     max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of the prompt, from its end."})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Round the length of batches up to this."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set all dropout to 0, as TRL does."})
@@ -112,9 +114,18 @@ class GAPOConfig(TrainingArguments):
         super().__post_init__()
         given: Any = self.objective_settings  # text was parsed above
         without_anchor(self.objective, self.step_config(), given)
-        if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
-            self.gradient_checkpointing_kwargs: Any = {"use_reentrant": False}
+        for name in ("max_length", "max_prompt_length", "pad_to_multiple_of"):
+            _require_count(name, getattr(self, name))
+        for name in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same
+            if getattr(self, name, False):  # torch's checkpoint is re-entrant where it is not told
+                options: Any = getattr(self, f"{name}_kwargs") or {}
+                setattr(self, f"{name}_kwargs", {"use_reentrant": False, **options})
 
     def step_config(self) -> gapo.GAPOConfig:
         """The settings of the step alone, checked."""
         return gapo.GAPOConfig(**{f.name: getattr(self, f.name) for f in fields(gapo.GAPOConfig)})
+
+
+def _require_count(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} must be a whole number >= 1, or None, got {value!r}")

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from gapo.adapters.hf.batches import stack_pairs
+from gapo.adapters.hf.causal import require_causal
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import log_probs, pair_logps
-from gapo.adapters.hf.quantised import stay_differentiable
+from gapo.adapters.hf.models import forward_parameters
+from gapo.adapters.hf.prepared import PreparedModel, require_graph
+from gapo.adapters.hf.supported import left_out, require_supported
 from gapo.backends.base import by_pairs
 from gapo.backends.torch import TorchBackend, TorchForward
 from gapo.backends.torch.sharded import is_shard
@@ -38,9 +42,14 @@ class Attachment:
         self._backend = TorchBackend()
         self._window: dict[str, list[Tensor]] = defaultdict(list)
         self._evaluated: list[Tensor] = []
-        _require_supported(trainer)
-        self._changed = stay_differentiable(trainer.model)
-        self._changed += _disable_dropout(trainer.model) if callback.disable_dropout else []
+        require_supported(trainer)
+        self._prepared = PreparedModel(callback.disable_dropout)
+        self._prepared.prepare(trainer.model)
+        self._told: set[str] = set()
+        self._tell_what_is_left_out()
+        self._rounded = False  # by an evaluation in 16 bits
+        self._asked: nn.Module | None = None  # the model that is known to be causal
+        self._gave_loss = False
         self._flags = {
             name: getattr(trainer, name)
             for name in ("loss_is_scaled_for_ga", "model_accepts_loss_kwargs")
@@ -60,7 +69,6 @@ class Attachment:
         for name in _REPLACED:
             setattr(trainer, name, getattr(self, name))
         trainer._gapo_attachment = self
-        self._told: set[str] = set()
 
     @staticmethod
     def of(trainer: Trainer) -> Attachment | None:
@@ -73,15 +81,35 @@ class Attachment:
             delattr(self.trainer, name)
         for name, value in self._flags.items():
             setattr(self.trainer, name, value)
-        for module, attribute, value in self._changed:
-            setattr(module, attribute, value)
+        self._prepared.undo()
         if self._set_sync:
             self._accumulation["sync_each_batch"] = False
         del self.trainer._gapo_attachment
 
+    def begin(self) -> None:
+        """Make the model ready that a training begins with: `model_init`, or a search, may have made another one."""
+        if self._rounded and self.trainer.model_init is None:
+            raise ValueError(
+                "an evaluation with bf16_full_eval or fp16_full_eval has rounded the model's weights to 16 bits: load "
+                "the model again, and train before you evaluate, or leave the option out"
+            )
+        require_supported(self.trainer)  # what was set after attaching
+        self._window.clear()  # of a training that was interrupted, or begun again with smaller batches
+        self._prepared.prepare(self.trainer.model)
+        require_graph(self.trainer.model)
+        self._tell_what_is_left_out()
+        self._asked, self._gave_loss = None, False
+
+    def require_a_loss(self) -> None:
+        """Raise RuntimeError where the trainer made a step without the loss of GAPO."""
+        if not self._gave_loss:
+            raise RuntimeError(
+                f"{type(self.trainer).__name__} made a step without calling compute_loss, so that it was none of "
+                "GAPO's: GAPOCallback needs a Trainer whose training_step calls it"
+            )
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own training, but that True stands for the last checkpoint that was written whole."""
-        self._window.clear()  # of a training that was interrupted
         if resume_from_checkpoint is True:
             folder = self.trainer.args.output_dir
             resume_from_checkpoint = last_whole_checkpoint(folder)
@@ -93,7 +121,7 @@ class Attachment:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The training loss of a micro-batch: its value, and through its backward the gradient of the step."""
-        result = None
+        result, self._gave_loss = None, True
         if self._callback.objective != "gapo":
             logps, losses = self._losses(model, inputs)
             loss, metrics = losses.mean(), pair_metrics(logps, self._config)
@@ -101,6 +129,7 @@ class Attachment:
             loss, result = self._step(model, inputs)
             metrics = step_metrics(result, self._config)
             metrics["gapo/anchor_pairs"] = torch.tensor(float(self._anchor_pairs(result)))
+        self._require_causal(model, inputs)
         for name, value in metrics.items():
             self._window[name].append(value.detach().float())
         if self._callback.on_step is not None:
@@ -140,6 +169,14 @@ class Attachment:
             )
         return forward.as_loss(result.loss, cotangents), result
 
+    def _require_causal(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Ask the model once in a training, on its first batch, when the step has found nothing wrong with that."""
+        bare = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if self._asked is not bare:
+            in_16_bits = self.trainer.accelerator.mixed_precision != "no"
+            require_causal(bare, stack_pairs(inputs, forward_parameters(bare)), in_16_bits)
+            self._asked = bare
+
     def _anchor_pairs(self, result: StepResult) -> int:
         """How many pairs share an anchor: those of the micro-batch, over all ranks."""
         pairs = int(result.margins.shape[0]) * self.trainer.accelerator.num_processes
@@ -161,10 +198,11 @@ class Attachment:
         inputs = self.trainer._prepare_inputs(inputs)
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             sums, losses = self._losses(model, inputs)
+        self._require_causal(model, inputs)
         averages = sums.per_token()
         logps = torch.stack([averages.chosen, averages.rejected], dim=-1)
         margins = sums.log_ratio_margins()
-        columns = logps if margins is None else torch.cat([logps, margins[:, None]], dim=-1)
+        columns = torch.stack([losses.to(logps), *logps.unbind(-1), *([] if margins is None else [margins])], dim=-1)
         self._evaluated.append(self.trainer.accelerator.gather_for_metrics(columns))
         if prediction_loss_only:
             return losses.mean(), None, None
@@ -173,10 +211,15 @@ class Attachment:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop, with the reward metrics of all its pairs added."""
         self._evaluated = []
+        wide = _has_wide_weights(self.trainer.model)
         output = self._own["evaluation_loop"](*args, **kwargs)
+        self._rounded |= wide and not _has_wide_weights(self.trainer.model)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        chosen, rejected, *log_ratio_margins = torch.cat(self._evaluated).unbind(-1)
-        metrics = reward_metrics(chosen, rejected, self._config)
+        if not self._evaluated:
+            raise ValueError("the data set to evaluate on holds no pairs: give at least one, or set eval_strategy='no'")
+        losses, chosen, rejected, *log_ratio_margins = torch.cat(self._evaluated).unbind(-1)
+        # Of every pair: the trainer's own leaves out what is not finite, and counts the rows of a stacked batch.
+        metrics = {"loss": losses.mean(), **reward_metrics(chosen, rejected, self._config)}
         if log_ratio_margins:
             metrics |= reference_metrics(log_ratio_margins[0])
         for name, value in metrics.items():
@@ -215,40 +258,18 @@ class Attachment:
         self._window.clear()
         return {name: combine(name, column.tolist()) for name, column in zip(names, table.T, strict=True)}
 
+    def _tell_what_is_left_out(self) -> None:
+        for line in left_out(self.trainer):
+            self._tell(line)
+
     def _tell(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
             logger.warning(message)
 
 
-def _require_supported(trainer: Trainer) -> None:
-    args = trainer.args
-    if getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "fsdp_version", 2) == 1:
-        raise ValueError('FSDP1 is not supported: set fsdp_config={"version": 2}, or fsdp_version: 2 for accelerate')
-    if args.n_gpu > 1:
-        raise ValueError("nn.DataParallel is not supported: start the script with torchrun or `accelerate launch`")
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise ValueError(
-            "re-entrant gradient checkpointing frees the graph that the step uses twice: set "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}'
-        )
-
-
-def _disable_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    """Set every dropout probability of `model` to 0; what it was, to undo it.
-
-    Besides `nn.Dropout`, models keep the probability of functional dropout in attributes such as `attention_dropout`.
-    What is 0 already is left out: another trainer of this model may have set it, and is the one to undo it.
-    """
-    changed = []
-    for module in model.modules():
-        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
-        names += [name for name, value in vars(module).items() if name.endswith("dropout") and isinstance(value, float)]
-        for name in names:
-            if getattr(module, name) != 0:
-                changed.append((module, name, getattr(module, name)))
-                setattr(module, name, 0.0)
-    return changed
+def _has_wide_weights(model: nn.Module) -> bool:
+    return any(p.is_floating_point() and p.element_size() >= 4 for p in model.parameters())
 
 
 __all__ = ["Attachment"]

@@ -43,13 +43,13 @@ class GAPOCallback(TrainerCallback):
         objective_settings: settings of the other objectives, such as {"beta": 0.1}; None for their defaults. "gapo" and
             "simpo" take theirs from `config`.
         on_step: called as `on_step(result, batch)` after each training micro-batch, with the `gapo.StepResult` (None
-            for other objectives) and the batch.
+            for other objectives) and the batch; on each rank, of its own pairs.
         disable_dropout: True sets all dropout to 0 while attached, as TRL does: a preference margin under dropout is
             noise.
 
     Raises:
-        TypeError, ValueError: an argument is not accepted. On attaching: a second callback, `nn.DataParallel`, or
-            re-entrant gradient checkpointing.
+        TypeError, ValueError: an argument is not accepted. On attaching, when a training begins, or on its first batch:
+            what docs/trainer.md lists under "What is refused", from `nn.DataParallel` to a model that is not causal.
     """
 
     def __init__(
@@ -101,11 +101,16 @@ class GAPOCallback(TrainerCallback):
     ) -> None:
         self._attach_to_caller()  # add_callback() after construction never fires on_init_end
         if self._attachment is not None:
+            self._attachment.begin()
             self._compare_settings(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._attachment is None and self._left is None:  # add_callback() while training fires neither
             self.on_train_begin(args, state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._attachment is not None:
+            self._attachment.require_a_loss()
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 import gapo
+from gapo.adapters.hf.batches import further_inputs, stack_pairs
 from gapo.adapters.hf.callback import calling_trainer
-from gapo.adapters.hf.margins import stack_pairs
+from gapo.adapters.hf.models import forward_parameters
 from gapo.adapters.hf.quantised import stay_differentiable
 from gapo.adapters.hf.responses import Responses, prompt_of
 from gapo.adapters.hf.starting import Rows, StartingPolicy, adapters_change_nothing, answer_logits
@@ -135,7 +136,12 @@ class DriftCallback(TrainerCallback):
         # A stream of its own: whoever flipped or split by the same seed took the first of its plain permutation.
         stream = np.random.SeedSequence(self.seed, spawn_key=(1,))
         drawn = np.random.default_rng(stream).permutation(len(source))[: self.pairs]
-        return [stack_pairs(trainer.data_collator([source[int(i)]])) for i in drawn]
+        accepted = forward_parameters(trainer.model)
+        rows = [stack_pairs(trainer.data_collator([source[int(i)]]), accepted) for i in drawn]
+        further = ", ".join(further_inputs(rows[0]))
+        if further and self.prompts and name == "held_out":
+            raise ValueError(f"DriftCallback generates from token ids alone, and pairs hold {further}: set prompts=0")
+        return rows
 
     def _keep_start(self, trainer: Trainer) -> None:
         model, accelerator, sample = trainer.model, trainer.accelerator, self._samples["held_out"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gapo import data
-from gapo.adapters.hf.margins import log_probs
+from gapo.adapters.hf.causal import require_causal, require_decoder
+from gapo.adapters.hf.margins import log_probs, stack_pairs
 
 
 def with_reference_logps(
@@ -35,10 +35,19 @@ def with_reference_logps(
         New rows, in the order of `tokenized`, for `PreferenceCollator`.
 
     Raises:
-        ValueError: a row is not tokenised.
+        ValueError: a row is not tokenised, or the model is not causal.
         FloatingPointError: a log-probability is not finite, naming the row.
     """
-    measure = partial(summed_logps, model)
+    require_decoder(model)
+    asked: list[bool] = []
+
+    def measure(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        found = summed_logps(model, batch)
+        if not asked:
+            asked.append(True)
+            require_causal(model, stack_pairs(_tensors(model, batch)))
+        return found
+
     return data.with_reference_logps(
         tokenized,
         measure,
@@ -50,15 +59,19 @@ def with_reference_logps(
 
 def summed_logps(model: nn.Module, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Summed log-probabilities (chosen, rejected), each (N,), of a batch of NumPy arrays; no gradient, no dropout."""
-    device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            found = log_probs(model, {name: torch.from_numpy(x).to(device) for name, x in batch.items()})
+            found = log_probs(model, _tensors(model, batch))
     finally:
         model.train(training)
     return _array(found.chosen), _array(found.rejected)
+
+
+def _tensors(model: nn.Module, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: torch.from_numpy(x).to(device) for name, x in batch.items()}
 
 
 def _array(x: Tensor) -> np.ndarray:
