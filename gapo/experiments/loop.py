@@ -20,7 +20,8 @@ from gapo.data.collate import REFERENCE, collate_pairs
 from gapo.data.writing import whole
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, open_tensors, read_lines
-from gapo.experiments.records import RunData, step_row, tokenize_rows
+from gapo.experiments.ranks import require_one
+from gapo.experiments.records import RunData, step_row, tokenize_rows, total_steps
 from gapo.experiments.reference import with_kept_reference
 from gapo.logps import response_lengths
 from gapo.metrics import combine, reference_metrics, reward_metrics
@@ -53,7 +54,8 @@ class Trainee(Protocol):
 
 
 def require_supported(config: TrainConfig) -> None:
-    """Raise ConfigError for settings that only `backend: torch` knows."""
+    """Raise ConfigError for settings that only `backend: torch` knows, and for several processes."""
+    require_one(f"gapo train with backend {config.backend}")
     for name, default in _TORCH_ONLY.items():
         if getattr(config, name) != default:
             raise ConfigError(
@@ -81,8 +83,7 @@ def train(
             pad_token_id=pad,
             batch_size=4 * config.batch_size,
         )
-    per_epoch = math.ceil(len(train_rows) / (config.batch_size * config.accumulation))
-    total = config.max_steps if config.max_steps > 0 else max(1, int(config.epochs * per_epoch))
+    total = total_steps(config, len(train_rows))
     every = config.eval_steps or max(1, total // 10)
     checkpoint = folder / "checkpoints" / "state.safetensors"
     if config.overwrite:
@@ -120,7 +121,7 @@ def train(
                         window.setdefault(name, []).append(float(value))
                     if result is not None:
                         flipped = [train_rows[i]["is_flipped"] for i in batch["index"]]
-                        steps_log.write(step_row(now, result, flipped))
+                        steps_log.write(step_row(now, result, flipped, batch["index"]))
                 bar.update()
                 if now % config.logging_steps == 0:
                     means = {name: combine(name, values) for name, values in window.items()}

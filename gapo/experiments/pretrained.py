@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,33 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
         what = f"model {name!r}" if adapter is None else f"model {name!r} with adapter {adapter!r}"
         raise ConfigError(_not_loaded(what, error)) from error
     return model, found
+
+
+def require_model(name: str, *, tokenizer: str | None = None) -> Any:
+    """The configuration of a model that `load_model` could load, None of an adapter; no weights are read.
+
+    Raises:
+        ConfigError: like `load_model`, as far as small files tell.
+    """
+    from transformers import AutoConfig
+
+    _require_safetensors(Path(name))
+    load_tokenizer(tokenizer or name)
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").exists():
+        return None
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded(f"model {name!r}", error)) from error
+
+
+def require_positions(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Raise ConfigError where a tokenised row is longer than the model has positions."""
+    settings = require_model(name)
+    most = getattr(settings and settings.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(row[side]) for row in rows for side in ("chosen_input_ids", "rejected_input_ids"))
+    if isinstance(most, int) and longest > most > 0:
+        raise ConfigError(f"a pair has {longest} tokens, and model {name!r} has {most} positions: --max_length {most}")
 
 
 def load_tokenizer(name: str) -> Any:

@@ -11,6 +11,7 @@ from gapo.adapters.hf import PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch import TorchBackend
 from gapo.config import GAPOConfig
+from gapo.data.streams import stream
 from gapo.experiments.score.config import ScoreConfig
 from gapo.experiments.score.models import Source, load
 from gapo.experiments.score.table import MEASURES, digits
@@ -46,7 +47,7 @@ class Measure:
         """The line of the log on a batch of `plan`."""
         repeat, number, rows = batch
         try:
-            result = self._run([self._pairs[i] for i in rows], [self._seed, repeat, number])
+            result = self._run([self._pairs[i] for i in rows], (repeat, number))
         except (FloatingPointError, ValueError) as error:
             named = ", ".join(_named(i, self._pairs[i]) for i in rows)
             text = f"{self._name}, repeat {repeat}, batch {number}: {error}. Its pairs, from 0: rows {named}"
@@ -59,10 +60,10 @@ class Measure:
         known = {"first_order_ratio": None if ratio is None else digits(float(ratio))}
         return {"repeat": repeat, "batch": number, "rows": rows.tolist(), **values, **known}
 
-    def _run(self, pairs: list[Row], seed: list[int]) -> StepResult:
+    def _run(self, pairs: list[Row], at: tuple[int, int]) -> StepResult:
         device = next(self._model.parameters()).device
         batch = {name: x.to(device) for name, x in self._collate(pairs).items()}
-        rng = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**53)))
+        rng = torch.Generator().manual_seed(int(stream(self._seed, "score direction", *at).integers(2**53)))
         try:
             forward = self._backend.forward(pair_logps, self._model, batch, self._step)
             return run(forward, self._step, self._backend, rng=rng)[0]
