@@ -96,7 +96,7 @@ def train(
         train_rows, config.batch_size, pad_token_id=pad, seed=config.seed, epochs=None, skip=done * config.accumulation
     )
     evaluations = [row for row in read_lines(folder / "metrics.jsonl") if "eval_loss" in row]
-    window: dict[str, list[float]] = {}
+    window: dict[str, list[tuple[float, int]]] = {}  # of each metric: its value in a micro-batch of so many pairs
 
     def measure(at: int, bar: Any) -> None:
         row = {"step": at, **evaluate(trainee, held_out, config, step, pad)}
@@ -118,13 +118,13 @@ def train(
                     metrics, result = trainee.train_step(batch, rate)
                     _require_finite(metrics, now, batch["index"], checkpoint)
                     for name, value in metrics.items():
-                        window.setdefault(name, []).append(float(value))
+                        window.setdefault(name, []).append((float(value), len(batch["index"])))
                     if result is not None:
                         flipped = [train_rows[i]["is_flipped"] for i in batch["index"]]
                         steps_log.write(step_row(now, result, flipped, batch["index"]))
                 bar.update()
                 if now % config.logging_steps == 0:
-                    means = {name: combine(name, values) for name, values in window.items()}
+                    means = {name: combine(name, *zip(*values, strict=True)) for name, values in window.items()}
                     metrics_log.write({"step": now, "learning_rate": rate, **means})
                     window.clear()
                 if now % every == 0 or now == total:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
     for source in (name, adapter):
         _require_safetensors(Path(source or name))
     found = load_tokenizer(tokenizer or name)
+    if tokenizer is not None:
+        _require_same_ids(found, tokenizer, name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         if adapter is not None:
@@ -38,6 +39,21 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
         what = f"model {name!r}" if adapter is None else f"model {name!r} with adapter {adapter!r}"
         raise ConfigError(_not_loaded(what, error)) from error
     return model, found
+
+
+def _require_same_ids(given: Any, source: str, model: str) -> None:
+    """Raise for a tokenizer that numbers tokens otherwise than the model's own: the model would read other text."""
+    try:
+        own = load_tokenizer(model)
+    except ConfigError:
+        return  # the model has none, and only its user can know
+    ids = own.get_vocab()
+    other = next((token for token, i in given.get_vocab().items() if ids.get(token, i) != i), None)
+    if other is not None:
+        raise ConfigError(
+            f"tokenizer {source!r} numbers the token {other!r} {given.get_vocab()[other]}, and that of model {model!r} "
+            f"{ids[other]}: give a tokenizer that the model was trained with"
+        )
 
 
 def require_model(name: str, *, tokenizer: str | None = None) -> Any:
@@ -58,13 +74,26 @@ def require_model(name: str, *, tokenizer: str | None = None) -> Any:
         raise ConfigError(_not_loaded(f"model {name!r}", error)) from error
 
 
-def require_positions(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Raise ConfigError where a tokenised row is longer than the model has positions."""
-    settings = require_model(name)
-    most = getattr(settings and settings.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(row[side]) for row in rows for side in ("chosen_input_ids", "rejected_input_ids"))
-    if isinstance(most, int) and longest > most > 0:
-        raise ConfigError(f"a pair has {longest} tokens, and model {name!r} has {most} positions: --max_length {most}")
+def require_fit(settings: Any, name: str, *, highest: int, longest: int) -> None:
+    """Raise ConfigError where token ids, or sequences, go beyond what a model has.
+
+    Args:
+        settings: the model's configuration; what it does not say is not checked.
+        name: of the model.
+        highest: greatest token id.
+        longest: most tokens of prompt and answer.
+    """
+    inner = settings.get_text_config() if settings is not None else None
+    vocabulary, positions = (getattr(inner, what, None) for what in ("vocab_size", "max_position_embeddings"))
+    if isinstance(vocabulary, int) and highest >= vocabulary > 0:
+        raise ConfigError(
+            f"the tokenizer gives the id {highest}, and model {name!r} has embeddings of {vocabulary} tokens: use the "
+            "model's own tokenizer, or resize its embeddings and save it"
+        )
+    if isinstance(positions, int) and longest > positions > 0:
+        raise ConfigError(
+            f"a pair has {longest} tokens, and model {name!r} has {positions} positions: --max_length {positions}"
+        )
 
 
 def load_tokenizer(name: str) -> Any:

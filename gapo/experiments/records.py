@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,12 @@ def tokenize_rows(
         for rows in (data.train, data.held_out)
     )
     return train, held_out
+
+
+def extent(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """(greatest token id, most tokens) of tokenised rows."""
+    ids = [row[f"{side}_input_ids"] for row in rows for side in ("chosen", "rejected")]
+    return max(map(max, ids)), max(map(len, ids))
 
 
 def total_steps(config: TrainConfig, pairs: int, processes: int = 1) -> int:

@@ -29,9 +29,9 @@ from gapo.config import GAPOConfig
 from gapo.data.writing import cannot_write, write_errors
 from gapo.experiments import ranks
 from gapo.experiments.config import ConfigError, TrainConfig
-from gapo.experiments.pretrained import load_model, load_tokenizer, require_model, require_positions
+from gapo.experiments.pretrained import load_model, load_tokenizer, require_fit, require_model
 from gapo.experiments.recorder import Recorder
-from gapo.experiments.records import RunData, steps_per_epoch, tokenize_rows, total_steps
+from gapo.experiments.records import RunData, extent, steps_per_epoch, tokenize_rows, total_steps
 from gapo.experiments.reference import with_kept_reference
 from gapo.objectives import without_anchor
 
@@ -46,7 +46,9 @@ def run(
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
     train_rows = [{**row, "pair": i} for i, row in enumerate(train_rows)]
     _require_pairs(config, train_rows)
-    require_positions(model_name, [*train_rows, *held_out])
+    highest, longest = extent([*train_rows, *held_out])
+    settings = require_model(model_name, tokenizer=config.tokenizer)
+    require_fit(settings, model_name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
     model, _ = _load_model(config, model_name)
     if without_anchor(config.loss, step, config.loss_settings)[0].needs_reference:
         with ranks.first_ahead():

@@ -12,6 +12,7 @@ from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch import TorchBackend
 from gapo.config import GAPOConfig
 from gapo.data.streams import stream
+from gapo.experiments.pretrained import require_fit
 from gapo.experiments.score.config import ScoreConfig
 from gapo.experiments.score.models import Source, load
 from gapo.experiments.score.table import MEASURES, digits
@@ -63,6 +64,8 @@ class Measure:
     def _run(self, pairs: list[Row], at: tuple[int, int]) -> StepResult:
         device = next(self._model.parameters()).device
         batch = {name: x.to(device) for name, x in self._collate(pairs).items()}
+        ids = torch.stack([batch["chosen_input_ids"], batch["rejected_input_ids"]])
+        require_fit(self._model.config, self._name, highest=int(ids.max()), longest=ids.shape[-1])
         rng = torch.Generator().manual_seed(int(stream(self._seed, "score direction", *at).integers(2**53)))
         try:
             forward = self._backend.forward(pair_logps, self._model, batch, self._step)

@@ -82,7 +82,7 @@ def load_split(config: StudyConfig) -> Split:
         f"{len(test)} test pairs ({tested})",
         *_told(rows, validation, test),
     ]
-    return Split(*(true_labels(part) for part in (rows, validation, test)), "\n".join(lines))
+    return Split(true_labels(rows), true_labels(validation), true_labels(test), "\n".join(lines))
 
 
 def _test_pairs(config: StudyConfig) -> tuple[list[Row], str]:
