@@ -70,9 +70,9 @@ def load_split(config: StudyConfig) -> Split:
     if config.pairs != "demo":
         pairs = read_pairs(config.pairs, split=config.split, limit=config.limit)
         rows, source = pairs.rows, pairs.summary()
-    rows, validation = _hold_out(rows, config.validation_pairs, config.seed, "study validation")
+    rows, validation = _hold_out(rows, config.validation_pairs, stream(config.seed, "study validation"))
     if not test:
-        rows, test = _hold_out(rows, config.test_pairs, config.seed, "study test")
+        rows, test = _hold_out(rows, config.test_pairs, stream(config.seed, "study test"))
     if len(rows) < config.train_pairs:
         raise ConfigError(f"train_pairs={config.train_pairs}, but only {len(rows)} pairs are left to train on")
     test = test[: config.test_pairs]
@@ -110,12 +110,12 @@ def _told(rows: list[Row], validation: list[Row], test: list[Row]) -> list[str]:
     return lines
 
 
-def _hold_out(rows: Sequence[Row], count: int, seed: int, name: str) -> tuple[list[Row], list[Row]]:
+def _hold_out(rows: Sequence[Row], count: int, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
     """(the rest, about `count` rows): whole groups of equal prompts."""
     if len(rows) <= count:
         return [], list(rows)
     prompts = list(dict.fromkeys(json.dumps(row["prompt"]) for row in rows))
-    rank = {prompts[i]: at for at, i in enumerate(stream(seed, name).permutation(len(prompts)))}
+    rank = {prompts[i]: at for at, i in enumerate(rng.permutation(len(prompts)))}
     ordered = sorted(rows, key=lambda row: rank[json.dumps(row["prompt"])])
     last = ordered[count - 1]["prompt"]
     end = count
