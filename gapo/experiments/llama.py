@@ -43,9 +43,9 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
             'backend torch for Hub names, or model "tiny"'
         )
     config = json.loads((path / "config.json").read_text())
-    rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}  # the latter before v5
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if config.get("model_type") != "llama" or kind != "default":
+    ropes = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]  # the latter before transformers 5
+    rope = next((rope for rope in ropes if rope.get("rope_type", rope.get("type", "default")) != "default"), {})
+    if config.get("model_type") != "llama" or rope:
         raise ConfigError(
             f"backend jax trains plain Llama models, got model_type {config.get('model_type')!r} with rope {rope}: use "
             "backend torch, or gapo.adapters.flax with your own model"
