@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,19 +51,6 @@ def open_tensors(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ConfigError(f"{path} is damaged ({error}): remove it, or give --overwrite true to start anew") from error
-
-
-def require_writable(path: Path) -> None:
-    """Raise OSError, naming `path`, unless a file or folder can be made there. Leaves nothing behind."""
-    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    above = path if path == there else Path(there, path.relative_to(there).parts[0])
-    if above != path and above.exists():
-        raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, f"{above} is a file"))
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 class JsonLines:

@@ -41,9 +41,13 @@ def load_data(run: TrainConfig) -> RunData:
         f"train: {pairs.summary()}",
         f"flipped: {_flips(pairs.rows, rows)} ({run.flip_mode}, rate {run.flip_rate})",
         f"held out: {len(held_out)} pairs, {source}",
-        *([told_true_labels(came_flipped, len(held_out), "held-out")] if came_flipped else []),
-        *([told_in_both(shared, len(held_out))] if shared else []),
     ]
+    if came_flipped:
+        lines.append(told_true_labels(came_flipped, len(held_out), "held-out"))
+    if shared:
+        lines.append(told_in_both(shared, len(held_out)))
+    if run.batch_size > len(rows):
+        lines.append(f"batch_size={run.batch_size} is more than there are training pairs: each step takes all of them")
     return RunData(rows, true_labels(held_out), "\n".join(lines), came_flipped, shared)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import gapo
 from gapo._extras import named_extra
 from gapo.config import GAPOConfig
+from gapo.data.writing import require_writable
 from gapo.experiments import ranks
 from gapo.experiments.config import ConfigError, TrainConfig, as_dict, require_loss_settings
-from gapo.experiments.files import require_writable, write_text
+from gapo.experiments.files import write_text
 from gapo.experiments.loop import require_supported
 from gapo.experiments.pairs import fingerprint, load_data
 from gapo.experiments.records import RunData

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from gapo.config import GAPOConfig
 from gapo.data import read_pairs
+from gapo.data.writing import require_writable
 from gapo.experiments.config import ConfigError
-from gapo.experiments.files import JsonLines, read_lines, require_writable, write_text
+from gapo.experiments.files import JsonLines, read_lines, write_text
 from gapo.experiments.ranks import require_one
 from gapo.experiments.score.config import ScoreConfig
 from gapo.experiments.score.measure import Measure
@@ -26,6 +27,7 @@ from gapo.experiments.score.models import (
     find_sources,
     fingerprint,
     require_loadable,
+    tokenizers_differ,
     tokenizers_fingerprint,
 )
 from gapo.experiments.score.report import write_page
@@ -75,6 +77,11 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
     sources = [] if reread else find_sources(config)
     if not reread:
         require_loadable(sources, config)
+        if tokenizers_differ(sources, config):
+            logger.warning(
+                "the models have different tokenizers: nats per token are of other tokens for each, so compare the "
+                "order of gaps, and take no mean over these models"
+            )
     require_split(config.pairs, config.split)
     pairs = read_pairs(config.pairs, split=config.split, strict=config.strict, limit=config.limit)
     print(pairs.summary(), flush=True)

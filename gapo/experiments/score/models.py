@@ -16,7 +16,10 @@ from gapo.experiments.pretrained import load_model, require_model
 from gapo.experiments.score.config import ScoreConfig
 
 _ADAPTER = "adapter_config.json"
-_TOKENIZERS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
+_TOKENIZERS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt"),
+    "*.model",
+)
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json", _ADAPTER)  # a checkpoint's optimizer.pt is none of the model
 
 
@@ -107,8 +110,17 @@ def fingerprint(sources: list[Source]) -> str:
 
 def tokenizers_fingerprint(sources: list[Source], config: ScoreConfig) -> str:
     """The same of their tokenizers: other tokens, other margins."""
-    names = [config.tokenizer or _tokenizer_of(source) or source.model for source in sources]
-    return _digest(names, _TOKENIZERS)
+    return _digest(_tokenizers(sources, config), _TOKENIZERS)
+
+
+def tokenizers_differ(sources: list[Source], config: ScoreConfig) -> bool:
+    """Whether two of them, in local folders, are not the same."""
+    local = {name for name in _tokenizers(sources, config) if Path(name).is_dir()}
+    return len({_digest([name], _TOKENIZERS[:1]) for name in local}) > 1
+
+
+def _tokenizers(sources: list[Source], config: ScoreConfig) -> list[str]:
+    return [config.tokenizer or _tokenizer_of(source) or source.model for source in sources]
 
 
 def _digest(names: Sequence[str], patterns: Sequence[str]) -> str:

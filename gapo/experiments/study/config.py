@@ -166,6 +166,11 @@ class StudyConfig:
             raise ValueError(
                 f"valuation_share={self.valuation_share} of train_pairs={self.train_pairs} is no pair: raise it"
             )
+        if self.curve_anchor_pairs and self.batch_size > self.train_pairs:
+            raise ValueError(
+                f"curve_anchor_pairs needs whole batches: batch_size={self.batch_size} must be <= train_pairs="
+                f"{self.train_pairs}"
+            )
         if self.seeds > TUNE_SEED:
             raise ValueError(f"seeds must be <= {TUNE_SEED}, where those of the tries begin; got {self.seeds}")
 

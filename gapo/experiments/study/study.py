@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from gapo.experiments.files import require_writable, write_text
+from gapo.data.writing import require_writable
+from gapo.experiments.files import write_text
 from gapo.experiments.ranks import require_one
 from gapo.experiments.study.arms import ARMS, Settings
 from gapo.experiments.study.cells import Cell, settings_key
