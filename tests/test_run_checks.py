@@ -265,12 +265,14 @@ def test_what_runs_in_one_process_says_so(
     if "jax" in command:
         require("flax")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main(command.split()) == 1
     assert "runs in one process: start it without torchrun" in capsys.readouterr().err
 
 
 def test_processes_that_would_share_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert ranks.count() == 2
     train_torch._require_pairs(TrainConfig(batch_size=4), [None] * 8)
     with pytest.raises(ConfigError, match="needs 10 pairs at a time, and 9 are left to train on: lower batch_size"):
@@ -293,3 +295,18 @@ def test_a_mean_over_micro_batches_is_one_over_pairs() -> None:
     assert combine("loss", means, counts) == np.concatenate(batches).mean() == 4.0
     assert combine("loss", means) == 6.25
     assert combine("gapo/weight_min", means, counts) == 2.5
+
+
+def test_ids_without_an_embedding_reach_no_backend(tmp_path: Path) -> None:
+    """JAX clamps an index, MLX reads whatever is there."""
+    from gapo.experiments import loop
+    from gapo.experiments.records import RunData
+
+    class Small:
+        vocabulary = 30
+
+    rows = [{**row, "is_flipped": False} for row in hf_models.pairs(4)]
+    config = TrainConfig(backend="jax", max_length=64)
+    with pytest.raises(ConfigError, match=r"gives the id \d+, and the model has embeddings of 30 tokens"):
+        loop.train(Small(), config, GAPOConfig(), RunData(rows, rows, ""), hf_models.tokenizer(), tmp_path)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

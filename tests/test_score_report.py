@@ -80,6 +80,8 @@ def test_accuracy_is_by_true_labels() -> None:
     shares = re.findall(r'<td class="n">([\d.]+) %</td>', row)
     assert shares[:2] == ["70.0", "20.0"]
     assert "right by true labels" in text
+    every = score_report.render(pairs(flips=20), scored(), SETTINGS, "scores.jsonl")
+    assert re.findall(r'<td class="n">([\d.]+) %</td>', every)[:2] == ["70.0", "30.0"]
     assert "true labels" not in score_report.render(pairs(flips=None), scored(), SETTINGS, "scores.jsonl")
 
 

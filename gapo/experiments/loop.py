@@ -21,7 +21,7 @@ from gapo.data.writing import whole
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, open_tensors, read_lines
 from gapo.experiments.ranks import require_one
-from gapo.experiments.records import RunData, step_row, tokenize_rows, total_steps
+from gapo.experiments.records import RunData, extent, step_row, tokenize_rows, total_steps
 from gapo.experiments.reference import with_kept_reference
 from gapo.logps import response_lengths
 from gapo.metrics import combine, reference_metrics, reward_metrics
@@ -33,7 +33,7 @@ _TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "rep
 
 
 class Trainee(Protocol):
-    """A model and its optimiser in some framework."""
+    """A model and its optimiser in some framework. One that has `vocabulary`, an int, gets no token id beyond it."""
 
     def train_step(
         self, batch: Mapping[str, np.ndarray], learning_rate: float
@@ -61,6 +61,8 @@ def require_supported(config: TrainConfig) -> None:
             raise ConfigError(
                 f"{name}={getattr(config, name)!r} needs backend torch; backend {config.backend} knows {default!r}"
             )
+    if config.backend == "mlx" and config.max_grad_norm == 0:
+        raise ConfigError("max_grad_norm=0 clips every gradient to 0 with backend mlx: give a large number for none")
     if config.scheduler not in _SCHEDULES:
         raise ConfigError(
             f"scheduler must be one of {', '.join(map(repr, _SCHEDULES))} for backend {config.backend}, "
@@ -73,7 +75,8 @@ def train(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
-    pad = tokenizer.pad_token_id
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    _require_known(trainee, tokenizer, max(extent([*train_rows, *held_out])[0], pad))
     if without_anchor(config.loss, step, config.loss_settings)[0].needs_reference:
         train_rows, held_out = with_kept_reference(
             train_rows,
@@ -136,6 +139,16 @@ def train(
         steps_log.close()
     trainee.save(folder / "model")
     return evaluations[0], evaluations[-1]
+
+
+def _require_known(trainee: Trainee, tokenizer: Any, highest: int) -> None:
+    """Raise for token ids without an embedding: JAX and MLX would take another row, without a word."""
+    known = getattr(trainee, "vocabulary", None)
+    if known is not None and highest >= known:
+        raise ConfigError(
+            f"tokenizer {tokenizer.name_or_path!r} gives the id {highest}, and the model has embeddings of {known} "
+            "tokens: use the model's own tokenizer"
+        )
 
 
 def _require_finite(metrics: Mapping[str, Any], step: int, index: np.ndarray, checkpoint: Path) -> None:

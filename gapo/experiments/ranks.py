@@ -11,7 +11,7 @@ from gapo.experiments.config import ConfigError
 
 def count() -> int:
     """How many processes there are, by the environment that torchrun and `accelerate launch` give them."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_first() -> bool:

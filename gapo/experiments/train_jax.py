@@ -15,7 +15,7 @@ from flax.training.train_state import TrainState
 from gapo.adapters.flax import make_train_step, pair_logps
 from gapo.config import GAPOConfig
 from gapo.experiments import llama, loop
-from gapo.experiments.config import ConfigError, TrainConfig
+from gapo.experiments.config import TrainConfig
 from gapo.experiments.pretrained import load_tokenizer
 from gapo.experiments.records import RunData
 from gapo.step import StepResult
@@ -27,7 +27,7 @@ class JaxTrainee:
     def __init__(self, config: TrainConfig, step: GAPOConfig, model: str, tokenizer: Any) -> None:
         self._source, self._tokenizer = Path(model), tokenizer
         settings, params = llama.load(model)
-        self._vocabulary = len(params["model.embed_tokens.weight"])
+        self.vocabulary = len(params["model.embed_tokens.weight"])
         adamw = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, weight_decay=config.weight_decay)
         clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
         tx = optax.chain(clip, adamw)
@@ -42,7 +42,6 @@ class JaxTrainee:
     def train_step(
         self, batch: Mapping[str, np.ndarray], learning_rate: float
     ) -> tuple[Mapping[str, Any], StepResult | None]:
-        self._require_known(batch)
         opt_state = optax.tree.set(self._state.opt_state, learning_rate=np.float32(learning_rate))
         state = self._state.replace(opt_state=opt_state)
         key = jax.random.fold_in(self._key, int(state.step))
@@ -50,18 +49,8 @@ class JaxTrainee:
         return metrics, result
 
     def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        self._require_known(batch)
         chosen, rejected = self._logps(self._state.params, dict(batch))
         return np.asarray(chosen), np.asarray(rejected)
-
-    def _require_known(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Raise for ids without an embedding: JAX would take the last one's, without a word."""
-        highest = max(int(batch[f"{side}_input_ids"].max()) for side in ("chosen", "rejected"))
-        if highest >= self._vocabulary:
-            raise ConfigError(
-                f"the tokenizer gives the id {highest}, and the model has embeddings of {self._vocabulary} tokens: use "
-                "the model's own tokenizer"
-            )
 
     def state(self) -> dict[str, np.ndarray]:
         return loop.named("leaf", jax.tree.leaves(self._state))

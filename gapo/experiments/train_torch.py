@@ -198,6 +198,10 @@ def require(config: TrainConfig) -> None:
         get_scheduler(config.scheduler, torch.optim.SGD([weight]), num_warmup_steps=1, num_training_steps=2)
     except (ValueError, TypeError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    if arguments.world_size != ranks.count():
+        raise ConfigError(
+            f"{ranks.count()} processes were started, which PyTorch makes no group of on {arguments.device}: start one"
+        )
     if arguments.n_gpu > 1:
         raise ConfigError(
             f"{arguments.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported: start it with "

@@ -115,8 +115,9 @@ def tokenizers_fingerprint(sources: list[Source], config: ScoreConfig) -> str:
 
 def tokenizers_differ(sources: list[Source], config: ScoreConfig) -> bool:
     """Whether two of them, in local folders, are not the same."""
-    local = {name for name in _tokenizers(sources, config) if Path(name).is_dir()}
-    return len({_digest([name], _TOKENIZERS[:1]) for name in local}) > 1
+    files = {Path(name, "tokenizer.json") for name in _tokenizers(sources, config)}
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.is_file()]
+    return len({json.dumps([content["model"], content["added_tokens"]]) for content in contents}) > 1
 
 
 def _tokenizers(sources: list[Source], config: ScoreConfig) -> list[str]:

@@ -51,6 +51,7 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
         settings=settings,
         overview=[_overview(name, [s for s in scores if s["checkpoint"] == name], pairs) for name in checkpoints],
         flips=detected,
+        any_flipped=bool(flipped.any()),
         brittle=[_shown(i, pairs[i], values) for i in order[::-1][:_SHOWN]],
         trusted=[_shown(i, pairs[i], values) for i in order[:_SHOWN]],
         pictures=pictures,
