@@ -20,7 +20,7 @@ from gapo import GAPOConfig, cli, data
 from gapo.experiments import files, ranks, train_torch
 from gapo.experiments import train as train_module
 from gapo.experiments.config import ConfigError, TrainConfig
-from gapo.experiments.pretrained import load_model, require_fit
+from gapo.experiments.pretrained import require_fit, require_model
 from gapo.experiments.recorder import joined
 from gapo.experiments.records import total_steps
 from gapo.experiments.study.config import StudyConfig
@@ -154,8 +154,8 @@ def test_a_tokenizer_of_other_ids_is_refused(model: Path, tmp_path: Path) -> Non
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"numbers the token .* give a tokenizer that the model was trained with"):
-        load_model(str(model), tokenizer=str(tmp_path), dtype="float32")
-    load_model(str(model), tokenizer=str(model), dtype="float32")
+        require_model(str(model), tokenizer=str(tmp_path))
+    assert require_model(str(model), tokenizer=str(model)).model_type == "llama"
 
 
 def test_ids_and_lengths_beyond_the_model(model: Path) -> None:

@@ -27,8 +27,6 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
     for source in (name, adapter):
         _require_safetensors(Path(source or name))
     found = load_tokenizer(tokenizer or name)
-    if tokenizer is not None:
-        _require_same_ids(found, tokenizer, name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         if adapter is not None:
@@ -41,8 +39,8 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
     return model, found
 
 
-def _require_same_ids(given: Any, source: str, model: str) -> None:
-    """Raise for a tokenizer that numbers tokens otherwise than the model's own: the model would read other text."""
+def require_same_ids(given: Any, source: str, model: str) -> None:
+    """Raise ConfigError for a tokenizer with other ids than the model's own: the model would read other text."""
     try:
         own = load_tokenizer(model)
     except ConfigError:
@@ -65,7 +63,9 @@ def require_model(name: str, *, tokenizer: str | None = None) -> Any:
     from transformers import AutoConfig
 
     _require_safetensors(Path(name))
-    load_tokenizer(tokenizer or name)
+    found = load_tokenizer(tokenizer or name)
+    if tokenizer is not None:
+        require_same_ids(found, tokenizer, name)
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").exists():
         return None
     try:

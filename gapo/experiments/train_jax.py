@@ -16,7 +16,7 @@ from gapo.adapters.flax import make_train_step, pair_logps
 from gapo.config import GAPOConfig
 from gapo.experiments import llama, loop
 from gapo.experiments.config import TrainConfig
-from gapo.experiments.pretrained import load_tokenizer
+from gapo.experiments.pretrained import load_tokenizer, require_same_ids
 from gapo.experiments.records import RunData
 from gapo.step import StepResult
 
@@ -78,7 +78,9 @@ def require(config: TrainConfig) -> None:
     """Raise ConfigError for what settings and the model's small files tell, before pairs and weights are read."""
     loop.require_supported(config)
     if config.model != "tiny":
-        load_tokenizer(config.tokenizer or config.model)
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        if config.tokenizer is not None:
+            require_same_ids(tokenizer, config.tokenizer, config.model)
         llama.settings_of(config.model)
 
 

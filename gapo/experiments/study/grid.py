@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -44,7 +45,7 @@ class Grid:
         decisive = ("train_pairs", "epochs", "batch_size", "warmup_ratio", "valuation_share")
         self._decisive = [material.fingerprint, *(getattr(config, name) for name in decisive)]
         self._made_by = {"gapo": gapo.__version__, "torch": torch.__version__, "code": _code()}
-        self._others: dict[str, int] = {}
+        self._others: dict[Path, str] = {}
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Grid:
@@ -74,19 +75,19 @@ class Grid:
                 write_text(self.path(cell), json.dumps(made) + "\n")
                 bar.update()
         kept = {cell: json.loads(self.path(cell).read_text(encoding="utf-8")) for cell in cells}
-        for made in kept.values():
+        for cell, made in kept.items():
             if (by := made.get("made_by")) != self._made_by:
                 name = "an earlier version" if by is None else f"gapo {by['gapo']}, torch {by['torch']}, {by['code']}"
-                self._others[name] = self._others.get(name, 0) + 1
+                self._others[self.path(cell)] = name
         return {cell: made["record"] for cell, made in kept.items()}
 
     def others(self) -> str | None:
         """What is to be said of runs that were kept from other code or another PyTorch than the present one."""
         if not self._others:
             return None
-        by = "; ".join(f"{count} by {name}" for name, count in self._others.items())
+        by = "; ".join(f"{count} by {name}" for name, count in Counter(self._others.values()).items())
         return (
-            f"{sum(self._others.values())} runs, tries included, were kept from other code than now ({by}): "
+            f"{len(self._others)} runs, tries included, were kept from other code than now ({by}): "
             "--overwrite true makes them anew"
         )
 
