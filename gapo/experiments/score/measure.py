@@ -41,12 +41,12 @@ class Measure:
         self._name, self._pairs, self._seed, self._step = source.name, pairs, config.seed, step
         self._model, tokenizer = load(source, config)
         self._collate = PreferenceCollator(tokenizer, max_length=config.max_length)
-        self._rows = [self._tokenized(i, pair) for i, pair in enumerate(pairs)]
-        highest, longest = extent(self._rows)
-        require_fit(self._model.config, self._name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
         # No update follows. So one pass is worth its memory only where it saves the anchor's forward.
         self._backend = TorchBackend(one_pass=step.anchor == "first_order")
         self._told = False
+        self._rows = [self._tokenized(i, pair) for i, pair in enumerate(pairs)]
+        highest, longest = extent(self._rows)
+        require_fit(self._model.config, self._name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
 
     def __call__(self, batch: tuple[int, int, np.ndarray]) -> Row:
         """The line of the log on a batch of `plan`."""
