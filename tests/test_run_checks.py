@@ -200,7 +200,7 @@ def test_jax_refuses_a_llama_that_it_would_not_compute(model: Path, tmp_path: Pa
 # Going on
 
 
-def test_a_run_does_not_go_on_with_other_pairs(tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_with_other_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = TrainConfig(pairs=str(tmp_path / "pairs.jsonl"), output_dir=str(tmp_path / "run"), eval_fraction=0.2)
     folder, step = Path(run.output_dir), GAPOConfig()
     data.write_rows(tmp_path / "pairs.jsonl", data.generate_pairs(20))
@@ -211,6 +211,10 @@ def test_a_run_does_not_go_on_with_other_pairs(tmp_path: Path) -> None:
     data.write_rows(tmp_path / "pairs.jsonl", data.flip_pairs(data.generate_pairs(20), rate=0.1))
     with pytest.raises(ConfigError, match=r"holds an unfinished run of other train.* pairs: the data have changed"):
         train_module._require_same_pairs(folder, run, train_module.load_data(run))
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "count", lambda: 2)
+        with pytest.raises(ConfigError, match="unfinished run in 1 processes, and here are 2, whose steps would be of"):
+            train_module._require_same_pairs(folder, run, found)
     (folder / "pairs.json").unlink()  # as earlier versions left it
     with pytest.raises(ConfigError, match="which drew held-out pairs and batches otherwise: give another output_dir"):
         train_module._require_same_pairs(folder, run, found)

@@ -118,7 +118,8 @@ def _require_folder(folder: Path, run: TrainConfig, step: GAPOConfig) -> None:
 
 def _require_same_pairs(folder: Path, run: TrainConfig, data: RunData) -> dict[str, Any]:
     """What identifies the run's pairs and draws; raises where `folder` holds an unfinished run of others."""
-    known = {"draws": _DRAWS, "train": fingerprint(data.train), "held_out": fingerprint(data.held_out)}
+    rows = {"train": fingerprint(data.train), "held_out": fingerprint(data.held_out)}
+    known = {"draws": _DRAWS, "processes": ranks.count(), **rows}
     if run.overwrite or not (folder / "config.json").exists():
         return known
     path = folder / "pairs.json"
@@ -128,6 +129,11 @@ def _require_same_pairs(folder: Path, run: TrainConfig, data: RunData) -> dict[s
         raise ConfigError(
             f"{run.output_dir} holds an unfinished run of another version of gapo, which drew held-out pairs and "
             f"batches otherwise: {remedy}, or end it with that version"
+        )
+    if old.get("processes") != ranks.count():
+        raise ConfigError(
+            f"{run.output_dir} holds an unfinished run in {old.get('processes')} processes, and here are "
+            f"{ranks.count()}, whose steps would be of other pairs: start as many, or {remedy}"
         )
     if old != known:
         which = " and ".join(name.replace("_", "-") for name in ("train", "held_out") if old.get(name) != known[name])
