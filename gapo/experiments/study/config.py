@@ -155,7 +155,7 @@ class StudyConfig:
             if len(set(given)) < len(given):
                 raise ValueError(f"{name} must not name a value twice, got {given!r}")
         unknown = [rate for rate in self.control_flip_rates if rate not in self.flip_rates]
-        if unknown:
+        if unknown and any(ARMS[name].control for name in self.arm_names):
             raise ValueError(f"control_flip_rates must be among flip_rates={self.flip_rates!r}, got {unknown!r}")
         needs = {"curve_rhos": ("gapo",), "curve_anchor_pairs": ("gapo",), "valuation_rates": ("gapo", "simpo")}
         for name, arms in needs.items():
