@@ -83,9 +83,18 @@ def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:
     return metrics
 
 
-def combine(name: str, values: Iterable[float]) -> Any:
-    """One value of the metric `name` for a window of steps: least of a "_min", greatest of a "_max", else the mean."""
+def combine(name: str, values: Iterable[float], pairs: Iterable[float] | None = None) -> Any:
+    """One value of the metric `name` for a window of steps: least of a "_min", greatest of a "_max", else the mean.
+
+    Args:
+        name: of the metric.
+        values: one for each micro-batch.
+        pairs: the number of pairs of each, so that the mean is one over pairs; None for micro-batches of one size.
+    """
     values = list(values)
     if name.endswith("_min"):
         return min(values)
-    return max(values) if name.endswith("_max") else sum(values) / len(values)
+    if name.endswith("_max"):
+        return max(values)
+    counts = [1.0] * len(values) if pairs is None else list(pairs)
+    return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)

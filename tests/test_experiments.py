@@ -133,16 +133,16 @@ def test_a_finished_run_is_not_overwritten_unasked(finished: Path, capsys: pytes
 
 def interrupt_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `gapo train` on PyTorch be interrupted there, until the patch is undone."""
-    from gapo.experiments import train_torch
+    from gapo.experiments.recorder import Recorder
 
-    plain = train_torch._Recorder.on_step
+    plain = Recorder.on_step
 
     def interrupted(self: Any, result: Any, batch: Any) -> None:
         plain(self, result, batch)
         if self._step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_torch._Recorder, "on_step", interrupted)
+    monkeypatch.setattr(Recorder, "on_step", interrupted)
 
 
 def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +254,7 @@ def test_reference_log_probs_are_those_of_the_start_also_after_resuming(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from gapo.experiments import train_torch
+    from gapo.experiments.recorder import Recorder
 
     options = {"model": str(finished / "run" / "model"), "loss": "dpo", "learning_rate": 0.05, "flip_rate": 0.0}
     for name in ("whole", "cut"):
@@ -270,14 +271,14 @@ def test_reference_log_probs_are_those_of_the_start_also_after_resuming(
     right = [row["eval_reference/accuracies"] for row in metrics if "eval_loss" in row]
     assert right[-1] > 0.6
 
-    plain = train_torch._Recorder.on_step
+    plain = Recorder.on_step
 
     def interrupted(self: Any, result: Any, batch: Any) -> None:
         plain(self, result, batch)
         if self._step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_torch._Recorder, "on_step", interrupted)
+    monkeypatch.setattr(Recorder, "on_step", interrupted)
     assert train(tmp_path / "cut", **options) == 130
     monkeypatch.undo()
     kept = tmp_path / "cut" / "run" / "reference.safetensors"

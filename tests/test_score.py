@@ -193,6 +193,43 @@ def test_other_weights_under_the_same_name_are_noticed(
     assert "holds scores of other settings (weights_sha256: " in capsys.readouterr().err
 
 
+def test_another_tokenizer_under_the_same_name_is_noticed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    shutil.copytree(folder / "model", tmp_path / "model")
+    shutil.copy(folder / "pairs.jsonl", tmp_path)
+    assert cli.main(command(tmp_path, tmp_path / "s.jsonl")) == 0
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+    assert cli.main(command(tmp_path, tmp_path / "s.jsonl")) == 1
+    assert "holds scores of other settings (tokenizers_sha256: " in capsys.readouterr().err
+    both = ["--model", str(folder / "other"), str(tmp_path / "model")]
+    assert cli.main(command(tmp_path, tmp_path / "t.jsonl", *both, "--overwrite", model=None)) == 0
+    assert "the models have different tokenizers" in caplog.text
+
+
+def test_scores_of_an_earlier_version_are_read_but_not_gone_on_with(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It drew other batches."""
+    out = tmp_path / "s.jsonl"
+    assert cli.main(command(folder, out)) == 0
+    sidecar = tmp_path / "s.jsonl.json"
+    old = {name: v for name, v in json.loads(sidecar.read_text()).items() if name not in ("draws", "tokenizers_sha256")}
+    sidecar.write_text(json.dumps(old))
+    select = ["--select", "lowest", "0.5", "--select_output", str(tmp_path / "kept.jsonl")]
+    assert cli.main(command(folder, out, *select, model=None)) == 0
+    assert len(data.read_pairs(tmp_path / "kept.jsonl").rows) == 11
+    assert cli.main(command(folder, out)) == 1
+    assert "draws: None -> 2" in capsys.readouterr().err
+
+
 def test_finished_scores_are_selected_from_without_a_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """The page of `gapo score`: what it shows, that it is self-contained, and that it escapes and cuts what users gave."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,18 @@ def test_flips_are_shown_where_they_are_known() -> None:
     for part in ("AUROC", "flipped", "Flipped"):
         assert part not in plain
     assert Page(plain).counts["svg"] == 2
+
+
+def test_accuracy_is_by_true_labels() -> None:
+    """Margins from -5.5 up, the 10 highest flipped: 14 of 20 above 0 by the labels given, 4 by the true ones."""
+    text = score_report.render(pairs(flips=10), scored(), SETTINGS, "scores.jsonl")
+    row = text[text.index("<td>a</td>") :]
+    shares = re.findall(r'<td class="n">([\d.]+) %</td>', row)
+    assert shares[:2] == ["70.0", "20.0"]
+    assert "right by true labels" in text
+    every = score_report.render(pairs(flips=20), scored(), SETTINGS, "scores.jsonl")
+    assert re.findall(r'<td class="n">([\d.]+) %</td>', every)[:2] == ["70.0", "30.0"]
+    assert "true labels" not in score_report.render(pairs(flips=None), scored(), SETTINGS, "scores.jsonl")
 
 
 def test_pairs_known_in_part_count_in_part() -> None:

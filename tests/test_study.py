@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ import gapo
 from gapo.cli import main
 from gapo.data import write_rows
 from gapo.experiments.study import grid as grid_module
+from gapo.experiments.study import study as study_module
 from gapo.experiments.study.arms import ARMS
 from gapo.experiments.study.cells import Cell, settings_key
 from gapo.experiments.study.config import StudyConfig, parse
 from gapo.experiments.study.grid import Grid
 from gapo.experiments.study.policy import Material, flipped, load_split, pair_logps
 from gapo.experiments.study.records import WeightLog
+from gapo.experiments.study.report import content
 from gapo.experiments.study.run import bucketed, draw, measure, train
 from gapo.experiments.study.statistics import bootstrap, paired
 from gapo.experiments.study.study import plan, possible_noises, run_study
@@ -156,7 +159,9 @@ def test_weights_are_the_derivatives_of_the_loss(material: Material, config: Stu
     at = drawn.order[0]
     expected = 2.0 / (1 + np.exp(2.0 * log.last("margin")[at] - 0.5))
     np.testing.assert_allclose(log.last("weight")[at], expected, rtol=1e-5)
-    assert np.isnan(log.last("weight")[drawn.order[0].max() + 0 :]).any() or len(at) == len(drawn.rows)
+    others = np.setdiff1d(np.arange(len(drawn.rows)), at)
+    assert len(others) == len(drawn.rows) - len(at) > 0
+    assert np.isnan(log.last("weight")[others]).all()
 
 
 def test_micro_batches_of_the_whole_batch_change_nothing_and_smaller_ones_do(
@@ -176,6 +181,18 @@ def test_a_run_starts_from_the_policy_and_repeats_exactly(material: Material, co
     assert first["flipped"] == 8
     assert 0 <= first["auroc_weight"] <= 1
     assert len(first["fifths"]) == 5
+
+
+def test_a_gaussian_direction_is_another_for_each_seed(material: Material, config: StudyConfig) -> None:
+    """One direction for all seeds would leave its chance out of the intervals over them."""
+    drawn = draw(material, config, "random", 0.0, 0)
+    drawn = replace(drawn, order=drawn.order[:1])
+    settings = {**ARMS["gapo-gaussian"].first_tries([1e-3])[0]}
+    gaps = [
+        train(material, config, "gapo-gaussian", settings, replace(drawn, seed=seed)).last("gap") for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(gaps[0], gaps[1])
+    assert np.nanmax(np.abs(gaps[0] - gaps[2])) > 1e-4
 
 
 def test_a_run_that_overflows_is_recorded_as_failed(material: Material, config: StudyConfig) -> None:
@@ -260,6 +277,26 @@ def test_a_cell_is_run_anew_when_anything_that_decides_it_changes(
     ]
     assert len({path(), *others}) == 9
     assert path() == path(replace(config, seeds=7, workers=3))
+
+
+def test_runs_kept_from_other_code_are_told(
+    material: Material, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_module, "measure", lambda *_: {"evaluation": {}})
+    with Grid(config, tmp_path, material) as grid:
+        grid.run([cell(seed=0), cell(seed=1)], "first")
+        assert grid.others() is None
+    old = grid.path(cell(seed=1))
+    kept = json.loads(old.read_text())
+    del kept["made_by"]
+    old.write_text(json.dumps(kept))
+    monkeypatch.setattr(grid_module, "_code", lambda: "code changed")
+    with Grid(config, tmp_path, material) as grid:
+        grid.run([cell(seed=0), cell(seed=1), cell(seed=2)], "again")
+    told = grid.others()
+    assert told is not None
+    assert told.startswith("2 runs, tries included, were kept from other code than now (1 by gapo ")
+    assert "1 by an earlier version" in told
 
 
 @pytest.mark.slow
@@ -362,6 +399,26 @@ def test_controls_may_be_missing_in_a_mode(tmp_path: Path, config: StudyConfig) 
     assert (tmp_path / "figures" / "controls_random.svg").exists()
     assert not (tmp_path / "figures" / "controls_length.svg").exists()
     assert "Labels flipped to favour longer answers" in (tmp_path / "study.md").read_text()
+
+
+def test_a_failed_run_is_named_once(finished: Path, config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without flips stands in the table of each mode, and is still one run."""
+    kept = Grid.run
+
+    def fail(self: Grid, cells: list[Cell], title: str) -> dict[Cell, dict[str, object]]:
+        found = kept(self, cells, title)
+        return {
+            one: {"failed": "not finite"}
+            if (one.arm, one.rate, one.seed, title) == ("dpo", 0.0, 1, "study")
+            else record
+            for one, record in found.items()
+        }
+
+    monkeypatch.setattr(Grid, "run", fail)
+    monkeypatch.setattr(study_module, "write_report", lambda *_: None)
+    found = content(run_study(config))
+    assert found["failed_runs"] == ["DPO at 0 % (random), seed 1"]
+    assert found["failed"] == 1
 
 
 def test_the_page_escapes_what_users_gave(tmp_path: Path, config: StudyConfig) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,8 +31,15 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.output.endswith((".jsonl", ".jsonl.gz")):
         parser.error(f"--output must end in .jsonl or .jsonl.gz, got {options.output!r}")
+    if not 0 <= options.rate <= 1:
+        parser.error(f"--rate must be in [0, 1], got {options.rate}")
+    if options.seed < 0:
+        parser.error(f"--seed must be >= 0, got {options.seed}")
+    if os.path.realpath(options.output) == os.path.realpath(options.pairs):
+        parser.error(f"--output must be another file than the pairs, got {options.output!r} for both")
     from gapo.data import flip_pairs, read_pairs, write_rows
     from gapo.data.flip import evaluation_name
+    from gapo.data.writing import require_writable
 
     name = evaluation_name(options.pairs, options.split)
     if name is not None and not options.allow_eval:
@@ -38,9 +47,14 @@ def main(arguments: Sequence[str]) -> int:
             f"{name!r} says that these pairs are for evaluation, and flipped labels would falsify what is measured on "
             "them: flip training pairs, or give --allow-eval"
         )
+    require_writable(Path(options.output).parent)
     pairs = read_pairs(options.pairs, split=options.split, strict=options.strict)
     rows = flip_pairs(pairs.rows, mode=options.mode, rate=options.rate, seed=options.seed, favour=options.favour)
     write_rows(options.output, rows)
     print(pairs.summary())
     print(f"{sum(row['is_flipped'] for row in rows)} of {len(rows)} labels are flipped; written to {options.output}")
+    came = [new for old, new in zip(pairs.rows, rows, strict=True) if old.get("is_flipped")]
+    if came:
+        undone = sum(not row["is_flipped"] for row in came)
+        print(f"{len(came)} pairs came flipped, and {undone} of them were flipped back: another --seed draws others")
     return 0

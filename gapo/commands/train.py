@@ -23,9 +23,12 @@ def main(arguments: Sequence[str]) -> int:
         print(f"gapo train: error: {error}. See gapo train --help", file=sys.stderr)
         return 2
     with named_extra("gapo train", "cli"):
+        from gapo.experiments import ranks
         from gapo.experiments.train import train
 
     summary = train(run, step)
+    if not ranks.is_first():
+        return 0
     accuracy = "eval_rewards/accuracies"
     print(f"reward accuracy on held-out pairs: {summary['before'][accuracy]:.4f} -> {summary['after'][accuracy]:.4f}")
     print(f"report: {Path(run.output_dir) / 'report.html'}")

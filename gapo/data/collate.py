@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gapo.data.limits import whole_number
+from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
 
 PARTS = ("input_ids", "attention_mask", "labels")
@@ -151,7 +152,7 @@ def batches(
         raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
     made = 0
     for epoch in count() if epochs is None else range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(tokenized))
+        order = stream(seed, "batches", epoch).permutation(len(tokenized))
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
             if drop_last and len(index) < batch_size:

@@ -46,8 +46,13 @@ def flip_pairs(
             f"favour {favour} answers: the greatest rate here is {len(eligible) / len(rows):.4g}"
         )
     drawn = {eligible[i] for i in np.random.default_rng(seed).permutation(len(eligible))[:count]}
-    kept = [{**row, "is_flipped": row.get("is_flipped", False)} for row in rows]
+    kept = [{**row, "is_flipped": bool(row.get("is_flipped"))} for row in rows]
     return [_flip(row) if i in drawn else row for i, row in enumerate(kept)]
+
+
+def true_labels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with the answers of those that say "is_flipped" swapped back, to evaluate on."""
+    return [_flip(row) if row.get("is_flipped") else row for row in rows]
 
 
 def evaluation_name(source: str | Path, split: str = "train") -> str | None:
@@ -61,7 +66,12 @@ def evaluation_name(source: str | Path, split: str = "train") -> str | None:
     """
     path = Path(source)
     names = [path.name] if path.is_file() else [path.name, split]
-    return next((name for name in names if _words(name) & set(_EVALUATION.split())), None)
+    return next((name for name in names if names_evaluation(name)), None)
+
+
+def names_evaluation(name: str) -> bool:
+    """Whether a word of `name` says evaluation: "test_prefs", "valid", "heldOut"."""
+    return bool(_words(name) & set(_EVALUATION.split()))
 
 
 def _words(name: str) -> set[str]:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +54,19 @@ def sweep(path: Path) -> None:
         if number.isdecimal() and not _is_running(int(number)):
             with suppress(OSError):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def require_writable(path: Path) -> None:
+    """Raise OSError, naming `path`, unless a file or folder can be made there. Nothing is left behind."""
+    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    above = path if path == there else Path(there, path.relative_to(there).parts[0])
+    if above != path and above.exists():
+        raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, f"{above} is a file"))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def cannot_write(path: Path, error: Exception) -> OSError:

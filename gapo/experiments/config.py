@@ -17,6 +17,15 @@ from gapo.config import GAPOConfig
 from gapo.experiments.yaml_file import require_plain_yaml
 from gapo.objectives import OBJECTIVES, without_anchor
 
+_POSITIVE = (
+    *("demo_size", "batch_size", "accumulation", "logging_steps", "epochs", "learning_rate", "drift_pairs"),
+    *("drift_max_new_tokens", "tiny_hidden_size", "tiny_layers", "tiny_heads", "tiny_vocab", "tiny_batch_size"),
+)
+_NOT_NEGATIVE = (
+    *("eval_steps", "save_steps", "weight_decay", "max_grad_norm", "lora_r", "drift_prompts"),
+    *("tiny_text_steps", "tiny_answer_steps", "tiny_learning_rate"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -25,9 +34,11 @@ class TrainConfig:
     Args:
         pairs: training pairs: a file (.json, .jsonl, each also .gz, .csv, .parquet), a data set's folder or Hub name,
             or "demo" for generated ones.
-        eval_pairs: clean pairs to evaluate on, likewise; none to hold out a share of the training pairs.
+        eval_pairs: pairs to evaluate on, likewise; none to hold out a share of the training pairs. Those that say
+            is_flipped are evaluated on their true labels.
         eval_fraction: share of the training pairs held out when eval_pairs is not given.
         split: split of a data set to train on.
+        eval_split: split of the data set eval_pairs; none for the only one named test, validation, eval or the like.
         limit: use only so many training pairs.
         demo_size: number of generated training pairs, for pairs "demo".
         strict: stop at the first bad row instead of counting it.
@@ -86,6 +97,7 @@ class TrainConfig:
     eval_pairs: str | None = None
     eval_fraction: float = 0.05
     split: str = "train"
+    eval_split: str | None = None
     limit: int | None = None
     demo_size: int = 4000
     strict: bool = False
@@ -137,19 +149,52 @@ class TrainConfig:
     drift_max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        positive = ("demo_size", "batch_size", "accumulation", "logging_steps", "epochs", "learning_rate", "max_length")
-        for name in (*positive, "drift_pairs", "drift_max_new_tokens"):
+        for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
+        for name in _NOT_NEGATIVE:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}")
         for name in ("flip_rate", "eval_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+        for name in ("seed", "flip_seed"):
+            require_seed(name, getattr(self, name))
+        require_limit(self.limit)
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be >= 2, one token of prompt and one of answer; got {self.max_length}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps must be >= 1, or -1 for all epochs; got {self.max_steps}")
+        if self.tiny_hidden_size % (2 * self.tiny_heads):
+            raise ValueError(
+                f"tiny_hidden_size must be an even multiple of tiny_heads={self.tiny_heads}, "
+                f"got {self.tiny_hidden_size}"
+            )
+        if self.eval_pairs is None and self.eval_split is not None:
+            raise ValueError(f"eval_split={self.eval_split!r} is a split of eval_pairs: give eval_pairs too")
+        if self.eval_pairs is None and self.pairs != "demo" and not 0 < self.eval_fraction < 1:
+            raise ValueError(
+                f"eval_fraction must be in (0, 1) without eval_pairs, to leave pairs on both sides; "
+                f"got {self.eval_fraction!r}"
+            )
         if self.loss not in OBJECTIVES:
             raise ValueError(f"loss must be one of {', '.join(map(repr, OBJECTIVES))}, got {self.loss!r}")
 
 
 class ConfigError(ValueError):
     """A configuration or command line cannot be used."""
+
+
+def require_seed(name: str, seed: int) -> None:
+    """Raise ValueError unless every generator takes `seed`."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"{name} must be in [0, 2**32), got {seed!r}")
+
+
+def require_limit(limit: int | None) -> None:
+    """Raise ValueError for a number of rows that is none."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be >= 1, or none for all pairs, got {limit!r}")
 
 
 def require_loss_settings(run: TrainConfig, step: GAPOConfig) -> None:

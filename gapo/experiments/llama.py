@@ -22,6 +22,20 @@ def load(folder: str | Path) -> tuple[dict[str, Any], Params]:
     """
     from safetensors.flax import load_file
 
+    config = settings_of(folder)
+    weights = load_file(Path(folder) / "model.safetensors")
+    used = _names(config)
+    unknown = sorted(name for name in weights if name not in used and not name.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise ConfigError(
+            f"backend jax trains plain Llama models, and {str(folder)!r} has weights that it would leave out, such as "
+            f"{unknown[0]!r}: use backend torch, or gapo.adapters.flax with your own model"
+        )
+    return config, {name: x.astype(jnp.float32) for name, x in weights.items()}
+
+
+def settings_of(folder: str | Path) -> dict[str, Any]:
+    """config.json of a Llama that `logits` computes. Raises ConfigError like `load`."""
     path = Path(folder)
     if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
         raise ConfigError(
@@ -29,14 +43,30 @@ def load(folder: str | Path) -> tuple[dict[str, Any], Params]:
             'backend torch for Hub names, or model "tiny"'
         )
     config = json.loads((path / "config.json").read_text())
-    rope = config.get("rope_parameters") or {}
-    if config.get("model_type") != "llama" or rope.get("rope_type", "default") != "default":
+    ropes = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]  # the latter before transformers 5
+    rope = next((rope for rope in ropes if rope.get("rope_type", rope.get("type", "default")) != "default"), {})
+    if config.get("model_type") != "llama" or rope:
         raise ConfigError(
             f"backend jax trains plain Llama models, got model_type {config.get('model_type')!r} with rope {rope}: use "
             "backend torch, or gapo.adapters.flax with your own model"
         )
-    weights = load_file(path / "model.safetensors")
-    return config, {name: x.astype(jnp.float32) for name, x in weights.items()}
+    for name, plain in {"quantization_config": None, "hidden_act": "silu"}.items():
+        if config.get(name, plain) != plain:
+            raise ConfigError(
+                f"backend jax trains plain Llama models, got {name} {config[name]!r}: use backend torch, or "
+                "gapo.adapters.flax with your own model"
+            )
+    found: dict[str, Any] = config
+    return found
+
+
+def _names(config: dict[str, Any]) -> set[str]:
+    """The weights that `logits` uses."""
+    names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    parts = [*(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down"))]
+    for i in range(config["num_hidden_layers"]):
+        names |= {f"model.layers.{i}.{part}.weight" for part in (*parts, "input_layernorm", "post_attention_layernorm")}
+    return names
 
 
 def logits(params: Params, ids: jax.Array, config: dict[str, Any]) -> jax.Array:

@@ -20,7 +20,8 @@ from gapo.data.collate import REFERENCE, collate_pairs
 from gapo.data.writing import whole
 from gapo.experiments.config import ConfigError, TrainConfig
 from gapo.experiments.files import JsonLines, open_tensors, read_lines
-from gapo.experiments.records import RunData, step_row, tokenize_rows
+from gapo.experiments.ranks import require_one
+from gapo.experiments.records import RunData, extent, step_row, tokenize_rows, total_steps
 from gapo.experiments.reference import with_kept_reference
 from gapo.logps import response_lengths
 from gapo.metrics import combine, reference_metrics, reward_metrics
@@ -32,7 +33,7 @@ _TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "rep
 
 
 class Trainee(Protocol):
-    """A model and its optimiser in some framework."""
+    """A model and its optimiser in some framework. One that has `vocabulary`, an int, gets no token id beyond it."""
 
     def train_step(
         self, batch: Mapping[str, np.ndarray], learning_rate: float
@@ -53,12 +54,15 @@ class Trainee(Protocol):
 
 
 def require_supported(config: TrainConfig) -> None:
-    """Raise ConfigError for settings that only `backend: torch` knows."""
+    """Raise ConfigError for settings that only `backend: torch` knows, and for several processes."""
+    require_one(f"gapo train with backend {config.backend}")
     for name, default in _TORCH_ONLY.items():
         if getattr(config, name) != default:
             raise ConfigError(
                 f"{name}={getattr(config, name)!r} needs backend torch; backend {config.backend} knows {default!r}"
             )
+    if config.backend == "mlx" and config.max_grad_norm == 0:
+        raise ConfigError("max_grad_norm=0 clips every gradient to 0 with backend mlx: give a large number for none")
     if config.scheduler not in _SCHEDULES:
         raise ConfigError(
             f"scheduler must be one of {', '.join(map(repr, _SCHEDULES))} for backend {config.backend}, "
@@ -71,7 +75,8 @@ def train(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
-    pad = tokenizer.pad_token_id
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    _require_known(trainee, tokenizer, max(extent([*train_rows, *held_out])[0], pad))
     if without_anchor(config.loss, step, config.loss_settings)[0].needs_reference:
         train_rows, held_out = with_kept_reference(
             train_rows,
@@ -81,8 +86,7 @@ def train(
             pad_token_id=pad,
             batch_size=4 * config.batch_size,
         )
-    per_epoch = math.ceil(len(train_rows) / (config.batch_size * config.accumulation))
-    total = config.max_steps if config.max_steps > 0 else max(1, int(config.epochs * per_epoch))
+    total = total_steps(config, len(train_rows))
     every = config.eval_steps or max(1, total // 10)
     checkpoint = folder / "checkpoints" / "state.safetensors"
     if config.overwrite:
@@ -95,7 +99,7 @@ def train(
         train_rows, config.batch_size, pad_token_id=pad, seed=config.seed, epochs=None, skip=done * config.accumulation
     )
     evaluations = [row for row in read_lines(folder / "metrics.jsonl") if "eval_loss" in row]
-    window: dict[str, list[float]] = {}
+    window: dict[str, list[tuple[float, int]]] = {}  # of each metric: its value in a micro-batch of so many pairs
 
     def measure(at: int, bar: Any) -> None:
         row = {"step": at, **evaluate(trainee, held_out, config, step, pad)}
@@ -117,13 +121,13 @@ def train(
                     metrics, result = trainee.train_step(batch, rate)
                     _require_finite(metrics, now, batch["index"], checkpoint)
                     for name, value in metrics.items():
-                        window.setdefault(name, []).append(float(value))
+                        window.setdefault(name, []).append((float(value), len(batch["index"])))
                     if result is not None:
                         flipped = [train_rows[i]["is_flipped"] for i in batch["index"]]
-                        steps_log.write(step_row(now, result, flipped))
+                        steps_log.write(step_row(now, result, flipped, batch["index"]))
                 bar.update()
                 if now % config.logging_steps == 0:
-                    means = {name: combine(name, values) for name, values in window.items()}
+                    means = {name: combine(name, *zip(*values, strict=True)) for name, values in window.items()}
                     metrics_log.write({"step": now, "learning_rate": rate, **means})
                     window.clear()
                 if now % every == 0 or now == total:
@@ -135,6 +139,16 @@ def train(
         steps_log.close()
     trainee.save(folder / "model")
     return evaluations[0], evaluations[-1]
+
+
+def _require_known(trainee: Trainee, tokenizer: Any, highest: int) -> None:
+    """Raise for token ids without an embedding: JAX and MLX would take another row, without a word."""
+    known = getattr(trainee, "vocabulary", None)
+    if known is not None and highest >= known:
+        raise ConfigError(
+            f"tokenizer {tokenizer.name_or_path!r} gives the id {highest}, and the model has embeddings of {known} "
+            "tokens: use the model's own tokenizer"
+        )
 
 
 def _require_finite(metrics: Mapping[str, Any], step: int, index: np.ndarray, checkpoint: Path) -> None:

@@ -39,6 +39,63 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
     return model, found
 
 
+def require_same_ids(given: Any, source: str, model: str) -> None:
+    """Raise ConfigError for a tokenizer with other ids than the model's own: the model would read other text."""
+    try:
+        own = load_tokenizer(model)
+    except ConfigError:
+        return  # the model has none, and only its user can know
+    ids = own.get_vocab()
+    other = next((token for token, i in given.get_vocab().items() if ids.get(token, i) != i), None)
+    if other is not None:
+        raise ConfigError(
+            f"tokenizer {source!r} numbers the token {other!r} {given.get_vocab()[other]}, and that of model {model!r} "
+            f"{ids[other]}: give a tokenizer that the model was trained with"
+        )
+
+
+def require_model(name: str, *, tokenizer: str | None = None) -> Any:
+    """The configuration of a model that `load_model` could load, None of an adapter; no weights are read.
+
+    Raises:
+        ConfigError: like `load_model`, as far as small files tell.
+    """
+    from transformers import AutoConfig
+
+    _require_safetensors(Path(name))
+    found = load_tokenizer(tokenizer or name)
+    if tokenizer is not None:
+        require_same_ids(found, tokenizer, name)
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").exists():
+        return None
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded(f"model {name!r}", error)) from error
+
+
+def require_fit(settings: Any, name: str, *, highest: int, longest: int) -> None:
+    """Raise ConfigError where token ids, or sequences, go beyond what a model has.
+
+    Args:
+        settings: the model's configuration; what it does not say is not checked.
+        name: of the model.
+        highest: greatest token id.
+        longest: most tokens of prompt and answer.
+    """
+    inner = settings.get_text_config() if settings is not None else None
+    vocabulary, positions = (getattr(inner, what, None) for what in ("vocab_size", "max_position_embeddings"))
+    if isinstance(vocabulary, int) and highest >= vocabulary > 0:
+        raise ConfigError(
+            f"the tokenizer gives the id {highest}, and model {name!r} has embeddings of {vocabulary} tokens: use the "
+            "model's own tokenizer, or resize its embeddings and save it"
+        )
+    if isinstance(positions, int) and longest > positions > 0:
+        raise ConfigError(
+            f"a pair has {longest} tokens, and model {name!r} has {positions} positions: --max_length {positions}"
+        )
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a folder or Hub name. Raises ConfigError like `load_model`."""
     from transformers import AutoTokenizer

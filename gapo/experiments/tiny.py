@@ -8,9 +8,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,15 @@ import numpy as np
 from gapo.data import warmup_text
 from gapo.data.pairs import text_of
 from gapo.data.writing import cannot_write, partial_of, sweep, write_errors
+from gapo.experiments import ranks
 from gapo.experiments.config import TrainConfig
 
 SEQUENCE = 128
+# What torchrun and `accelerate launch` tell a process of its group.
+_GROUP = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
+    *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+)
 END = "<|end|>"
 
 
@@ -45,7 +53,7 @@ def tiny_model(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> Path:
         sweep(folder)
         partial = partial_of(folder)
         try:
-            _make(config, plain, answers, partial)
+            _alone(_make, config, plain, answers, partial)
             os.replace(partial, folder)
         except write_errors() as error:
             if not folder.exists():  # another process was first
@@ -53,6 +61,24 @@ def tiny_model(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _alone(work: Callable[..., None], *arguments: Any) -> None:
+    """`work` outside the group of processes that torchrun made, whose Trainer would warm up over all of them.
+
+    The policy would then depend on their number.
+    """
+    if ranks.count() == 1:
+        work(*arguments)
+        return
+    group = {name: value for name, value in os.environ.items() if name in _GROUP or name.startswith("TORCHELASTIC_")}
+    for name in group:
+        del os.environ[name]
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(work, *arguments).result()
+    finally:
+        os.environ |= group
 
 
 def _plain_text(config: TrainConfig) -> str:
@@ -165,5 +191,7 @@ def _warm_up(model: Any, blocks: list[Any], steps: int, config: TrainConfig, nam
         seed=config.seed,
         dataloader_pin_memory=False,
     )
+    arguments.device  # noqa: B018  # counts the GPUs
+    arguments._n_gpu = min(1, arguments.n_gpu)  # on several, DataParallel would multiply the batch
     Trainer(model, arguments, train_dataset=blocks, data_collator=default_data_collator).train()
     shutil.rmtree(folder / "warmup", ignore_errors=True)

@@ -16,7 +16,7 @@ from gapo.adapters.flax import make_train_step, pair_logps
 from gapo.config import GAPOConfig
 from gapo.experiments import llama, loop
 from gapo.experiments.config import TrainConfig
-from gapo.experiments.pretrained import load_tokenizer
+from gapo.experiments.pretrained import load_tokenizer, require_same_ids
 from gapo.experiments.records import RunData
 from gapo.step import StepResult
 
@@ -27,8 +27,10 @@ class JaxTrainee:
     def __init__(self, config: TrainConfig, step: GAPOConfig, model: str, tokenizer: Any) -> None:
         self._source, self._tokenizer = Path(model), tokenizer
         settings, params = llama.load(model)
+        self.vocabulary = len(params["model.embed_tokens.weight"])
         adamw = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, weight_decay=config.weight_decay)
-        tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+        clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+        tx = optax.chain(clip, adamw)
         if config.accumulation > 1:
             tx = optax.MultiSteps(tx, config.accumulation).gradient_transformation()
         forward = lambda params, ids, _: llama.logits(params, ids, settings)  # noqa: E731
@@ -72,10 +74,19 @@ class JaxTrainee:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def require(config: TrainConfig) -> None:
+    """Raise ConfigError for what settings and the model's small files tell, before pairs and weights are read."""
+    loop.require_supported(config)
+    if config.model != "tiny":
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        if config.tokenizer is not None:
+            require_same_ids(tokenizer, config.tokenizer, config.model)
+        llama.settings_of(config.model)
+
+
 def run(
     config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
-    loop.require_supported(config)
     tokenizer = load_tokenizer(config.tokenizer or model_name)
     return loop.train(JaxTrainee(config, step, model_name, tokenizer), config, step, data, tokenizer, folder)

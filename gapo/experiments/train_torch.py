@@ -4,57 +4,73 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
+from transformers.integrations import get_available_reporting_integrations
 
+from gapo._extras import named_extra
 from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.reference import summed_logps
 from gapo.config import GAPOConfig
 from gapo.data.writing import cannot_write, write_errors
+from gapo.experiments import ranks
 from gapo.experiments.config import ConfigError, TrainConfig
-from gapo.experiments.files import JsonLines, read_lines
-from gapo.experiments.pretrained import load_model
-from gapo.experiments.records import RunData, step_row, tokenize_rows
+from gapo.experiments.pretrained import load_model, load_tokenizer, require_fit, require_model
+from gapo.experiments.recorder import Recorder
+from gapo.experiments.records import RunData, extent, steps_per_epoch, tokenize_rows, total_steps
 from gapo.experiments.reference import with_kept_reference
 from gapo.objectives import without_anchor
-from gapo.step import StepResult
 
 
 def run(
     config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
-    model, tokenizer = _load_model(config, model_name)
+    tokenizer = load_tokenizer(config.tokenizer or model_name)
     collator = PreferenceCollator(tokenizer, max_length=config.max_length)
-    flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped",))
+    flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped", "pair"))
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
+    train_rows = [{**row, "pair": i} for i, row in enumerate(train_rows)]
+    _require_pairs(config, train_rows)
+    highest, longest = extent([*train_rows, *held_out])
+    settings = require_model(model_name, tokenizer=config.tokenizer)
+    require_fit(settings, model_name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
+    model, _ = _load_model(config, model_name)
     if without_anchor(config.loss, step, config.loss_settings)[0].needs_reference:
-        train_rows, held_out = with_kept_reference(
-            train_rows,
-            held_out,
-            partial(summed_logps, model),
-            folder / "reference.safetensors",
-            pad_token_id=0,  # padding never counts
-            batch_size=4 * config.batch_size,
-        )
+        with ranks.first_ahead():
+            train_rows, held_out = with_kept_reference(
+                train_rows,
+                held_out,
+                partial(summed_logps, model),
+                folder / "reference.safetensors",
+                pad_token_id=0,  # padding never counts
+                batch_size=4 * config.batch_size,
+            )
     checkpoints = folder / "checkpoints"
-    if config.overwrite:
+    if config.overwrite and ranks.is_first():
         shutil.rmtree(checkpoints, ignore_errors=True)
+    ranks.meet()
     last = last_whole_checkpoint(checkpoints) if config.resume else None
     drift = _drift(config)
-    recorder = _Recorder(folder, until_step=int(last.rsplit("-", 1)[1]) if last else -1)
+    recorder = Recorder(
+        folder,
+        until_step=int(last.rsplit("-", 1)[1]) if last else -1,
+        steps_per_epoch=steps_per_epoch(config, len(train_rows), ranks.count()),
+    )
     callback = GAPOCallback(
         step, objective=config.loss, objective_settings=config.loss_settings, on_step=recorder.on_step
     )
@@ -117,10 +133,8 @@ def _drift(config: TrainConfig) -> list[TrainerCallback]:
 def _load_model(config: TrainConfig, name: str) -> tuple[Any, Any]:
     """The model to train and its tokenizer; in float32, since 16-bit weights round the anchor away."""
     model, tokenizer = load_model(name, tokenizer=config.tokenizer, dtype="float32")
-    if getattr(model, "is_quantized", False) and not config.lora_r:
-        raise ConfigError(
-            f"model {name!r} is quantised, and such weights cannot be trained: train adapters, --lora_r 16"
-        )
+    if getattr(model, "is_quantized", False):
+        _require_adapters(config)
     if config.lora_r:
         from peft import LoraConfig, get_peft_model
 
@@ -137,9 +151,7 @@ def _load_model(config: TrainConfig, name: str) -> tuple[Any, Any]:
 
 
 def _arguments(config: TrainConfig, checkpoints: Path, pairs: int) -> TrainingArguments:
-    steps = config.max_steps
-    if steps < 0:
-        steps = max(1, int(config.epochs * -(-pairs // (config.batch_size * config.accumulation))))
+    steps = total_steps(config, pairs, ranks.count())
     eval_steps = config.eval_steps or max(1, steps // 10)
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -161,10 +173,68 @@ def _arguments(config: TrainConfig, checkpoints: Path, pairs: int) -> TrainingAr
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
-        report_to=config.report_to.split(","),
+        report_to=_trackers(config),
+        use_cpu=ranks.count() > 1 and not torch.accelerator.is_available(),  # without it, each would train alone
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+
+
+def require(config: TrainConfig) -> None:
+    """Raise for what settings, environment and the model's small files tell, before pairs and weights are read.
+
+    Raises:
+        ConfigError: a setting cannot be used here; names it.
+        ModuleNotFoundError: a library that a setting needs is not installed.
+    """
+    known = get_available_reporting_integrations()
+    for name in _trackers(config):
+        if name not in ("none", "all", *known):
+            raise ConfigError(f"report_to={name!r} is no tracker of transformers that is installed: {', '.join(known)}")
+    try:
+        arguments = _arguments(config, Path(config.output_dir, "checkpoints"), 1)
+        arguments.device  # noqa: B018  # set up now, with the processes
+        weight = torch.zeros(1, requires_grad=True)
+        get_scheduler(config.scheduler, torch.optim.SGD([weight]), num_warmup_steps=1, num_training_steps=2)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    if arguments.world_size != ranks.count():
+        raise ConfigError(
+            f"{ranks.count()} processes were started, which PyTorch makes no group of on {arguments.device}: start one"
+        )
+    if arguments.n_gpu > 1:
+        raise ConfigError(
+            f"{arguments.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported: start it with "
+            f"torchrun --nproc_per_node {arguments.n_gpu} -m gapo train ..., or show it one, CUDA_VISIBLE_DEVICES=0"
+        )
+    if config.lora_r:
+        with named_extra("gapo train with lora_r", "hf"):
+            import peft  # noqa: F401
+    if config.model != "tiny":
+        settings = require_model(config.model, tokenizer=config.tokenizer)
+        if getattr(settings, "quantization_config", None) is not None:
+            _require_adapters(config)
+
+
+def _trackers(config: TrainConfig) -> list[str]:
+    return [name.strip() for name in config.report_to.split(",")]
+
+
+def _require_adapters(config: TrainConfig) -> None:
+    if not config.lora_r:
+        raise ConfigError(
+            f"model {config.model!r} is quantised, and such weights cannot be trained: train adapters, --lora_r 16"
+        )
+
+
+def _require_pairs(config: TrainConfig, rows: Sequence[Any]) -> None:
+    """Raise where one step of several processes has not enough pairs: accelerate would give some of them twice."""
+    together = config.batch_size * ranks.count()
+    if ranks.count() > 1 and together > len(rows):
+        raise ConfigError(
+            f"batch_size={config.batch_size} in {ranks.count()} processes needs {together} pairs at a time, and "
+            f"{len(rows)} are left to train on: lower batch_size"
+        )
 
 
 def _rewards(metrics: dict[str, float]) -> dict[str, float]:
@@ -224,33 +294,3 @@ class _Progress(ProgressCallback):
                 self.training_bar.write(line)
             else:
                 print(line, flush=True)
-
-
-class _Recorder(TrainerCallback):
-    """Writes metrics.jsonl (each log) and steps.jsonl (each micro-batch's gaps and weights) while the run goes on."""
-
-    def __init__(self, folder: Path, until_step: int) -> None:
-        self._metrics = JsonLines(folder / "metrics.jsonl", until_step)
-        self._steps = JsonLines(folder / "steps.jsonl", until_step)
-        self._step = 0
-        evaluations = [row for row in read_lines(folder / "metrics.jsonl") if "eval_loss" in row]
-        self.first_evaluation: dict[str, float] = evaluations[0] if evaluations else {}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step = state.global_step + 1
-
-    def on_step(self, result: StepResult | None, batch: dict[str, Any]) -> None:
-        """One line for a micro-batch, in the order of its pairs."""
-        if result is not None:
-            self._steps.write(step_row(self._step, result, batch["is_flipped"].tolist()))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        row = {"step": state.global_step, **(logs or {})}
-        if "eval_loss" in row and not self.first_evaluation:
-            self.first_evaluation = row
-        self._metrics.write(row)
-
-    def close(self) -> None:
-        """Close both files."""
-        self._metrics.close()
-        self._steps.close()

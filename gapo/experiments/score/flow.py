@@ -16,13 +16,23 @@ from tqdm.auto import tqdm
 
 from gapo.config import GAPOConfig
 from gapo.data import read_pairs
+from gapo.data.writing import require_writable
 from gapo.experiments.config import ConfigError
 from gapo.experiments.files import JsonLines, read_lines, write_text
+from gapo.experiments.ranks import require_one
 from gapo.experiments.score.config import ScoreConfig
 from gapo.experiments.score.measure import Measure
-from gapo.experiments.score.models import Source, find_sources, fingerprint
+from gapo.experiments.score.models import (
+    Source,
+    find_sources,
+    fingerprint,
+    require_loadable,
+    tokenizers_differ,
+    tokenizers_fingerprint,
+)
 from gapo.experiments.score.report import write_page
 from gapo.experiments.score.table import digits, plan, score_rows, select_pairs
+from gapo.experiments.splits import require_split
 from gapo.experiments.tables import Row, read_table, write_table
 from gapo.experiments.train import versions
 
@@ -31,6 +41,7 @@ logger = logging.getLogger(__name__)
 # Options that change no score, or whose content is compared instead of their name.
 _NAMES = ("pairs", "output", "select_output", "model", "adapter", "checkpoints")
 _FREE = (*_NAMES, "overwrite", "select", "strict", "device")
+_DRAWS = 2  # raised when batches are drawn otherwise, so that no measurement goes on with other ones
 
 
 def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
@@ -55,17 +66,29 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
     step = GAPOConfig() if step is None else step
     if step.sft_weight:
         raise ConfigError(f"sft_weight changes no score: leave it at 0, got {step.sft_weight}")
+    require_one("gapo score")
     files = Files(config.output)
+    for path in (config.output, config.select_output):
+        if path is not None:
+            require_writable(Path(path).parent)
     reread = files.finished() and not (config.overwrite or config.model or config.checkpoints)
     if reread:
         config, step = _adopt(config, step, files.settings())
+    sources = [] if reread else find_sources(config)
+    if not reread:
+        require_loadable(sources, config)
+        if tokenizers_differ(sources, config):
+            logger.warning(
+                "the models have different tokenizers: nats per token are of other tokens for each, so compare the "
+                "order of gaps, and take no mean over these models"
+            )
+    require_split(config.pairs, config.split)
     pairs = read_pairs(config.pairs, split=config.split, strict=config.strict, limit=config.limit)
     print(pairs.summary(), flush=True)
-    sources = [] if reread else find_sources(config)
     settings = _settings(config, step, pairs.rows, sources)
     if files.finished() and not config.overwrite:
         kept = files.settings()
-        _require_same({**settings, **_of_models(kept)} if reread else settings, kept, files.output)
+        _require_same({**settings, **_of_measurement(kept)} if reread else settings, kept, files.output)
         scores = read_table(files.output)
         files.log.unlink(missing_ok=True)  # a kill may have come just before
     else:
@@ -117,13 +140,16 @@ def _settings(config: ScoreConfig, step: GAPOConfig, pairs: Sequence[Row], sourc
         "pairs_sha256": digest.hexdigest()[:16],
         "models": [source.name for source in sources],
         "weights_sha256": fingerprint(sources),
+        "tokenizers_sha256": tokenizers_fingerprint(sources, config),
+        "draws": _DRAWS,
         **measured,
         **{name: value for name, value in asdict(step).items() if name != "sft_weight"},
     }
 
 
-def _of_models(settings: Row) -> Row:
-    return {name: settings.get(name) for name in ("models", "weights_sha256")}
+def _of_measurement(settings: Row) -> Row:
+    """What finished scores say of how they came about, and pairs alone do not tell."""
+    return {name: settings.get(name) for name in ("models", "weights_sha256", "tokenizers_sha256", "draws")}
 
 
 def _adopt(config: ScoreConfig, step: GAPOConfig, kept: Row) -> tuple[ScoreConfig, GAPOConfig]:

@@ -11,6 +11,9 @@ from gapo.adapters.hf import PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch import TorchBackend
 from gapo.config import GAPOConfig
+from gapo.data.streams import stream
+from gapo.experiments.pretrained import require_fit
+from gapo.experiments.records import extent
 from gapo.experiments.score.config import ScoreConfig
 from gapo.experiments.score.models import Source, load
 from gapo.experiments.score.table import MEASURES, digits
@@ -41,12 +44,15 @@ class Measure:
         # No update follows. So one pass is worth its memory only where it saves the anchor's forward.
         self._backend = TorchBackend(one_pass=step.anchor == "first_order")
         self._told = False
+        self._rows = [self._tokenized(i, pair) for i, pair in enumerate(pairs)]
+        highest, longest = extent(self._rows)
+        require_fit(self._model.config, self._name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
 
     def __call__(self, batch: tuple[int, int, np.ndarray]) -> Row:
         """The line of the log on a batch of `plan`."""
         repeat, number, rows = batch
         try:
-            result = self._run([self._pairs[i] for i in rows], [self._seed, repeat, number])
+            result = self._run([self._rows[i] for i in rows], (repeat, number))
         except (FloatingPointError, ValueError) as error:
             named = ", ".join(_named(i, self._pairs[i]) for i in rows)
             text = f"{self._name}, repeat {repeat}, batch {number}: {error}. Its pairs, from 0: rows {named}"
@@ -59,10 +65,16 @@ class Measure:
         known = {"first_order_ratio": None if ratio is None else digits(float(ratio))}
         return {"repeat": repeat, "batch": number, "rows": rows.tolist(), **values, **known}
 
-    def _run(self, pairs: list[Row], seed: list[int]) -> StepResult:
+    def _tokenized(self, row: int, pair: Row) -> Row:
+        try:
+            return self._collate.tokenize(pair)
+        except ValueError as error:
+            raise ValueError(f"{self._name}: {error}. It is row {_named(row, pair)}, from 0") from error
+
+    def _run(self, pairs: list[Row], at: tuple[int, int]) -> StepResult:
         device = next(self._model.parameters()).device
         batch = {name: x.to(device) for name, x in self._collate(pairs).items()}
-        rng = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**53)))
+        rng = torch.Generator().manual_seed(int(stream(self._seed, "score direction", *at).integers(2**53)))
         try:
             forward = self._backend.forward(pair_logps, self._model, batch, self._step)
             return run(forward, self._step, self._backend, rng=rng)[0]

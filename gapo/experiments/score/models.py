@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gapo._extras import named_extra
 from gapo.experiments.config import ConfigError
-from gapo.experiments.pretrained import load_model
+from gapo.experiments.pretrained import load_model, require_model
 from gapo.experiments.score.config import ScoreConfig
 
 _ADAPTER = "adapter_config.json"
+_TOKENIZERS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt"),
+    "*.model",
+)
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json", _ADAPTER)  # a checkpoint's optimizer.pt is none of the model
 
 
@@ -84,16 +90,46 @@ def _base_of(folder: Path) -> str:
     return str(base)
 
 
+def require_loadable(sources: list[Source], config: ScoreConfig) -> None:
+    """Raise ConfigError for models, tokenizers and a device that cannot be used, as far as small files tell."""
+    find_device(config.device)
+    for model in dict.fromkeys(source.model for source in sources):
+        require_model(model, tokenizer=config.tokenizer)
+    if any(source.adapter is not None for source in sources):
+        with named_extra("gapo score with adapters", "hf"):
+            import peft  # noqa: F401
+
+
 def fingerprint(sources: list[Source]) -> str:
     """A digest of the weights of `sources`, to tell whether a folder still holds what it held.
 
     Files of local folders count by their content; a name on the Hub stands for itself.
     """
+    return _digest([name for source in sources for name in (source.model, source.adapter) if name], _WEIGHTS)
+
+
+def tokenizers_fingerprint(sources: list[Source], config: ScoreConfig) -> str:
+    """The same of their tokenizers: other tokens, other margins."""
+    return _digest(_tokenizers(sources, config), _TOKENIZERS)
+
+
+def tokenizers_differ(sources: list[Source], config: ScoreConfig) -> bool:
+    """Whether two of them, in local folders, are not the same."""
+    files = {Path(name, "tokenizer.json") for name in _tokenizers(sources, config)}
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.is_file()]
+    return len({json.dumps([content["model"], content["added_tokens"]]) for content in contents}) > 1
+
+
+def _tokenizers(sources: list[Source], config: ScoreConfig) -> list[str]:
+    return [config.tokenizer or _tokenizer_of(source) or source.model for source in sources]
+
+
+def _digest(names: Sequence[str], patterns: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for name in (name for source in sources for name in (source.model, source.adapter) if name is not None):
+    for name in names:
         if not Path(name).is_dir():
             digest.update(name.encode())
-        for path in sorted(path for pattern in _WEIGHTS for path in Path(name).glob(pattern)):
+        for path in sorted(path for pattern in patterns for path in Path(name).glob(pattern)):
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
@@ -108,13 +144,17 @@ def load(source: Source, config: ScoreConfig) -> tuple[Any, Any]:
         ConfigError: a folder or name cannot be loaded, or there is no such device.
     """
     device = find_device(config.device)
-    with_tokenizer = (
-        source.adapter if source.adapter and Path(source.adapter, "tokenizer_config.json").exists() else None
-    )
     model, tokenizer = load_model(
-        source.model, tokenizer=config.tokenizer or with_tokenizer, adapter=source.adapter, dtype=config.dtype
+        source.model, tokenizer=config.tokenizer or _tokenizer_of(source), adapter=source.adapter, dtype=config.dtype
     )
     return model.eval().to(device), tokenizer
+
+
+def _tokenizer_of(source: Source) -> str | None:
+    """The adapter's folder, where it holds a tokenizer."""
+    if source.adapter is not None and Path(source.adapter, "tokenizer_config.json").exists():
+        return source.adapter
+    return None
 
 
 def find_device(name: str) -> Any:

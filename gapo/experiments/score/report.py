@@ -51,6 +51,7 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
         settings=settings,
         overview=[_overview(name, [s for s in scores if s["checkpoint"] == name], pairs) for name in checkpoints],
         flips=detected,
+        any_flipped=bool(flipped.any()),
         brittle=[_shown(i, pairs[i], values) for i in order[::-1][:_SHOWN]],
         trusted=[_shown(i, pairs[i], values) for i in order[:_SHOWN]],
         pictures=pictures,
@@ -90,7 +91,8 @@ def agreement(scores: Sequence[Row]) -> float | None:
 
 
 def _overview(name: str, scores: Sequence[Row], pairs: Sequence[Row]) -> Row:
-    """The line on one checkpoint."""
+    """The line on one checkpoint. "right" is reward accuracy by true labels, "positive" by the labels as given."""
+    flipped = [bool(pair.get("is_flipped")) for pair in pairs]
     values = {k: np.array([score[k] for score in scores]) for k in _MEASURES}
     known = [i for i, pair in enumerate(pairs) if pair.get("is_flipped") is not None]
     labels = np.array([pairs[i]["is_flipped"] for i in known], dtype=bool)
@@ -98,7 +100,8 @@ def _overview(name: str, scores: Sequence[Row], pairs: Sequence[Row]) -> Row:
     return {
         "checkpoint": name,
         **{k: column.mean() for k, column in values.items()},
-        "right": (values["margin"] > 0).mean(),
+        "positive": (values["margin"] > 0).mean(),
+        "right": (np.where(flipped, -1, 1) * values["margin"] > 0).mean(),
         "gap_std": values["gap"].std(),
         "auroc": detected["auroc"]["gap"] if detected else None,
         "agreement": agreement(scores),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from gapo.data.streams import stream
 from gapo.experiments.tables import Row
 
 # A pair's columns, and the field of `gapo.StepResult` that each comes from.
@@ -20,7 +21,7 @@ def plan(pairs: int, batch_size: int, repeats: int, seed: int) -> Iterator[tuple
     """
     count = -(-pairs // batch_size)
     for repeat in range(repeats):
-        order = np.random.default_rng([seed, repeat]).permutation(pairs)
+        order = stream(seed, "score batches", repeat).permutation(pairs)
         for batch, rows in enumerate(np.array_split(order, count)):
             yield repeat, batch, rows
 

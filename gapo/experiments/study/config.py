@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from gapo.experiments.config import ConfigError, TrainConfig, parse_fields, parser_of
+from gapo.experiments.config import ConfigError, TrainConfig, parse_fields, parser_of, require_limit
 from gapo.experiments.study.arms import ARMS
+
+TUNE_SEED = 1000  # the first seed of the tries; the study's own count from 0
+_LISTS = (
+    *("flip_rates", "control_flip_rates", "learning_rates", "curve_rhos", "curve_anchor_pairs", "valuation_rates"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +22,11 @@ class StudyConfig:
     Args:
         pairs: training pairs: a file (.json, .jsonl, each also .gz, .csv, .parquet), a data set's folder or Hub name,
             or "demo" for generated ones.
-        eval_pairs: clean pairs to test on, likewise; none to hold out a share of the training pairs.
+        eval_pairs: pairs to test on, likewise; none to hold out a share of the training pairs.
+        split: split of a data set to train on.
+        eval_split: split of the data set eval_pairs; none for the only one named test, validation, eval or the like.
         demo_size: number of generated training pairs, for pairs "demo".
-        limit: use only so many rows of the training file.
+        limit: use only so many training pairs.
         arms: the objectives to compare, comma separated, or "all". "gapo" has its controls beside it: "gapo-rho0",
             "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order".
         flip_modes: which labels are flipped, comma separated: "random", or "length" to favour longer answers.
@@ -62,6 +69,8 @@ class StudyConfig:
 
     pairs: str = "demo"
     eval_pairs: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
     demo_size: int = 2000
     limit: int | None = None
     arms: str = "all"
@@ -102,9 +111,12 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         whole = ("demo_size", "seeds", "train_pairs", "validation_pairs", "test_pairs", "epochs", "batch_size")
-        for name in (*whole, "max_length", "tune_seeds"):
+        for name in (*whole, "tune_seeds"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
+        require_limit(self.limit)
+        if self.eval_pairs is None and self.eval_split is not None:
+            raise ValueError(f"eval_split={self.eval_split!r} is a split of eval_pairs: give eval_pairs too")
         for name in ("workers", "control_seeds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}")
@@ -133,16 +145,44 @@ class StudyConfig:
                 raise ValueError(f"curve_anchor_pairs must divide batch_size={self.batch_size}, got {pairs!r}")
         _known("flip_modes", self.modes, ("random", "length"))
         _known("arms", self.arm_names, tuple(ARMS))
+        self._check_lists()
+        self.policy()  # checks what it takes
+
+    def _check_lists(self) -> None:
+        """No value twice, which would count a run twice; nothing asked for that could not be done."""
+        for name in _LISTS:
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name} must not name a value twice, got {given!r}")
+        unknown = [rate for rate in self.control_flip_rates if rate not in self.flip_rates]
+        if unknown and any(ARMS[name].control for name in self.arm_names):
+            raise ValueError(f"control_flip_rates must be among flip_rates={self.flip_rates!r}, got {unknown!r}")
+        needs = {"curve_rhos": ("gapo",), "curve_anchor_pairs": ("gapo",), "valuation_rates": ("gapo", "simpo")}
+        for name, arms in needs.items():
+            missing = [arm for arm in arms if arm not in self.arm_names]
+            if getattr(self, name) and missing:
+                raise ValueError(f"{name} needs {' and '.join(missing)} among arms, or leave {name} empty")
+        if self.valuation_rates and round(self.valuation_share * self.train_pairs) < 1:
+            raise ValueError(
+                f"valuation_share={self.valuation_share} of train_pairs={self.train_pairs} is no pair: raise it"
+            )
+        if self.curve_anchor_pairs and self.batch_size > self.train_pairs:
+            raise ValueError(
+                f"curve_anchor_pairs needs whole batches: batch_size={self.batch_size} must be <= train_pairs="
+                f"{self.train_pairs}"
+            )
+        if self.seeds > TUNE_SEED:
+            raise ValueError(f"seeds must be <= {TUNE_SEED}, where those of the tries begin; got {self.seeds}")
 
     @property
     def modes(self) -> list[str]:
         """The flip modes, one by one."""
-        return _words(self.flip_modes)
+        return list(dict.fromkeys(_words(self.flip_modes)))
 
     @property
     def arm_names(self) -> list[str]:
         """The arms, one by one, in the order of the registry for "all"."""
-        return list(ARMS) if self.arms == "all" else _words(self.arms)
+        return list(ARMS) if self.arms == "all" else list(dict.fromkeys(_words(self.arms)))
 
     def policy(self) -> TrainConfig:
         """The same, as far as the tiny model and where its pairs come from are concerned."""

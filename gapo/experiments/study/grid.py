@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -18,6 +19,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
+import gapo
 from gapo.experiments.files import write_text
 from gapo.experiments.study.cells import Cell
 from gapo.experiments.study.config import StudyConfig
@@ -25,6 +27,7 @@ from gapo.experiments.study.policy import Material, load_split
 from gapo.experiments.study.run import measure
 
 _FORMAT = 1  # of a record: raised when the meaning of a run changes, so that old files are not taken for it
+_FORMATS = {"gapo-gaussian": 2}  # of arms whose runs alone have changed
 
 
 class Grid:
@@ -40,7 +43,9 @@ class Grid:
     def __init__(self, config: StudyConfig, folder: Path, material: Material) -> None:
         self._config, self._folder, self._material = config, folder, material
         decisive = ("train_pairs", "epochs", "batch_size", "warmup_ratio", "valuation_share")
-        self._decisive = [_FORMAT, material.fingerprint, *(getattr(config, name) for name in decisive)]
+        self._decisive = [material.fingerprint, *(getattr(config, name) for name in decisive)]
+        self._made_by = {"gapo": gapo.__version__, "torch": torch.__version__, "code": _code()}
+        self._others: dict[Path, str] = {}
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Grid:
@@ -54,7 +59,7 @@ class Grid:
 
     def path(self, cell: Cell) -> Path:
         """The file of a cell, named by a hash of all that decides its result."""
-        text = json.dumps([self._decisive, asdict(cell)], sort_keys=True)
+        text = json.dumps([[_FORMATS.get(cell.arm, _FORMAT), *self._decisive], asdict(cell)], sort_keys=True)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
     def run(self, cells: Iterable[Cell], title: str) -> dict[Cell, dict[str, Any]]:
@@ -66,9 +71,25 @@ class Grid:
         missing = [cell for cell in cells if not self.path(cell).exists()]
         with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=title, smoothing=0.05) as bar:
             for cell, record in self._made(missing):
-                write_text(self.path(cell), json.dumps({"cell": asdict(cell), "record": record}) + "\n")
+                made = {"cell": asdict(cell), "record": record, "made_by": self._made_by}
+                write_text(self.path(cell), json.dumps(made) + "\n")
                 bar.update()
-        return {cell: json.loads(self.path(cell).read_text(encoding="utf-8"))["record"] for cell in cells}
+        kept = {cell: json.loads(self.path(cell).read_text(encoding="utf-8")) for cell in cells}
+        for cell, made in kept.items():
+            if (by := made.get("made_by")) != self._made_by:
+                name = "an earlier version" if by is None else f"gapo {by['gapo']}, torch {by['torch']}, {by['code']}"
+                self._others[self.path(cell)] = name
+        return {cell: made["record"] for cell, made in kept.items()}
+
+    def others(self) -> str | None:
+        """What is to be said of runs that were kept from other code or another PyTorch than the present one."""
+        if not self._others:
+            return None
+        by = "; ".join(f"{count} by {name}" for name, count in Counter(self._others.values()).items())
+        return (
+            f"{len(self._others)} runs, tries included, were kept from other code than now ({by}): "
+            "--overwrite true makes them anew"
+        )
 
     def _made(self, cells: Sequence[Cell]) -> Iterable[tuple[Cell, dict[str, Any]]]:
         workers = self._config.workers or os.cpu_count() or 1
@@ -84,6 +105,14 @@ class Grid:
         waiting = {self._pool.submit(_measure, cell): cell for cell in cells}
         for done in as_completed(waiting):
             yield waiting[done], done.result()
+
+
+def _code() -> str:
+    """A digest of gapo's source."""
+    found = hashlib.sha256()
+    for path in sorted(Path(gapo.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return f"code {found.hexdigest()[:8]}"
 
 
 _worker: dict[str, Any] = {}  # of a worker process: what every run needs, loaded once

@@ -31,8 +31,10 @@ def facts(found: dict[str, Any]) -> list[str]:
         f"a run: {config['train_pairs']} pairs, {config['epochs']} epoch(s), batches of {config['batch_size']}; "
         f"{config['seeds']} seeds, the same pairs, order and flips for every objective",
         "means with 95 % intervals over the seeds (expanded percentile bootstrap)",
-        f"{found['runs']} runs beside the tries, {found['failed']} of the grid failed; {found['cpu_seconds']:,} CPU "
-        "seconds of training",
+        f"{found['runs']} runs beside the tries, {found['failed']} failed; {found['cpu_seconds']:,} CPU seconds of "
+        "training",
+        *(f"failed, and in no mean: {name}" for name in found.get("failed_runs", [])),
+        *([known["others"]] if known.get("others") else []),
         f"gapo {known['versions']['gapo']}, commit {known['commit'] or 'unknown'}, Python "
         f"{known['versions']['python']}, torch {known['versions'].get('torch')}; this call took {known['seconds']:,} s "
         f"on {known['cores']} cores",

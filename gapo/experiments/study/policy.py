@@ -18,9 +18,13 @@ from torch import Tensor, nn
 import gapo
 from gapo.backends.base import by_pairs
 from gapo.data import collate_pairs, generate_pairs, read_pairs, tokenize_pair
+from gapo.data.flip import true_labels
+from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
 from gapo.experiments.files import write_bytes
+from gapo.experiments.pairs import in_both, told_in_both
 from gapo.experiments.pretrained import load_model
+from gapo.experiments.splits import evaluation_split, require_split
 from gapo.experiments.study.config import ConfigError, StudyConfig
 from gapo.experiments.tiny import tiny_model
 
@@ -59,34 +63,61 @@ def load_split(config: StudyConfig) -> Split:
     """Read the pairs and hold out validation pairs by prompt, so that none of their prompts is trained on."""
     if config.pairs == "demo":
         rows, source = generate_pairs(config.demo_size, seed=config.seed), "generated demonstration pairs"
-        test, tested = generate_pairs(config.test_pairs, seed=config.seed, split="test"), "generated, other fillings"
+        rows = rows[: config.limit]
     else:
-        pairs = read_pairs(config.pairs, limit=config.limit)
+        require_split(config.pairs, config.split)
+    test, tested = _test_pairs(config)
+    if config.pairs != "demo":
+        pairs = read_pairs(config.pairs, split=config.split, limit=config.limit)
         rows, source = pairs.rows, pairs.summary()
-        test, tested = [], "held out by prompt from the same file"
-        if config.eval_pairs is not None:
-            test = read_pairs(config.eval_pairs, limit=config.test_pairs).rows
-            tested = f"from {Path(config.eval_pairs).name}"
-    rows, validation = _hold_out(rows, config.validation_pairs, config.seed)
+    rows, validation = _hold_out(rows, config.validation_pairs, stream(config.seed, "study validation"))
     if not test:
-        rows, test = _hold_out(rows, config.test_pairs, config.seed + 1)
+        rows, test = _hold_out(rows, config.test_pairs, stream(config.seed, "study test"))
     if len(rows) < config.train_pairs:
         raise ConfigError(f"train_pairs={config.train_pairs}, but only {len(rows)} pairs are left to train on")
-    return Split(
-        rows,
-        validation,
-        test[: config.test_pairs],
-        f"{source}\n{len(rows)} pairs to draw training pairs from, {len(validation)} validation pairs (held out by "
-        f"prompt), {len(test[: config.test_pairs])} test pairs ({tested})",
-    )
+    test = test[: config.test_pairs]
+    lines = [
+        source,
+        f"{len(rows)} pairs to draw training pairs from, {len(validation)} validation pairs (held out by prompt), "
+        f"{len(test)} test pairs ({tested})",
+        *_told(rows, validation, test),
+    ]
+    return Split(true_labels(rows), true_labels(validation), true_labels(test), "\n".join(lines))
 
 
-def _hold_out(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+def _test_pairs(config: StudyConfig) -> tuple[list[Row], str]:
+    """Test pairs, none to hold some out, and where they come from."""
+    if config.eval_pairs is not None:
+        split = evaluation_split(config.eval_pairs, config.eval_split)
+        pairs = read_pairs(config.eval_pairs, split=split, limit=config.test_pairs)
+        return pairs.rows, f"from {Path(config.eval_pairs).name}"
+    if config.pairs == "demo":
+        return generate_pairs(config.test_pairs, seed=config.seed, split="test"), "generated, other fillings"
+    return [], "held out by prompt from the same file"
+
+
+def _told(rows: list[Row], validation: list[Row], test: list[Row]) -> list[str]:
+    """What is to be said of labels that came flipped, and of test pairs that are trained or tuned on."""
+    every = [*rows, *validation, *test]
+    lines = []
+    if came_flipped := sum(bool(row.get("is_flipped")) for row in every):
+        lines.append(
+            f"{came_flipped} of the {len(every)} pairs came flipped (is_flipped); the study takes all by their true "
+            "labels, and flips its own"
+        )
+    if shared := in_both(test, [*rows, *validation]):
+        lines.append(told_in_both(shared, len(test), "test"))
+    return lines
+
+
+def _hold_out(rows: Sequence[Row], count: int, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
     """(the rest, about `count` rows): whole groups of equal prompts."""
+    if len(rows) <= count:
+        return [], list(rows)
     prompts = list(dict.fromkeys(json.dumps(row["prompt"]) for row in rows))
-    rank = {prompts[i]: at for at, i in enumerate(np.random.default_rng(seed).permutation(len(prompts)))}
+    rank = {prompts[i]: at for at, i in enumerate(rng.permutation(len(prompts)))}
     ordered = sorted(rows, key=lambda row: rank[json.dumps(row["prompt"])])
-    last = ordered[min(count, len(ordered)) - 1]["prompt"]
+    last = ordered[count - 1]["prompt"]
     end = count
     while end < len(ordered) and ordered[end]["prompt"] == last:
         end += 1

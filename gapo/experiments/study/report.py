@@ -63,6 +63,7 @@ def content(study: Study) -> dict[str, Any]:
     done = grid[grid["failed"].isna()]
     at = min((rate for rate in config.flip_rates if rate > 0), key=lambda rate: abs(rate - _DIAGNOSED), default=0.0)
     noisy = done[(done["mode"] == config.modes[0]) & (done["rate"] == at)]
+    failed = [_named(cell) for cell, record in records.items() if "failed" in record]
     pieces = {
         "accuracy": [
             {"mode": mode, "title": f"Labels {_MODES[mode]}", **_accuracies(done, mode, value), "what": what}
@@ -82,7 +83,8 @@ def content(study: Study) -> dict[str, Any]:
         "config": as_dict(config),
         "facts": study.facts,
         "left_out": list(study.left_out.values()),
-        "failed": int(grid["failed"].notna().sum()),
+        "failed": len(failed),
+        "failed_runs": failed,
         "runs": len(records),
         "cpu_seconds": round(sum(record.get("cpu_seconds", 0) for record in records.values())),
         "pictures": _pictures(study, done, noisy, at),
@@ -223,10 +225,10 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, at: float) 
             pictures[f"weights_by_{name}"] = figures.weights_over_time(groups, f"Do flips lose weight? {share}, {what}")
             pictures[f"fifths_by_{name}"] = figures.fifths(groups, at, f"Where the flips are, {share}, {what}")
     costs = intervals(noisy, ["arm"], "cpu_seconds")
-    pictures["cost"] = figures.bars(_named(costs, 1), "What a run costs", "CPU seconds of training, one thread")
+    pictures["cost"] = figures.bars(_scaled(costs, 1), "What a run costs", "CPU seconds of training, one thread")
     chosen = intervals(noisy, ["arm"], "chosen_logp")
     pictures["chosen"] = figures.bars(
-        _named(chosen, 1), f"Chosen answers after training, {share}", "log-probability, nats per token"
+        _scaled(chosen, 1), f"Chosen answers after training, {share}", "log-probability, nats per token"
     )
     for part, (column, label) in _CURVES.items():
         runs = _curve_frame(study, part)
@@ -250,7 +252,12 @@ def _measured(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return [record for record in records if "fifths" in record]
 
 
-def _named(found: pd.DataFrame, scale: float) -> dict[str, tuple[float, float, float]]:
+def _named(cell: Cell) -> str:
+    valued = ", valuation" if cell.valuation else ""
+    return f"{NAMES.get(cell.arm, cell.arm)} at {100 * cell.rate:g} % ({cell.mode}), seed {cell.seed}{valued}"
+
+
+def _scaled(found: pd.DataFrame, scale: float) -> dict[str, tuple[float, float, float]]:
     return {
         NAMES.get(row["arm"], row["arm"]): (scale * row["mean"], scale * row["low"], scale * row["high"])
         for _, row in found.iterrows()

@@ -33,11 +33,13 @@ class Draw:
         rows: (n,) indices into the pool.
         is_flipped: (n,) bool.
         order: for each step the indices among the n, in the order of training.
+        seed: what drew them, and draws the gaussian directions.
     """
 
     rows: np.ndarray
     is_flipped: np.ndarray
     order: list[np.ndarray]
+    seed: int
 
 
 def draw(material: Material, config: StudyConfig, mode: str, rate: float, seed: int) -> Draw:
@@ -51,7 +53,7 @@ def draw(material: Material, config: StudyConfig, mode: str, rate: float, seed: 
     noisy = flip_pairs([material.split.pool[i] for i in rows], mode=mode, rate=rate, seed=seed)
     lengths = np.array([length(material.tokens["pool"][i]) for i in rows])
     order = [batch for _ in range(config.epochs) for batch in bucketed(lengths, config.batch_size, rng)]
-    return Draw(rows, np.array([row["is_flipped"] for row in noisy]), order)
+    return Draw(rows, np.array([row["is_flipped"] for row in noisy]), order, seed)
 
 
 def bucketed(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -90,7 +92,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     log = WeightLog(drawn.is_flipped)
     total = len(drawn.order)
-    torch.manual_seed(0)  # of the gaussian direction
+    torch.manual_seed(drawn.seed)  # of the gaussian direction: intervals over seeds are to hold its chance too
     for at, index in enumerate(drawn.order):
         parts = np.array_split(index, len(index) // anchor_pairs) if anchor_pairs else [index]
         optimizer.zero_grad(set_to_none=True)

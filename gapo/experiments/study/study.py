@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from gapo.data.writing import require_writable
 from gapo.experiments.files import write_text
+from gapo.experiments.ranks import require_one
 from gapo.experiments.study.arms import ARMS, Settings
 from gapo.experiments.study.cells import Cell, settings_key
 from gapo.experiments.study.config import ConfigError, StudyConfig, as_dict
@@ -56,13 +58,16 @@ def run_study(config: StudyConfig) -> Study:
         ConfigError: the pairs are too few.
         gapo.data.PairError: the pairs cannot be read.
     """
+    require_one("gapo study")
     folder = Path(config.output_dir)
     if folder.is_file():
         raise ConfigError(f"output_dir {config.output_dir!r} is a file; give a folder")
-    if config.overwrite:
-        shutil.rmtree(folder / "cells", ignore_errors=True)
+    for path in (folder, Path(config.cache_dir)):
+        require_writable(path)
     split = load_split(config)
     print(split.summary, flush=True)
+    if config.overwrite:
+        shutil.rmtree(folder / "cells", ignore_errors=True)
     threads = one_thread()
     try:
         study = _measured(config, split, folder / "cells")
@@ -87,6 +92,9 @@ def _measured(config: StudyConfig, split: Split, folder: Path) -> Study:
         every = [cell for cells in parts.values() for cell in cells]
         # Seed by seed, so that a study that is cut short is a whole one of fewer seeds.
         records = grid.run(sorted(every, key=lambda cell: cell.seed), "study")
+        others = grid.others()
+    if others is not None:
+        print(others, flush=True)
     facts = {
         "data": split.summary,
         "before": start,
@@ -94,6 +102,7 @@ def _measured(config: StudyConfig, split: Split, folder: Path) -> Study:
         "seconds": round(time.monotonic() - began),
         "cores": os.cpu_count(),
         "commit": _commit(),
+        "others": others,
         "versions": versions(),
     }
     return Study(config, chosen, tries, records, parts, left_out, facts)

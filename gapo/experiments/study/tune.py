@@ -12,10 +12,8 @@ import numpy as np
 
 from gapo.experiments.study.arms import ARMS, Settings
 from gapo.experiments.study.cells import Cell, settings_key
-from gapo.experiments.study.config import StudyConfig
+from gapo.experiments.study.config import TUNE_SEED, StudyConfig
 from gapo.experiments.study.grid import Grid
-
-_FIRST_SEED = 1000  # the study's own seeds count from 0
 
 
 def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dict[str, Any]]]:
@@ -56,7 +54,7 @@ def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dic
 
 
 def _cell(config: StudyConfig, arm: str, settings: Settings, seed: int) -> Cell:
-    return Cell(arm, settings_key(settings), "random", config.tune_flip_rate, _FIRST_SEED + seed, "validation")
+    return Cell(arm, settings_key(settings), "random", config.tune_flip_rate, TUNE_SEED + seed, "validation")
 
 
 def _accuracy(record: dict[str, Any]) -> float:
