@@ -24,7 +24,8 @@ class JaxForward:
     """The clean forward of `margin_fn` with its linearisation: one `jax.vjp`, pulled back twice.
 
     With `has_aux`, `margin_fn` returns (outputs, aux), and the clean forward's `aux` stands here afterwards.
-    `readings` keeps what was read of `margin_fn` from step to step.
+    `readings` keeps what was read of `margin_fn` from step to step. `trainable` tells of each leaf whether it trains;
+    None: all do that are floating point.
     """
 
     def __init__(
@@ -36,15 +37,16 @@ class JaxForward:
         has_aux: bool = False,
         config: GAPOConfig | None = None,
         readings: Readings | None = None,
+        trainable: Sequence[bool] | None = None,
     ) -> None:
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
         self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
         self._leaves = [_array(name, leaf) for name, (_, leaf) in zip(self._names, leaves, strict=True)]
-        floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in self._leaves]
+        trainable = [True] * len(leaves) if trainable is None else trainable
         self.parameters: dict[str, Any] = {
             name: leaf
-            for name, leaf, is_floating in zip(self._names, self._leaves, floating, strict=True)
-            if is_floating
+            for name, leaf, trains in zip(self._names, self._leaves, trainable, strict=True)
+            if trains and jnp.issubdtype(leaf.dtype, jnp.floating)
         }
         self._margin_fn, self._batch, self._has_aux = margin_fn, batch, has_aux
         self._readings = Readings() if readings is None else readings
@@ -104,11 +106,14 @@ class JaxForward:
         return margins_of(along)
 
     def pack(self, grads: dict[str, Array]) -> Any:
-        """`grads` as a tree like the parameters; a leaf that is no floating array gets what `jax.grad` gives it."""
-        none = jax.dtypes.float0
+        """`grads` as a tree like the parameters; 0 for a frozen leaf, and for no floating one what `jax.grad` gives."""
+
+        def none(leaf: Array) -> Any:
+            floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+            return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
+
         leaves = [
-            grads[name] if name in grads else np.zeros(leaf.shape, none)
-            for name, leaf in zip(self._names, self._leaves, strict=True)
+            grads[name] if name in grads else none(leaf) for name, leaf in zip(self._names, self._leaves, strict=True)
         ]
         return jax.tree_util.tree_unflatten(self._tree, leaves)
 

@@ -1,4 +1,5 @@
-"""What a function does with its parameters, read from its jaxpr: which are the output head, which are stacked layers.
+"""What a function does with its arguments, read from its jaxpr: which parameters are the output head, which are stacked
+layers, which results hang on no argument.
 
 The head is found by what it is, whatever its name, tied to the input embedding or not: the parameter of the last matrix
 product before a log-softmax.
@@ -44,6 +45,13 @@ def read(fn: Callable[[list[Any]], Any], names: Sequence[str], leaves: list[Any]
     reader = _Reader()
     outputs = reader.run(closed.jaxpr, [_Value(frozenset({name})) for name in names], ())
     return Reading(reader.head(_join(outputs)), frozenset(reader.stacked))
+
+
+def depends(fn: Callable[[Any], Any], args: Any) -> list[bool]:
+    """For each leaf of `fn(args)` whether it is computed from any entry of `args`, choices aside."""
+    closed = jax.make_jaxpr(fn)(args)
+    outputs = _Reader().run(closed.jaxpr, [_Value(frozenset({"args"})) for _ in closed.jaxpr.invars], ())
+    return [bool(output.weights or output.products) for output in outputs]
 
 
 class Readings:
@@ -139,9 +147,10 @@ class _Reader:
         return [value(atom) for atom in jaxpr.outvars]
 
     def _apply(self, eqn: JaxprEqn, args: list[_Value], path: tuple[int, ...]) -> list[_Value]:
-        kind, both = eqn.primitive.name, _join(args)
+        kind = eqn.primitive.name
+        both = _join(args[1:] if kind == "select_n" else args)  # of a choice, what is chosen from
         if kind == "dot_general":
-            return [self._dot(eqn, *args, path)]
+            return [self._dot(eqn, args[0], args[1], path)]
         if kind == "scan":
             return self._scan(eqn, args, path)
         if kind == "while":
@@ -158,7 +167,7 @@ class _Reader:
             found = [_Value(products=frozenset({self._product(path, behind=both.products)}))]
             return found * len(eqn.outvars)
         if kind == "reduce_sum" and both.is_exp:
-            self._softmax(both, [eqn.invars[0].aval.shape[axis] for axis in eqn.params["axes"]])
+            self._softmax(both, [_shape(eqn.invars[0])[axis] for axis in eqn.params["axes"]])
         is_exp = kind in ("exp", "exp2") or (both.is_exp and kind in _KEEPS_EXP)
         return [_Value(both.weights, both.products, is_exp)] * len(eqn.outvars)
 
@@ -171,7 +180,7 @@ class _Reader:
         if left.products and right.products:  # attention: a product of activations belongs to no parameter
             return _Value(products=frozenset({self._product(path, behind=both.products)}))
         side = 0 if left.is_weight or (not right.is_weight and not left.products) else 1
-        shape = eqn.invars[side].aval.shape
+        shape = _shape(eqn.invars[side])
         free = tuple(n for axis, n in enumerate(shape) if axis not in (*contracted[side], *batched[side]))
         weight, other = (left, right) if side == 0 else (right, left)
         if not weight.weights and not free:  # a constant that picks entries, such as targets as one-hot rows
@@ -223,6 +232,10 @@ def _join(values: Sequence[_Value]) -> _Value:
     weights = frozenset().union(*(value.weights for value in values))
     products = frozenset().union(*(value.products for value in values))
     return _Value(weights, products, any(value.is_exp for value in values))
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return tuple(atom.aval.shape)
 
 
 def _called(eqn: JaxprEqn) -> Iterator[Jaxpr]:
