@@ -377,6 +377,13 @@ def test_padding_that_the_default_call_would_not_see_is_refused() -> None:
             make_train_step()(model, optimizer, data)
         with pytest.raises(ValueError, match=message):
             make_eval_step()(model, data)
+    mixed = {name: np.concatenate([left[name][:1], batch()[name][1:]]) for name in left}
+    graph, state = nnx.split(model)
+    loss, found = jax.jit(lambda s, b: [make_eval_step()(nnx.merge(graph, s), x)["loss"] for x in b])(
+        state, [mixed, batch()]
+    )
+    assert math.isnan(float(loss))
+    assert math.isfinite(float(found))
     masked = make_eval_step(lambda model, ids, mask: model(ids * mask))(model, left)  # each token sees itself alone
     assert float(masked["loss"]) == pytest.approx(float(make_eval_step()(model, batch())["loss"]), rel=1e-5)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import models
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 from frameworks import LIBRARIES
@@ -60,6 +61,14 @@ def attended(x: jax.Array) -> jax.Array:
     return jax.nn.softmax(x @ x.swapaxes(1, 2)) @ x
 
 
+@jax.custom_vjp
+def product(h: jax.Array, w: jax.Array) -> jax.Array:
+    return h @ w
+
+
+product.defvjp(lambda h, w: (h @ w, (h, w)), lambda saved, g: (g @ saved[1].T, jnp.einsum("btd,btv->dv", saved[0], g)))
+
+
 def adapted(p: Arrays, head: jax.Array) -> jax.Array:
     h = hidden(p)
     return h @ head + 2 * (h @ p["a"]) @ p["b"]
@@ -97,7 +106,12 @@ CASES: dict[str, tuple[Callable[[Arrays], jax.Array], set[str], set[str]]] = {
     ),
     "two factors": (lambda p: (hidden(p) @ p["a"]) @ p["b"], {"a", "b"}, {"b"}),
     "frozen": (lambda p: hidden(p) @ FROZEN["last"], set(), set()),
-    "a custom gradient": (lambda p: jax.nn.relu(hidden(p)) @ p["last"], {"last"}, {"last"}),
+    "a custom gradient": (lambda p: product(jax.nn.relu(hidden(p)), p["last"]), {"last"}, {"last"}),
+    "a choice": (
+        lambda p: jax.lax.cond(p["scale"][0] > 0, lambda h: h @ p["last"], lambda h: -h @ p["last"], hidden(p)),
+        {"last", "scale"},
+        {"last"},
+    ),
     "one-hot input": (
         lambda p: jnp.tanh(jax.nn.one_hot(IDS, VOCAB) @ p["table"]) @ p["inner"] @ p["last"],
         {"last"},
@@ -147,7 +161,11 @@ def by_chunks(p: Arrays) -> jax.Array:
     return jax.lax.scan(jax.checkpoint(one), jnp.zeros(3), (hidden(p).swapaxes(0, 1), IDS.T))[0]
 
 
-@pytest.mark.parametrize("logps", [by_log_softmax, by_one_hot, by_chunks])
+def by_optax(p: Arrays) -> jax.Array:
+    return -optax.softmax_cross_entropy_with_integer_labels(hidden(p) @ p["last"], IDS).sum(-1)
+
+
+@pytest.mark.parametrize("logps", [by_log_softmax, by_one_hot, by_chunks, by_optax])
 def test_a_cross_entropy_of_ones_own(logps: Callable[[Arrays], jax.Array]) -> None:
     assert found(logps, weights("last")) == {"last"}
 

@@ -15,6 +15,7 @@ from flax.errors import InvalidRngError
 
 from gapo.backends.jax_head import depends
 from gapo.data.collate import PARTS, REFERENCE
+from gapo.data.tokenize import IGNORE_INDEX
 
 # `logits_fn(model, input_ids, attention_mask) -> (batch, seq, vocab)`; for Linen the model is the tree of parameters,
 # and one that takes `rngs` gets them.
@@ -89,7 +90,7 @@ def arrays(batch: Mapping[str, Any], ids_alone: bool) -> dict[str, jax.Array]:
 
     Raises:
         KeyError: a column is missing.
-        ValueError: shapes do not fit; or, with `ids_alone`, padding stands before a token.
+        ValueError: shapes do not fit; or, with `ids_alone`, padding stands before a token (NaN under a trace).
     """
     wanted = [f"{side}_{part}" for side in ("chosen", "rejected") for part in PARTS]
     missing = [name for name in wanted if name not in batch]
@@ -102,16 +103,19 @@ def arrays(batch: Mapping[str, Any], ids_alone: bool) -> dict[str, jax.Array]:
     for name in reference:
         if np.shape(batch[name]) != shapes[wanted[0]][:1]:
             raise ValueError(f"{name} must be (N,) = {shapes[wanted[0]][:1]}, got {np.shape(batch[name])}")
-    if ids_alone:
-        for side in ("chosen", "rejected"):
-            _require_padding_behind(f"{side}_attention_mask", batch[f"{side}_attention_mask"])
-    return {name: jnp.asarray(batch[name]) for name in wanted + reference}
+    found = {name: jnp.asarray(batch[name]) for name in wanted + reference}
+    for side in ("chosen", "rejected") if ids_alone else ():
+        mask = batch[f"{side}_attention_mask"]
+        if isinstance(mask, jax.core.Tracer):  # nothing can raise: as if the row were empty, whose margin is NaN
+            before = jnp.any(jnp.diff(mask.astype(jnp.int8)) > 0, axis=-1, keepdims=True)
+            found[f"{side}_labels"] = jnp.where(before, IGNORE_INDEX, found[f"{side}_labels"])
+        else:
+            _require_padding_behind(f"{side}_attention_mask", mask)
+    return found
 
 
 def _require_padding_behind(name: str, mask: Any) -> None:
-    """Raise ValueError where a token follows padding, in what this process holds of `mask`; a trace holds nothing."""
-    if isinstance(mask, jax.core.Tracer):
-        return
+    """Raise ValueError where a token follows padding, in what this process holds of `mask`."""
     shards = [s.data for s in mask.addressable_shards if s.replica_id == 0] if isinstance(mask, jax.Array) else [mask]
     if any((np.diff(np.asarray(rows).astype(np.int8), axis=-1) > 0).any() for rows in shards):
         raise ValueError(
