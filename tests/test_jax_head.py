@@ -71,7 +71,8 @@ product.defvjp(lambda h, w: (h @ w, (h, w)), lambda saved, g: (g @ saved[1].T, j
 
 def adapted(p: Arrays, head: jax.Array) -> jax.Array:
     h = hidden(p)
-    return h @ head + 2 * (h @ p["a"]) @ p["b"]
+    dropped = jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, h.shape), h, 0)
+    return h @ head + 2 * (dropped @ p["a"]) @ p["b"]
 
 
 FROZEN = weights("last")

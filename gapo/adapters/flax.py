@@ -117,7 +117,7 @@ def make_train_step(
         forward = JaxForward(margin_fn, params, batch, axis_name, True, config, trainable=trainable)
         result, metrics, grads = gradients(forward, batch, gamma, rng)
         nnx.update(model, forward.aux)
-        nnx.Optimizer.update(optimizer, model, grads)  # `nnx.ModelAndOptimizer` has an update of its own
+        optimizer.update(*(() if isinstance(optimizer, nnx.ModelAndOptimizer) else (model,)), grads)
         return metrics, result
 
     @jax.jit

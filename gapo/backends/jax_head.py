@@ -163,7 +163,8 @@ class _Reader:
         if called is not None:
             return self.run(called, args, path)
         opaque = any(isinstance(param, (Jaxpr, ClosedJaxpr)) for param in eqn.params.values())
-        if opaque or kind == "pallas_call" or (kind in _LOOKS_UP and args[0].is_weight):
+        opaque = (opaque or kind == "pallas_call") and bool(both.weights or both.products)
+        if opaque or (kind in _LOOKS_UP and args[0].is_weight):
             found = [_Value(products=frozenset({self._product(path, behind=both.products)}))]
             return found * len(eqn.outvars)
         if kind == "reduce_sum" and both.is_exp:
