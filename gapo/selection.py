@@ -7,8 +7,17 @@ from collections.abc import Iterable
 
 from gapo.config import GAPOConfig
 
-# The output head by name, for models that cannot be asked (JAX pytrees, NumPy dicts, plain modules).
-HEAD_NAME = re.compile(r"(^|[./\[\]'])(lm_head|embed_out|output_projection|unembed)($|[./\[\]'])")
+# The output head by name, for models that cannot be asked (NumPy dicts, plain modules, functions that do not tell).
+# Names of the second row are common inside of layers too ("attention.output"): they count where only a model's own
+# name stands before them.
+_HEADS = "lm_head|embed_out|output_projection|unembed|logits_dense|to_logits"
+_OUTERMOST_HEADS = "output|head|output_layer|final_proj|ff_out|logits"
+_MODELS = "params|module|_orig_mod|_fsdp_wrapped_module|base_model|model|language_model|text_model|transformer|decoder"
+_END, _BORDER = r"(?:$|[./\[\]'])", r"[./\[\]']"
+HEAD_NAME = re.compile(
+    rf"(?:^|{_BORDER})(?:{_HEADS}){_END}|^{_BORDER}*(?:(?:{_MODELS}){_BORDER}+)*(?:{_OUTERMOST_HEADS}){_END}"
+)
+NO_NUMBERS = "layers that share one array have no numbers; name what to perturb by a regular expression, perturb=..."
 _LAYER_INDEX = re.compile(r"(?<=[./\[_])(\d+)(?=[./\]]|$)")
 
 
@@ -57,5 +66,6 @@ def _last_layers(names: list[str], k: int) -> set[int]:
     if k > len(layers):
         raise ValueError(
             f"last_layers={k} was asked, but the trainable parameters lie in {len(layers)} numbered layers"
+            + ("" if layers else f" (such as {', '.join(names[:3])}): {NO_NUMBERS}")
         )
     return set(layers[-k:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -161,6 +162,35 @@ def test_leaves_that_are_no_floats_stay_out() -> None:
     assert grads["steps"].dtype == jax.dtypes.float0
     assert_close(grads["weights"], step()(params, batch)[1])
     assert np.isfinite(float(result.loss))
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Module:
+    """As Equinox has them: a pytree whose leaves are arrays and whatever else the fields hold."""
+
+    w: Any
+    more: Any
+
+
+@pytest.mark.parametrize(
+    ("leaf", "kind"), [(jax.nn.relu, "custom_jvp"), ("relu", "str"), (np.array(["a"]), "ndarray"), (object(), "object")]
+)
+def test_leaves_that_are_no_arrays_are_refused(leaf: Any, kind: str) -> None:
+    taken = step(fn=lambda p, batch: batch @ p.w)
+    message = rf"params must be a pytree of arrays; the leaf 'more' is of type {kind}\..* eqx.partition\("
+    with pytest.raises(TypeError, match=message):
+        taken(Module(jnp.ones(2), leaf), jnp.ones((3, 2)))
+
+
+def test_leaves_that_can_be_arrays() -> None:
+    """NumPy arrays and Python numbers are arrays; None is no leaf."""
+    params = {"w": np.ones(2, np.float32), "b": 0.5, "n": 3, "on": True, "none": None, "bare": np.float32(2)}
+    fn = lambda p, batch: batch @ p["w"] * p["bare"] + p["b"] * p["n"]  # noqa: E731
+    _, grads = step(fn=fn)(params, jnp.ones((3, 2)))
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    assert float(grads["b"]) / float(grads["w"][0]) == pytest.approx(3 / 2)
+    assert grads["n"].dtype == grads["on"].dtype == jax.dtypes.float0
 
 
 def test_gaussian_needs_a_key() -> None:

@@ -241,6 +241,18 @@ def test_batches_hold_every_row_once_an_epoch(n: int, size: int, epochs: int, sk
     assert [b["index"].tolist() for b in rest] == [b["index"].tolist() for b in whole[skip:]]
 
 
+def test_batches_have_few_lengths() -> None:
+    rows = [{name: [1] * n for name in data.collate.TOKENIZED} for n in range(3, 41)]
+
+    def lengths(**options: Any) -> set[int]:
+        return {b["chosen_input_ids"].shape[1] for b in data.batches(rows, 1, pad_token_id=0, **options)}
+
+    assert lengths() == {32, 40}  # never beyond the longest row, which the model must take in any case
+    assert lengths(pad_to_multiple_of=1) == set(range(3, 41))
+    assert lengths(pad_to_multiple_of=16) == {16, 32, 48}
+    assert [b["chosen_labels"].shape for b in data.batches(rows[:2], 2, pad_token_id=0)] == [(2, 4)]
+
+
 def test_generated_pairs_have_known_answers_and_disjoint_splits() -> None:
     train, test = (data.generate_pairs(500, split=split) for split in ("train", "test"))
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}

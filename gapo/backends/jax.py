@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ from jax import Array
 
 from gapo import geometry
 from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of
+from gapo.backends.jax_head import Reading, Readings, read, signature
 from gapo.config import GAPOConfig
-from gapo.selection import HEAD_NAME
+from gapo.selection import HEAD_NAME, NO_NUMBERS
 from gapo.step import StepResult
 
 jax.tree_util.register_dataclass(StepResult)  # so that it can leave a jitted function
@@ -23,25 +24,62 @@ class JaxForward:
     """The clean forward of `margin_fn` with its linearisation: one `jax.vjp`, pulled back twice.
 
     With `has_aux`, `margin_fn` returns (outputs, aux), and the clean forward's `aux` stands here afterwards.
+    `readings` keeps what was read of `margin_fn` from step to step. `trainable` tells of each leaf whether it trains;
+    None: all do that are floating point.
     """
 
     def __init__(
-        self, margin_fn: MarginFn, params: Any, batch: Any, axis_name: str | None = None, has_aux: bool = False
+        self,
+        margin_fn: MarginFn,
+        params: Any,
+        batch: Any,
+        axis_name: str | None = None,
+        has_aux: bool = False,
+        config: GAPOConfig | None = None,
+        readings: Readings | None = None,
+        trainable: Sequence[bool] | None = None,
     ) -> None:
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
         self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-        self._leaves = [jnp.asarray(leaf) for _, leaf in leaves]
-        floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in self._leaves]
+        self._leaves = [_array(name, leaf) for name, (_, leaf) in zip(self._names, leaves, strict=True)]
+        trainable = [True] * len(leaves) if trainable is None else trainable
         self.parameters: dict[str, Any] = {
             name: leaf
-            for name, leaf, is_floating in zip(self._names, self._leaves, floating, strict=True)
-            if is_floating
+            for name, leaf, trains in zip(self._names, self._leaves, trainable, strict=True)
+            if trains and jnp.issubdtype(leaf.dtype, jnp.floating)
         }
-        self.head = [name for name in self.parameters if HEAD_NAME.search(name)]
         self._margin_fn, self._batch, self._has_aux = margin_fn, batch, has_aux
+        self._readings = Readings() if readings is None else readings
         # Differentiated as varying, the gradient is this member's own; JAX sums that of an invariant parameter.
         self._varying = {name: _varying(leaf, axis_name) for name, leaf in self.parameters.items()}
         self.outputs, self._vjp, self.aux = jax.vjp(self._run, self._varying, has_aux=True)
+        if config is not None and config.last_layers is not None:
+            self._require_numbered_layers(config.last_layers)
+
+    @property
+    def head(self) -> Iterator[str]:
+        """Names of the output head's parameters; the function is read when the first one is asked for."""
+        named = {name for name in self.parameters if HEAD_NAME.search(name)}
+        found = named | (self._read().head or frozenset())
+        # Where nothing would be left it is no language model but a product alone: its names tell.
+        yield from (found if len(found) < len(self.parameters) else named)
+
+    def _require_numbered_layers(self, last_layers: int) -> None:
+        stacked = [name for name in self.parameters if name in self._read().stacked]
+        if stacked:
+            raise ValueError(
+                f"last_layers={last_layers} counts layers by the numbers in their names, but {', '.join(stacked[:3])} "
+                f"hold all layers of a scan: {NO_NUMBERS}"
+            )
+
+    def _read(self) -> Reading:
+        names, leaves = list(self._varying), list(self._varying.values())
+
+        def run(leaves: list[Array]) -> tuple[Array, ...]:
+            return self._run(dict(zip(names, leaves, strict=True)))[0]
+
+        key = signature((self._tree, self._leaves, self._batch))
+        return self._readings.of(self._margin_fn, key, lambda: read(run, names, leaves))
 
     def _run(self, parameters: dict[str, Array]) -> tuple[tuple[Array, ...], Any]:
         leaves = [parameters.get(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)]
@@ -68,11 +106,14 @@ class JaxForward:
         return margins_of(along)
 
     def pack(self, grads: dict[str, Array]) -> Any:
-        """`grads` as a tree like the parameters; a leaf that is no floating array gets what `jax.grad` gives it."""
-        none = jax.dtypes.float0
+        """`grads` as a tree like the parameters; 0 for a frozen leaf, and for no floating one what `jax.grad` gives."""
+
+        def none(leaf: Array) -> Any:
+            floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+            return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
+
         leaves = [
-            grads[name] if name in grads else np.zeros(leaf.shape, none)
-            for name, leaf in zip(self._names, self._leaves, strict=True)
+            grads[name] if name in grads else none(leaf) for name, leaf in zip(self._names, self._leaves, strict=True)
         ]
         return jax.tree_util.tree_unflatten(self._tree, leaves)
 
@@ -88,9 +129,10 @@ class JaxBackend:
 
     def __init__(self, axis_name: str | None = None) -> None:
         self._axis_name = axis_name
+        self._readings = Readings()
 
     def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> JaxForward:
-        return JaxForward(margin_fn, params, batch, self._axis_name)
+        return JaxForward(margin_fn, params, batch, self._axis_name, config=config, readings=self._readings)
 
     def norm(self, x: Array) -> Array:
         return geometry.norm(x, jnp)
@@ -118,6 +160,18 @@ class JaxBackend:
 
     def pack(self, forward: JaxForward, grads: dict[str, Array]) -> Any:
         return forward.pack(grads)
+
+
+def _array(name: str, leaf: Any) -> Array:
+    """A leaf of the parameters as an array. Raises TypeError naming one that is none."""
+    number = isinstance(leaf, (np.ndarray, np.generic, float, int)) and np.asarray(leaf).dtype.kind not in "OSUMm"
+    if number or isinstance(leaf, jax.Array):
+        return jnp.asarray(leaf)
+    raise TypeError(
+        f"params must be a pytree of arrays; the leaf {name!r} is of type {type(leaf).__name__}. Hand over the arrays "
+        "alone, and let margin_fn put the rest back: of an Equinox module, params, static = eqx.partition(model, "
+        "eqx.is_inexact_array), and eqx.combine(params, static) in margin_fn"
+    )
 
 
 def _varying(x: Array, axis_name: str | None) -> Array:

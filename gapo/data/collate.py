@@ -15,6 +15,7 @@ from gapo.data.tokenize import IGNORE_INDEX
 PARTS = ("input_ids", "attention_mask", "labels")
 # TRL's names for reference log-probabilities: sums over the response's tokens, nats.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_PAD_TO = 32
 TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
 
@@ -142,7 +143,8 @@ def batches(
     """Collated batches, shuffled anew each epoch: the same ones for the same seed, whatever the backend.
 
     Each batch also holds "index" (N,), the rows it was made of. The first `skip` batches are passed over, to resume;
-    `epochs` None goes on for ever.
+    `epochs` None goes on for ever. `pad_to_multiple_of` None rounds seq up to 32, though never beyond the longest row
+    of all: JAX, MLX and `torch.compile` compile anew for each length. 1 pads to the longest row of each batch alone.
 
     Raises:
         ValueError: `batch_size` is not positive, or greater than the data with `drop_last`; a row is
@@ -150,6 +152,7 @@ def batches(
     """
     if batch_size < 1 or (drop_last and batch_size > len(tokenized)):
         raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
+    longest = max((len(row.get(name, ())) for row in tokenized for name in TOKENIZED), default=0)
     made = 0
     for epoch in count() if epochs is None else range(epochs):
         order = stream(seed, "batches", epoch).permutation(len(tokenized))
@@ -159,10 +162,13 @@ def batches(
                 break
             made += 1
             if made > skip:
+                rows = [tokenized[i] for i in index]
                 padded = collate_pairs(
-                    [tokenized[i] for i in index],
+                    rows,
                     pad_token_id=pad_token_id,
-                    pad_to_multiple_of=pad_to_multiple_of,
+                    pad_to_multiple_of=pad_to_multiple_of or _PAD_TO,
                     numbers=index.tolist(),
                 )
+                if pad_to_multiple_of is None:  # a model may have no more positions
+                    padded = {n: x[:, :longest] if x.ndim == 2 else x for n, x in padded.items()}
                 yield {**padded, "index": index}

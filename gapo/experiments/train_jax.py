@@ -37,14 +37,14 @@ class JaxTrainee:
         self._state = TrainState.create(apply_fn=forward, params=params, tx=tx)
         self._step = make_train_step(forward, step, objective=config.loss, objective_settings=config.loss_settings)
         self._logps = jax.jit(lambda p, batch: pair_logps(lambda ids, mask: forward(p, ids, mask), batch))
-        self._key = jax.random.key(config.seed)
+        self._key, self._draws = jax.random.key(config.seed), step.direction == "gaussian"  # Llama has no dropout
 
     def train_step(
         self, batch: Mapping[str, np.ndarray], learning_rate: float
     ) -> tuple[Mapping[str, Any], StepResult | None]:
         opt_state = optax.tree.set(self._state.opt_state, learning_rate=np.float32(learning_rate))
         state = self._state.replace(opt_state=opt_state)
-        key = jax.random.fold_in(self._key, int(state.step))
+        key = jax.random.fold_in(self._key, int(state.step)) if self._draws else None
         self._state, metrics, result = self._step(state, batch, rng=key)
         return metrics, result
 
