@@ -25,7 +25,7 @@ import gapo
         ({"adaptive": "yes"}, r"adaptive must be True or False, got 'yes'"),
         ({"probe": "kl"}, r"probe must be 'loss' or 'margin', got 'kl'"),
         ({"direction": "up"}, r"direction must be 'pessimistic' or 'gaussian', got 'up'"),
-        ({"anchor": "both"}, r"anchor must be 'exact' or 'first_order', got 'both'"),
+        ({"anchor": "both"}, r"anchor must be 'auto' or 'exact' or 'first_order', got 'both'"),
         ({"loss_type": "ipo"}, r"loss_type must be one of 'sigmoid', 'hinge', got 'ipo'"),
         ({"last_layers": 0}, r"last_layers must be a whole number >= 1, or None, got 0"),
         ({"last_layers": True}, r"last_layers must be a whole number >= 1, or None, got True"),

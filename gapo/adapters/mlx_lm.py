@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
     raise missing("gapo.adapters.mlx_lm", "mlx-lm", error) from error
 
 from gapo.backends.mlx import MlxBackend, MlxForward
-from gapo.config import GAPOConfig
+from gapo.config import GAPOConfig, step_settings
 from gapo.data import batches, read_pairs, tokenize_pair
 from gapo.data.collate import REFERENCE, TOKENIZED
 from gapo.data.reference import require_reference
@@ -67,7 +67,7 @@ def make_loss(
 
     Source: method document, "The step".
     """
-    config = GAPOConfig() if config is None else config
+    config = step_settings(config, objective, objective_settings)
     backend = MlxBackend()
     other, settings = without_anchor(objective, config, objective_settings)
 

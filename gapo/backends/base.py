@@ -29,6 +29,13 @@ class Forward(Protocol):
     def head(self) -> Iterable[str]:
         """Names among `parameters` that belong to the output head."""
 
+    def half_compute(self) -> bool:
+        """Whether the clean forward computed with less than float32's precision: in 16 bits, or by TF32 products.
+
+        Asked before the first pullback, where a perturbation added to the weights would be rounded. Weights themselves
+        are not asked about here. False also where it cannot be seen.
+        """
+
     def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
         """Gradients of `sum_j <cotangents[j], outputs[j]>` by the named parameters; 0 for one that was not used.
 
@@ -71,6 +78,12 @@ class Backend(Protocol):
 
     def normal(self, names: Iterable[str], parameters: dict[str, Array], rng: Any) -> dict[str, Array]:
         """A standard normal draw for each named parameter, float32 or wider, equal on all ranks."""
+
+    def call_back(self, condition: Array, tell: Callable[..., None], *values: Array) -> bool:
+        """Within a compiled step, call `tell(*values)` on the host if `condition` holds once the step has run.
+
+        False where the framework's compiled programs cannot call the host. Not called outside of them.
+        """
 
     def pack(self, forward: Any, grads: dict[str, Array]) -> Any:
         """Gradients by name in the form the framework's optimisers take; `forward` is the one they came from."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,12 @@ class MlxForward:
                     self._module.update(tree_unflatten(original))
             finally:  # a Ctrl-C may fall into the line above
                 self._module.update(tree_unflatten(original))
+
+    def half_compute(self) -> bool:
+        # MLX's lazy graph does not tell dtypes. 16-bit arrays come from the module's own: its weights, frozen or not,
+        # and the scales of quantised layers. A cast within `margin_fn` stays unseen.
+        arrays = [x for _, x in tree_flatten(self._module.parameters())]
+        return any(x.dtype in (mx.bfloat16, mx.float16) for x in (*arrays, *self.outputs))
 
     @contextmanager
     def _replayed(self) -> Iterator[None]:
@@ -118,6 +124,9 @@ class MlxBackend:
             return key
         mine = key if self._group.rank() == 0 else mx.zeros_like(key)
         return mx.distributed.all_sum(mine, group=self._group)
+
+    def call_back(self, condition: mx.array, tell: Callable[..., None], *values: mx.array) -> bool:
+        return False
 
     def pack(self, forward: MlxForward, grads: dict[str, mx.array]) -> Any:
         return tree_unflatten(list(grads.items()))

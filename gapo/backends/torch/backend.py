@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -81,6 +81,9 @@ class TorchBackend:
             draw = torch.randn(p.shape, generator=rng, dtype=dtype, device=rng.device).to(p.device)
             draws[name] = like_shard(draw, p) if is_shard(p) else draw
         return draws
+
+    def call_back(self, condition: Tensor, tell: Callable[..., None], *values: Tensor) -> bool:
+        return False
 
     def pack(self, forward: Any, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         return grads

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of
 from gapo.backends.torch.cut import cut_below
+from gapo.backends.torch.half import rounds
 from gapo.backends.torch.head import head_parameters
 from gapo.backends.torch.random_state import RandomState
 from gapo.config import GAPOConfig
@@ -26,7 +27,7 @@ class TorchForward:
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.head = head_parameters(module, self.parameters)
         self._random_state = RandomState(module)
-        moved = select(self.parameters, self.head, config) if config.anchor == "exact" else ()
+        moved = () if config.anchor == "first_order" else select(self.parameters, self.head, config)
         self._cut = cut_below(module, moved) if moved else None
         with torch.enable_grad(), self._cut.kept() if self._cut else nullcontext():
             self.outputs = self._run()
@@ -39,6 +40,9 @@ class TorchForward:
     def _run(self) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = outputs_of(self._margin_fn(self._module, self._batch))
         return outputs
+
+    def half_compute(self) -> bool:
+        return rounds(self.outputs)
 
     def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         wanted = list(self.parameters if names is None else names)
