@@ -11,7 +11,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from gapo._namespace import Array, is_half
 from gapo.backends.base import Backend, Forward
@@ -30,28 +30,47 @@ _NOISE = 32
 _said: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
-def choose_anchor(forward: Forward, names: Iterable[str], config: GAPOConfig, backend: Backend) -> str:
-    """The anchor that `config` names, "exact" or "first_order"; for "auto" the one that is right on this forward."""
+class Choice(NamedTuple):
+    """The anchor of one step, and what was seen of 16 bits.
+
+    Attributes:
+        anchor: "exact" or "first_order".
+        weights: whether weights that are moved have 16 bits.
+        compute: whether the forward computed in 16 bits; False also where nobody looked.
+    """
+
+    anchor: str
+    weights: bool
+    compute: bool
+
+
+def choose_anchor(forward: Forward, names: Iterable[str], config: GAPOConfig, backend: Backend) -> Choice:
+    """The anchor that `config` names; for "auto" the one that is right on this forward, which is logged once."""
+    weights = any(is_half(forward.parameters[name].dtype, backend.xp) for name in names)
     if config.anchor != "auto":
-        return config.anchor
-    if any(is_half(forward.parameters[name].dtype, backend.xp) for name in names):
-        anchor, why = "first_order", "weights that are moved have 16 bits"
-    elif forward.half_compute():
-        anchor, why = "first_order", "the forward computes with less than float32's precision"
-    else:
-        anchor, why = "exact", "no 16-bit weights and no 16-bit compute were seen"
+        # To warn of, one step of a backend is looked at, since the look costs a little.
+        look = config.anchor == "exact" and not weights and config.rho > 0 and "looked" not in _said.get(backend, ())
+        return Choice(config.anchor, weights, look and forward.half_compute())
+    compute = not weights and forward.half_compute()
+    anchor = "first_order" if weights or compute else "exact"
+    why = (
+        "weights that move have 16 bits"
+        if weights
+        else "the forward computes with less than float32's precision"
+        if compute
+        else "no weights and no compute of 16 bits were seen"
+    )
     if _first_time(backend, anchor):
         logger.info('anchor="auto" takes anchor="%s": %s', anchor, why)
-    return anchor
+    return Choice(anchor, weights, compute)
 
 
 def check_gaps(
     forward: Forward,
-    names: Iterable[str],
+    choice: Choice,
     config: GAPOConfig,
     backend: Backend,
     *,
-    anchor: str,
     scaled_norm: Array,
     radius: Array,
     changed: Array,
@@ -60,62 +79,75 @@ def check_gaps(
 ) -> None:
     """Warn, once for each cause, where the gaps of this step do not fit its gradient.
 
-    Under a compiler the backend's `call_back` warns when the step has run. Where it cannot, 16-bit weights are warned
-    of while the step is traced.
+    Under a compiler the backend's `call_back` warns when the step has run. Where it cannot, and for what is known
+    before, the warning comes while the step is traced.
 
     Args:
-        forward, names, config, backend: of the step; `names` are the parameters that were moved.
-        anchor: what `choose_anchor` said.
+        forward, config, backend: of the step.
+        choice: what `choose_anchor` said.
         scaled_norm: scalar, ||T g||.
         radius, changed, ratio: as in `StepResult`.
         concrete: whether their values can be read now.
     """
     if config.rho == 0:
         return
-    half = any(is_half(forward.parameters[name].dtype, backend.xp) for name in names)
     told = scaled_norm > _NOISE * (2.0**-52 if scaled_norm.dtype == backend.xp.float64 else 2.0**-23)
-    if anchor == "first_order":
+    if choice.anchor == "first_order":
         if ratio is not None and concrete and bool(told):
-            _check_first_order(float(ratio), lambda: half or forward.half_compute(), backend)
+            _check_first_order(
+                float(ratio), lambda: choice.weights or choice.compute or forward.half_compute(), backend
+            )
         return
     ratio = scaled_norm * 0 + 1 if ratio is None else ratio  # direction="gaussian" predicts no drop
 
     def lost(radius: Any, ratio: Any) -> Any:
         far = (ratio < LEAST) | (ratio > MOST)
-        return far | (abs(radius / config.rho - 1) > 0.1) if half else far
+        return far | (abs(radius / config.rho - 1) > 0.1) if choice.weights else far
 
     def tell(radius: Any, changed: Any, ratio: Any) -> None:
         # Asked again: under jax.vmap a branch runs either way.
-        if lost(float(radius), float(ratio)) and _first_time(backend, "lost"):
-            text = rounded_away(config.rho, radius, changed, ratio) if half else far_from_linear(config, float(ratio))
+        if (choice.compute or lost(float(radius), float(ratio))) and _first_time(backend, "lost"):
+            text = _text(config, choice, float(radius), float(changed), float(ratio))
             warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     if concrete:
-        if bool(told & lost(radius, ratio)):
-            tell(radius, changed, ratio)
+        if bool(told):  # a fresh LoRA's first step has no gradient, and shows nothing
+            _first_time(backend, "looked")
+            if choice.compute or bool(lost(radius, ratio)):
+                tell(radius, changed, ratio)
         return
     can = backend.call_back(told & lost(radius, ratio), tell, radius, changed, ratio)
-    if half and not can and _first_time(backend, "lost"):
+    if (choice.compute or (choice.weights and not can)) and _first_time(backend, "lost"):
+        what = "a forward in 16 bits rounds" if choice.compute else "16-bit weights round"
         warnings.warn(
-            "16-bit weights round the perturbation of an exact anchor away, and this compiled step cannot measure how "
-            f"much: look at first_order_ratio, far from 1 where it is lost; {_WAY_OUT}",
+            f"{what} the perturbation of an exact anchor, and this compiled step cannot measure how much: look at "
+            f"first_order_ratio, far from 1 where it is lost; {_WAY_OUT}",
             RuntimeWarning,
             stacklevel=4,
         )
 
 
-def rounded_away(rho: float, radius: Any, changed: Any, ratio: Any) -> str:
-    """What is said where 16-bit weights lost a good part of the perturbation."""
-    return (
-        f"16-bit weights round the perturbation away: its applied radius is {float(radius):.3g} for rho={rho}, "
-        f"{float(changed):.2%} of the weights changed, and first_order_ratio is {float(ratio):.3g}; {_WAY_OUT}"
-    )
+def _text(config: GAPOConfig, choice: Choice, radius: float, changed: float, ratio: float) -> str:
+    """What is said of an exact anchor whose gaps are not to be trusted, by cause."""
+    if choice.weights:
+        return (
+            f"16-bit weights round the perturbation away: its applied radius is {radius:.3g} for rho={config.rho}, "
+            f"{changed:.2%} of the weights changed, and first_order_ratio is {ratio:.3g}; {_WAY_OUT}"
+        )
+    if choice.compute:
+        return (
+            "the forward computes in 16 bits (autocast, a cast, TF32), which round theta + delta at each use of it, so "
+            f"that the gaps of an exact anchor are off, each in its own way (first_order_ratio is {ratio:.3g}); "
+            f"{_WAY_OUT}"
+        )
+    return far_from_linear(ratio, config)
 
 
-def far_from_linear(config: GAPOConfig, ratio: float) -> str:
-    """What is said where the measured drop of an exact anchor is far from the predicted one."""
-    seen = f"first_order_ratio is {ratio:.3g}: so many times the drop that the gradient predicts for rho={config.rho}. "
-    if config.anchor == "auto":
+def far_from_linear(ratio: float, config: GAPOConfig | None = None) -> str:
+    """What is said where a measured drop is far from the predicted one, with `config` where it is known."""
+    radius = "" if config is None else f" for rho={config.rho}"
+    seen = f"first_order_ratio is {ratio:.3g}: so many times the drop that the gradient predicts{radius}. "
+    if config is not None and config.anchor == "auto":
         return (
             f"{seen}No 16-bit compute was seen, so rho may be too large for the drop to be linear (lower it where that "
             "is not meant); or something rounds unseen, such as a cast within margin_fn, and then "
@@ -152,4 +184,4 @@ def _first_time(backend: Backend, what: str) -> bool:
     return True
 
 
-_WAY_OUT = 'use anchor="first_order", which rounds nothing, or "auto"; or keep the weights in float32'
+_WAY_OUT = 'use anchor="first_order", which rounds nothing, or "auto"; or keep weights and compute in float32'

@@ -117,7 +117,7 @@ def run(
     # 2. The probe gradient, up to a positive factor: only its direction matters.
     pull, factor = probe_pull(margins, gamma, config, backend)
     names = select(forward.parameters, forward.head, config)
-    anchor = rounding.choose_anchor(forward, names, config, backend)
+    choice = rounding.choose_anchor(forward, names, config, backend)
     g = forward.pullback(on_outputs(-pull, forward.outputs, xp), names)
     g = {name: backend.all_reduce(g[name], "mean") for name in names}
     grad_norm = factor * _tree_norm([backend.norm(at_least_float32(x, xp)) for x in g.values() if _numel(x)], xp)
@@ -127,7 +127,7 @@ def run(
     perturbation = _Perturbation(forward, direction, config, backend)
 
     # 4. The margins at the anchor.
-    if anchor == "first_order":
+    if choice.anchor == "first_order":
         gaps = -perturbation.along(forward, names)
         anchor_margins = margins - gaps
         radius = perturbation.ideal_radius()
@@ -152,15 +152,14 @@ def run(
         _require_finite(margins, grad_norm, g, forward.parameters, xp)
         hint = f"rho={config.rho} moves the weights too far"
         _require_finite_margins(anchor_margins, "the anchor forward", hint, forward.parameters, xp, over_ranks=drop)
-        if anchor == "exact":
+        if choice.anchor == "exact":
             perturbation.require_moved(changed, names)
     ratio = perturbation.first_order_ratio(drop)
     rounding.check_gaps(
         forward,
-        names,
+        choice,
         config,
         backend,
-        anchor=anchor,
         scaled_norm=perturbation.scaled_norm,
         radius=radius,
         changed=changed,

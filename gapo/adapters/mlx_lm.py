@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from gapo.data.reference import require_reference
 from gapo.logps import response_lengths
 from gapo.metrics import pair_metrics, step_metrics
 from gapo.objectives import LogProbs, without_anchor
+from gapo.rounding import LEAST, MOST, far_from_linear
 from gapo.step import StepResult, run
 
 # Metrics stand in the module, whose state mlx-lm's compiled step hands out; "_" keeps them from the parameters.
@@ -197,12 +199,16 @@ class MetricsCallback(TrainingCallback):
     """
 
     def __init__(self, model: nn.Module, then: TrainingCallback | None = None) -> None:
-        self._model, self._then = model, then
+        self._model, self._then, self._told = model, then, False
         self.train: list[dict[str, Any]] = []
         self.valid: list[dict[str, Any]] = []
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         train_info.update(last_metrics(self._model))
+        ratio = train_info.get("gapo/first_order_ratio", 1.0)
+        if not self._told and not LEAST <= ratio <= MOST:
+            self._told = True  # mx.compile's step cannot say it itself
+            warnings.warn(far_from_linear(ratio), RuntimeWarning, stacklevel=2)
         self.train.append(train_info)
         if self._then is not None:
             self._then.on_train_loss_report(train_info)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from gapo._namespace import Array, Namespace
@@ -87,6 +87,20 @@ class Backend(Protocol):
 
     def pack(self, forward: Any, grads: dict[str, Array]) -> Any:
         """Gradients by name in the form the framework's optimisers take; `forward` is the one they came from."""
+
+
+def require_real(kinds: Mapping[str, bool]) -> None:
+    """Raise ValueError naming the trainable parameters that are complex: whether each is, by name.
+
+    Their gradients are conjugated or not by framework, and neither |theta| nor the pairs' gaps are defined for them.
+    """
+    found = [name for name, is_complex in kinds.items() if is_complex]
+    if found:
+        raise ValueError(
+            f"trainable parameters must be real, and {', '.join(map(repr, found[:3]))}{' ...' if found[3:] else ''} "
+            f"{'are' if found[1:] else 'is'} complex: freeze what does not train (in JAX keep it out of params), or "
+            "train real and imaginary parts as two real parameters"
+        )
 
 
 def by_pairs(margin_fn: MarginFn) -> MarginFn:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from gapo import geometry
-from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of, require_real
 from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
 from gapo.step import StepResult
@@ -31,6 +31,7 @@ class JaxForward:
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
         self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
         self._leaves = [jnp.asarray(leaf) for _, leaf in leaves]
+        require_real({n: jnp.iscomplexobj(leaf) for n, leaf in zip(self._names, self._leaves, strict=True)})
         floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in self._leaves]
         self.parameters: dict[str, Any] = {
             name: leaf

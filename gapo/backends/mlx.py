@@ -11,7 +11,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from gapo import geometry
-from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of, require_real
 from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
 
@@ -28,6 +28,7 @@ class MlxForward:
             raise TypeError(f'params must be an mlx.nn.Module for backend="mlx", got {type(module).__name__}')
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
         flat = tree_flatten(module.trainable_parameters())
+        require_real({name: mx.issubdtype(x.dtype, mx.complexfloating) for name, x in flat})
         self.parameters: dict[str, Any] = {name: x for name, x in flat if mx.issubdtype(x.dtype, mx.floating)}
         self.head = [name for name in self.parameters if HEAD_NAME.search(name)]
         self._random_state = mx.array(_random_state())

@@ -41,7 +41,8 @@ class TorchBackend:
             )
         if fsdp_units(params):
             return ShardedForward(margin_fn, params, batch, config)
-        # The SFT term weighs the rows of a pair differently, and float16's gradient scaler must see the backward.
+        # The SFT term weighs the rows of a pair differently, and float16's gradient scaler must see the backward. Where
+        # autocast is within the model's forward, as accelerate puts it, whoever made it says one_pass=False.
         float16 = any(
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
             for kind in ("cuda", "cpu")

@@ -10,7 +10,7 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor, nn
 
-from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of, require_real
 from gapo.backends.torch.cut import cut_below
 from gapo.backends.torch.half import rounds
 from gapo.backends.torch.head import head_parameters
@@ -25,6 +25,7 @@ class TorchForward:
     def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        require_real({name: p.is_complex() for name, p in self.parameters.items()})
         self.head = head_parameters(module, self.parameters)
         self._random_state = RandomState(module)
         moved = () if config.anchor == "first_order" else select(self.parameters, self.head, config)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gapo.backends.base import MarginFn, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, outputs_of
 from gapo.backends.torch.sharded import ShardedForward
 from gapo.config import GAPOConfig
 
@@ -33,7 +33,7 @@ class Zero3Forward(ShardedForward):
         if config.anchor == "first_order":
             raise ValueError(
                 'anchor="first_order" is not supported under DeepSpeed ZeRO-3: use FSDP2, or anchor="exact" with '
-                'weights in float32, from which DeepSpeed\'s "torch_autocast" computes in bfloat16'
+                "weights and compute in float32"
             )
         self._engine = engine
         self._gathered = dict(engine.module.named_parameters())
@@ -53,6 +53,12 @@ class Zero3Forward(ShardedForward):
             )
         self._reshard()
         return {name: grads[name] if name in grads else torch.zeros_like(self.parameters[name]) for name in wanted}
+
+    def directional(self, delta: LeafRule, names: Iterable[str]) -> Tensor:
+        raise ValueError(
+            "weights or compute have 16 bits, where only a first-order anchor is right, and DeepSpeed ZeRO-3 does not "
+            'support it: use FSDP2, or compute in float32; anchor="exact" goes on with gaps that are rounded'
+        )
 
     def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
         with torch.enable_grad(), self._random_state.replayed():
