@@ -129,7 +129,7 @@ def test_torch_sees_through_custom_functions_compilers_and_checkpoints() -> None
     torch = require("torch")
     from torch.utils.checkpoint import checkpoint
 
-    from gapo.backends.torch.half import rounds
+    from gapo.backends.torch.half import quantises, rounds
 
     class Half(torch.autograd.Function):
         @staticmethod
@@ -151,6 +151,10 @@ def test_torch_sees_through_custom_functions_compilers_and_checkpoints() -> None
     with torch.no_grad():
         frozen = x.bfloat16().float()
     assert not rounds([(frozen @ x).sum(-1)])  # 16 bits below what is trained move nothing
+    eight_bits = torch.nn.Module()
+    eight_bits.weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8, device="meta"), requires_grad=False)
+    assert quantises(eight_bits)
+    assert not quantises(torch.nn.Linear(2, 2))
 
 
 def test_an_exact_anchor_under_autocast_says_so_once(torch_case: Any) -> None:

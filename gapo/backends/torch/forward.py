@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of, require_real
 from gapo.backends.torch.cut import cut_below
-from gapo.backends.torch.half import rounds
+from gapo.backends.torch.half import quantises, rounds
 from gapo.backends.torch.head import head_parameters
 from gapo.backends.torch.random_state import RandomState
 from gapo.config import GAPOConfig
@@ -43,7 +43,7 @@ class TorchForward:
         return outputs
 
     def half_compute(self) -> bool:
-        return rounds(self.outputs)
+        return rounds(self.outputs) or quantises(self._module)
 
     def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         wanted = list(self.parameters if names is None else names)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # What may multiply float32 matrices faster and coarser, by device.
 _backends: Any = torch.backends
@@ -41,6 +41,11 @@ def rounds(outputs: Iterable[Tensor]) -> bool:
                 seen.add(parent)
                 stack.append(parent)
     return False
+
+
+def quantises(module: nn.Module) -> bool:
+    """Whether layers of LLM.int8 round their inputs to 8 bits, as bitsandbytes does on accelerators."""
+    return any(p.dtype == torch.int8 and p.device.type != "cpu" for p in module.parameters())
 
 
 def _saves_half(node: Any) -> bool:

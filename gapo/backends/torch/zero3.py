@@ -33,7 +33,7 @@ class Zero3Forward(ShardedForward):
         if config.anchor == "first_order":
             raise ValueError(
                 'anchor="first_order" is not supported under DeepSpeed ZeRO-3: use FSDP2, or anchor="exact" with '
-                "weights and compute in float32"
+                'weights in float32, from which DeepSpeed\'s "torch_autocast" computes in bfloat16'
             )
         self._engine = engine
         self._gathered = dict(engine.module.named_parameters())
@@ -56,8 +56,9 @@ class Zero3Forward(ShardedForward):
 
     def directional(self, delta: LeafRule, names: Iterable[str]) -> Tensor:
         raise ValueError(
-            "weights or compute have 16 bits, where only a first-order anchor is right, and DeepSpeed ZeRO-3 does not "
-            'support it: use FSDP2, or compute in float32; anchor="exact" goes on with gaps that are rounded'
+            "weights or compute have 16 bits, where only a first-order anchor is right, which ZeRO-3 does not "
+            'support: use FSDP2, or weights in float32, from which DeepSpeed\'s "torch_autocast" computes in bfloat16; '
+            'anchor="exact" goes on, with gaps that are rounded'
         )
 
     def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
