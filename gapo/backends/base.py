@@ -32,8 +32,8 @@ class Forward(Protocol):
     def half_compute(self) -> bool:
         """Whether the clean forward computed with less than float32's precision: in 16 bits, or by TF32 products.
 
-        Asked before the first pullback, where a perturbation added to the weights would be rounded. Weights themselves
-        are not asked about here. False also where it cannot be seen.
+        There a perturbation that is added to the weights is rounded, whatever their own dtype, which is not asked about
+        here. False also where it cannot be seen. Asked before the update's pullback.
         """
 
     def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
