@@ -293,6 +293,38 @@ def test_jax_sees_16_bits_in_inner_programs() -> None:
             assert forward.half_compute() is rounds
 
 
+def test_flax_modules_that_compute_in_bfloat16(caplog: Any) -> None:
+    """Parameters in float32, as Flax keeps them whatever `dtype` says."""
+    jax = require("jax")
+    jnp, nnx = jax.numpy, pytest.importorskip("flax.nnx")
+    import optax
+
+    from gapo.adapters.flax import make_train_step
+
+    class Model(nnx.Module):  # type: ignore[misc, name-defined]
+        def __init__(self, dtype: Any) -> None:
+            rngs = nnx.Rngs(0)
+            self.embed = nnx.Embed(7, 16, dtype=dtype, rngs=rngs)
+            self.up = nnx.Linear(16, 16, dtype=dtype, rngs=rngs)
+            self.head = nnx.Linear(16, 7, dtype=dtype, rngs=rngs)
+            on_grid = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), nnx.state(self, nnx.Param))
+            nnx.update(self, on_grid)
+
+        def __call__(self, ids: Any) -> Any:
+            return self.head(jnp.tanh(self.up(self.embed(ids))))
+
+    batch = models.make_batch(pairs=4, seed=3)
+    batch |= {f"{side}_attention_mask": np.ones_like(batch[f"{side}_input_ids"]) for side in ("chosen", "rejected")}
+    gaps = {}
+    for dtype, anchor in ((jnp.bfloat16, "first_order"), (jnp.float32, "exact")):
+        model = Model(dtype)
+        train_step = make_train_step(config=gapo.GAPOConfig(rho=RHO))
+        with chosen(caplog, anchor):
+            _, result = train_step(model, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param), batch)
+        gaps[anchor] = np.array(result.anchor_gaps)
+    np.testing.assert_allclose(gaps["first_order"], gaps["exact"], atol=0.05 * np.abs(gaps["exact"]).max())
+
+
 def test_jax_warns_within_shard_map() -> None:
     jax = require("jax")
     from functools import partial
