@@ -142,7 +142,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=2, help="layers of the model")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs in a step")
     parser.add_argument("--rho", type=float, default=0.1)
-    parser.add_argument("--anchor", choices=["exact", "first_order"], default="exact")
+    parser.add_argument("--anchor", choices=["auto", "exact", "first_order"], default="auto")
     parser.add_argument(
         "--objective", default="gapo", help="gapo, simpo or another of gapo.objectives without reference"
     )

@@ -61,8 +61,8 @@ def gapo_step(**options: Any) -> Step:
 WAYS: dict[str, Step] = {
     "simpo": simpo,
     "three-forward": three_forward,
-    "gapo exact": gapo_step(),
-    "last layers": gapo_step(last_layers=2),
+    "gapo exact": gapo_step(anchor="exact"),
+    "last layers": gapo_step(anchor="exact", last_layers=2),
     "gapo first_order": gapo_step(anchor="first_order"),
 }
 

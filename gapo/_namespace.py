@@ -38,7 +38,7 @@ def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
     Raises TypeError if one is not an array, if they are of different libraries, or of another than `backend` states,
     and ValueError if `backend` is not a known name.
     """
-    if backend is not None and backend not in _ARRAYS:
+    if backend is not None and not (isinstance(backend, str) and backend in _ARRAYS):
         raise ValueError(f"backend must be one of {', '.join(map(repr, _ARRAYS))} or None, got {backend!r}")
     found = {name: library(x) for name, x in arrays.items()}
     for name, kind in found.items():

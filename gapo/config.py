@@ -11,7 +11,7 @@ from gapo.objective import check_objective, require_number
 _CHOICES = {
     "probe": ("loss", "margin"),
     "direction": ("pessimistic", "gaussian"),
-    "anchor": ("exact", "first_order"),
+    "anchor": ("auto", "exact", "first_order"),
 }
 
 
@@ -27,7 +27,9 @@ class GAPOConfig:
             `rho * g / ||g||`.
         probe: "loss" takes g from the SimPO loss (the authors' code); "margin" from the mean margin (paper v3).
         direction: "pessimistic" moves along g; "gaussian" along a standard normal draw, the paper's control.
-        anchor: "exact" runs a forward at theta + delta; "first_order" takes `-<grad M_i, delta>`, free of rounding.
+        anchor: "exact" runs a forward at theta + delta; "first_order" takes `-<grad M_i, delta>`, free of rounding;
+            "auto" takes first order where the weights that move, or the forward's compute, have 16 bits (or TF32), and
+            exact elsewhere. Which one it took is logged once.
         perturb: which parameters move: "backbone" (all but the output head), "all", or a regular expression that is
             searched in parameter names.
         last_layers: move the parameters of the last k layers only, those among them that `perturb` selects.
@@ -46,7 +48,7 @@ class GAPOConfig:
     adaptive: bool = True
     probe: str = "loss"
     direction: str = "pessimistic"
-    anchor: str = "exact"
+    anchor: str = "auto"
     perturb: str = "backbone"
     last_layers: int | None = None
     loss_type: str = "sigmoid"
@@ -62,7 +64,7 @@ class GAPOConfig:
             raise ValueError(f"adaptive must be True or False, got {self.adaptive!r}")
         for name, choices in _CHOICES.items():
             value: Any = getattr(self, name)
-            if value not in choices:
+            if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
         if self.last_layers is not None and (
             isinstance(self.last_layers, bool) or not isinstance(self.last_layers, int) or self.last_layers < 1
@@ -76,3 +78,40 @@ class GAPOConfig:
             raise ValueError(
                 f"perturb must be 'backbone', 'all' or a regular expression, got {self.perturb!r}: {error}"
             ) from None
+
+
+def step_settings(config: Any, objective: str = "gapo", objective_settings: Any = None) -> GAPOConfig:
+    """The settings of the step in what a caller handed over as `config`: one place for all that take one.
+
+    Args:
+        config: a `GAPOConfig`; None for the defaults; or an adapter's configuration, by its `step_config()`.
+        objective, objective_settings: what the caller was given beside it. An adapter's configuration that has others
+            is refused, since they would be ignored.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: it names another objective, or has other settings for it.
+    """
+    if config is None:
+        return GAPOConfig()
+    if isinstance(config, GAPOConfig):
+        return config
+    if isinstance(config, type) or not callable(getattr(config, "step_config", None)):
+        raise TypeError(f"config must be a gapo.GAPOConfig, got {named(config)}")
+    for name, given in (("objective", objective), ("objective_settings", objective_settings)):
+        own = getattr(config, name, given)
+        if own is not None and own != given:
+            raise ValueError(
+                f"config has {name}={own!r}, but only the settings of the step are taken from it, and {name} here is "
+                f"{given!r}: give it beside config where that is accepted, or set it to {given!r} in config"
+            )
+    settings: GAPOConfig = config.step_config()
+    return settings
+
+
+def named(x: object) -> str:
+    """What `x` is, for a message: its type, with the module where that is not Python's own."""
+    if isinstance(x, type):
+        return f"the class {x.__module__}.{x.__qualname__} itself"
+    kind = type(x)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -6,7 +6,7 @@ derivative), unreduced; the public functions check, find the namespace and reduc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from gapo._namespace import Array, Namespace, at_least_float32, namespace, require_floating, stop_gradient
@@ -209,8 +209,7 @@ def loss(
     """
     gap = anchor_gap(chosen_logps, rejected_logps, anchor_chosen_logps, anchor_rejected_logps, backend=backend)
     check_objective(beta, gamma, loss_type, label_smoothing, n=gap.shape[0])
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    require_choice("reduction", reduction, REDUCTIONS)
     xp = namespace(gap=gap)
     return reduce(pair_losses(gap, beta, gamma, loss_type, label_smoothing, xp), reduction, xp)
 
@@ -224,9 +223,15 @@ def check_objective(
         require_number("gamma", gamma, "", lambda v: True)
     elif n is None or tuple(gamma.shape) != (n,):  # type: ignore[union-attr]
         raise ValueError(f"gamma must be a number or one for each of the {n} pairs, got shape {tuple(gamma.shape)}")  # type: ignore[union-attr]
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(map(repr, LOSS_TYPES))}, got {loss_type!r}")
+    require_choice("loss_type", loss_type, LOSS_TYPES)
     require_number("label_smoothing", label_smoothing, "in [0, 0.5)", lambda v: 0 <= v < 0.5)
+
+
+def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of the strings `choices`, whatever it is."""
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def require_number(name: str, value: object, accepted: str, ok: Callable[[float], bool]) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gapo import geometry, objective
-from gapo._namespace import Array, Namespace, at_least_float32, is_concrete, is_half, stop_gradient
+from gapo import geometry, objective, rounding
+from gapo._namespace import Array, Namespace, at_least_float32, is_concrete, stop_gradient
 from gapo.backends import get_backend
 from gapo.backends.base import Backend, Forward, MarginFn, margins_of, on_outputs
-from gapo.config import GAPOConfig
+from gapo.config import GAPOConfig, step_settings
 from gapo.selection import select
 
 
@@ -22,16 +22,16 @@ class StepResult:
     Attributes:
         loss: scalar, the mean over the pairs (plus the weighted SFT term).
         margins: (N,) M_i at the policy, nats per token.
-        anchor_margins: (N,) M_i at the anchor; for anchor="first_order" their first-order estimate.
+        anchor_margins: (N,) M_i at the anchor; for a first-order anchor their first-order estimate.
         anchor_gaps: (N,) margins minus anchor margins.
         weights: (N,) w_i; the update is `-(1/N) sum_i w_i grad M_i`.
         grad_norm: scalar, L2 norm of the probe's gradient over the perturbed parameters.
         radius: scalar, norm of the applied delta in the chosen geometry: `rho` up to rounding, 0 for a gradient of 0.
-        changed_fraction: scalar, share of the selected weights that the perturbation really changed; 1.0 for
-            anchor="first_order".
+        changed_fraction: scalar, share of the selected weights that the perturbation really changed; 1.0 for a
+            first-order anchor.
         first_order_ratio: scalar, the measured drop over the predicted one, `sum_i |c_i| gap_i / (rho * ||T g||)` with
-            c the probe's cotangents. Near 1 for a small rho; far below it where rounding ate the perturbation. None for
-            direction="gaussian".
+            c the probe's cotangents. Near 1 for a small rho; far from it where rounding ate or enlarged the
+            perturbation. None for direction="gaussian".
         chosen_logps: (N,) at the policy, where `margin_fn` returns them, else None.
         rejected_logps: (N,) likewise.
     """
@@ -60,7 +60,7 @@ def value_and_grad(
     Args:
         margin_fn: `margin_fn(params, batch)` returns the margins M_i (N,), or (chosen_logps, rejected_logps), each
             (N,), length-normalised, nats per token, differentiable in `params`.
-        config: the settings; None for the defaults.
+        config: the settings; None for the defaults. One of an adapter is taken by its `step_config()`.
         backend: "torch", "jax", "mlx" or "numpy".
         options: passed to the backend.
 
@@ -77,6 +77,10 @@ def value_and_grad(
             no weight changed.
         FloatingPointError: from `step`: a margin or the gradient of the probe is not finite.
 
+    Warns:
+        RuntimeWarning: once for each cause: the gaps do not fit the gradient (`first_order_ratio` outside [0.5, 2]), or
+            16-bit weights lost a tenth of the perturbation's radius.
+
     Source: method document, "The step"; arXiv 2602.04909.
 
     >>> import numpy as np
@@ -85,14 +89,12 @@ def value_and_grad(
     >>> round(float(result.anchor_gaps[0]), 6)
     0.5
     """
-    config = GAPOConfig() if config is None else config
-    if not isinstance(config, GAPOConfig):
-        raise TypeError(f"config must be a gapo.GAPOConfig, got {type(config).__name__}")
+    settings = step_settings(config)
     framework = get_backend(backend, **options)
 
     def step(params: Any, batch: Any, *, gamma: Any = None, rng: Any = None) -> tuple[StepResult, Any]:
-        forward = framework.forward(margin_fn, params, batch, config)
-        result, cotangents = run(forward, config, framework, gamma=gamma, rng=rng)
+        forward = framework.forward(margin_fn, params, batch, settings)
+        result, cotangents = run(forward, settings, framework, gamma=gamma, rng=rng)
         return result, framework.pack(forward, forward.pullback(cotangents))
 
     return step
@@ -115,6 +117,7 @@ def run(
     # 2. The probe gradient, up to a positive factor: only its direction matters.
     pull, factor = probe_pull(margins, gamma, config, backend)
     names = select(forward.parameters, forward.head, config)
+    choice = rounding.choose_anchor(forward, names, config, backend)
     g = forward.pullback(on_outputs(-pull, forward.outputs, xp), names)
     g = {name: backend.all_reduce(g[name], "mean") for name in names}
     grad_norm = factor * _tree_norm([backend.norm(at_least_float32(x, xp)) for x in g.values() if _numel(x)], xp)
@@ -124,8 +127,8 @@ def run(
     perturbation = _Perturbation(forward, direction, config, backend)
 
     # 4. The margins at the anchor.
-    if config.anchor == "first_order":
-        gaps = -at_least_float32(forward.directional(perturbation.delta, names), xp)
+    if choice.anchor == "first_order":
+        gaps = -perturbation.along(forward, names)
         anchor_margins = margins - gaps
         radius = perturbation.ideal_radius()
         changed = 0 * grad_norm + 1  # 1.0, but no constant: `mx.compile` loses one that ends up in its state
@@ -144,11 +147,25 @@ def run(
     cotangents = on_outputs(-weights / n, forward.outputs, xp)
     if config.sft_weight:
         loss, cotangents = _add_sft(loss, cotangents, values, config.sft_weight, xp)
-    if is_concrete(loss):  # the first look at a value: a lazy framework has been lazy so far
+    concrete = is_concrete(loss)
+    if concrete:  # the first look at a value: a lazy framework has been lazy so far
         _require_finite(margins, grad_norm, g, forward.parameters, xp)
         hint = f"rho={config.rho} moves the weights too far"
         _require_finite_margins(anchor_margins, "the anchor forward", hint, forward.parameters, xp, over_ranks=drop)
-        perturbation.check_rounding(radius, changed, names)
+        if choice.anchor == "exact":
+            perturbation.require_moved(changed, names)
+    ratio = perturbation.first_order_ratio(drop)
+    rounding.check_gaps(
+        forward,
+        choice,
+        config,
+        backend,
+        scaled_norm=perturbation.scaled_norm,
+        radius=radius,
+        changed=changed,
+        ratio=ratio,
+        concrete=concrete,
+    )
     result = StepResult(
         loss=loss,
         margins=margins,
@@ -158,7 +175,7 @@ def run(
         grad_norm=grad_norm,
         radius=radius,
         changed_fraction=changed,
-        first_order_ratio=perturbation.first_order_ratio(drop),
+        first_order_ratio=ratio,
         chosen_logps=values[0] if len(values) == 2 else None,
         rejected_logps=values[1] if len(values) == 2 else None,
     )
@@ -187,8 +204,8 @@ class _Perturbation:
     def __init__(self, forward: Forward, g: dict[str, Array], config: GAPOConfig, backend: Backend) -> None:
         self._g, self._config, self._backend, self._xp = g, config, backend, backend.xp
         norms = [backend.norm(self._scaled(forward.parameters[name], x)) for name, x in g.items() if _numel(x)]
-        self._scaled_norm = _tree_norm(norms, self._xp)
-        self._step_size = geometry.step_size(config.rho, self._scaled_norm, self._xp)
+        self.scaled_norm = _tree_norm(norms, self._xp)
+        self._step_size = geometry.step_size(config.rho, self.scaled_norm, self._xp)
         self._applied: list[tuple[int, Array, Array]] = []  # entries, norm of delta / T, share of changed entries
 
     def _scaled(self, theta: Array, g: Array) -> Array:
@@ -220,36 +237,37 @@ class _Perturbation:
 
     def ideal_radius(self) -> Array:
         """Radius of the delta that was never rounded: rho, or 0 for a gradient of 0."""
-        return self._step_size * self._scaled_norm
+        return self._step_size * self.scaled_norm
 
     def first_order_ratio(self, drop: Array) -> Array | None:
         """`drop` over its first-order prediction `rho * ||T g||`; 1 where both are 0."""
         if self._config.direction == "gaussian":
             return None
         xp = self._xp
-        predicted = self._config.rho * self._scaled_norm
+        predicted = self._config.rho * self.scaled_norm
         none = predicted == 0
         return xp.where(none, xp.ones_like(drop), drop / xp.where(none, xp.ones_like(drop), predicted))
 
-    def check_rounding(self, radius: Array, changed: Array, names: list[str]) -> None:
-        """Raise when the perturbation was lost to rounding altogether, warn when a good part of it was."""
-        if self._config.rho == 0 or self._config.anchor == "first_order" or float(self._scaled_norm) == 0:
+    def along(self, forward: Forward, names: list[str]) -> Array:
+        """Derivative of each pair's margin along delta, (N,), float32 or wider.
+
+        It is linear in delta, so that a power of 2 can lift delta's tiny entries into float16's range and leave again.
+        """
+        entries = sum(_numel(forward.parameters[name]) for name in names)
+        lift = (
+            2.0 ** min(100, round(math.log2(max(entries, 1) ** 0.25 / self._config.rho))) if self._config.rho else 1.0
+        )
+        along = forward.directional(lambda name, theta: lift * self.delta(name, theta), names)
+        return at_least_float32(along, self._xp) / lift
+
+    def require_moved(self, changed: Array, names: list[str]) -> None:
+        """Raise when the perturbation was lost to rounding altogether."""
+        if self._config.rho == 0 or float(changed) != 0 or float(self.scaled_norm) == 0:
             return
-        way_out = 'use anchor="first_order", which rounds nothing, or keep the weights in float32'
-        rho = self._config.rho
-        if float(changed) == 0:
-            raise ValueError(
-                f"rho={rho} changed none of the {len(names)} selected parameters: theta + delta rounds to theta. "
-                f"{way_out[0].upper()}{way_out[1:]}"
-            )
-        half = any(is_half(self._g[name].dtype, self._xp) for name in names)
-        if half and abs(float(radius) / rho - 1) > 0.1:
-            warnings.warn(
-                f"16-bit weights round the perturbation away: its applied radius is {float(radius):.3g} for rho={rho}, "
-                f"and {float(changed):.2%} of the weights changed. {way_out}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+        raise ValueError(
+            f"rho={self._config.rho} changed none of the {len(names)} selected parameters: theta + delta rounds to "
+            'theta. Use anchor="first_order", which rounds nothing, or keep the weights in float32'
+        )
 
 
 def _add_sft(

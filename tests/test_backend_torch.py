@@ -105,11 +105,13 @@ def test_bfloat16_weights_warn_or_refuse() -> None:
     batch = hf_models.batch()
     before = weights_of(model)
     with pytest.warns(RuntimeWarning, match=r"round the perturbation away: .* use anchor=\"first_order\"") as told:
-        result, _ = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(rho=0.05), backend="torch")(model, batch)
+        result, _ = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(rho=0.05, anchor="exact"), backend="torch")(
+            model, batch
+        )
     assert told[0].filename == __file__  # where the step was called
     assert 0 < float(result.changed_fraction) < 1
     with pytest.raises(ValueError, match=r'changed none of the \d+ selected parameters.*Use anchor="first_order"'):
-        take_step(model, batch, rho=1e-6)
+        take_step(model, batch, rho=1e-6, anchor="exact")
     assert_untouched(model, before)
     result, grads = take_step(model, batch, rho=1e-6, anchor="first_order")
     assert float(result.changed_fraction) == 1
@@ -126,7 +128,9 @@ def test_float32_delta_of_bfloat16_weights_reaches_the_anchor() -> None:
     exact.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
     gaps = []
     for model in (exact, half):
-        gaps.append(take_step(model, hf_models.batch(), rho=20.0, perturb="norm")[0].anchor_gaps)  # and no warning
+        gaps.append(
+            take_step(model, hf_models.batch(), rho=20.0, perturb="norm", anchor="exact")[0].anchor_gaps
+        )  # and no warning
     assert float((gaps[0] - gaps[1]).abs().max()) < 0.25 * float(gaps[0].abs().max())
 
 
@@ -148,10 +152,11 @@ def test_dropout_masks_are_shared() -> None:
 def test_autocast_sees_the_anchor() -> None:
     model = hf_models.make("llama")
     batch = hf_models.batch()
-    exact = take_step(model, batch, rho=1.0)[0].anchor_gaps
+    exact = take_step(model, batch, rho=1.0, anchor="exact")[0].anchor_gaps
     with torch.autocast("cpu", dtype=torch.bfloat16):
         before = pair_logps(model, batch)[0]
-        half = take_step(model, batch, rho=1.0)[0].anchor_gaps
+        with pytest.warns(RuntimeWarning, match="computes in 16 bits"):
+            half = take_step(model, batch, rho=1.0, anchor="exact")[0].anchor_gaps
         after = pair_logps(model, batch)[0]
     assert after.dtype == torch.float32
     assert torch.equal(before, after)  # of the anchor's low-precision copies none is left

@@ -16,8 +16,10 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import gapo
 from gapo import GAPOConfig
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator, with_reference_logps
+from gapo.adapters.hf.attachment import Attachment
 from gapo.adapters.hf.batches import to_the_right
 from gapo.adapters.hf.margins import log_probs, pair_logps, stack_pairs
 from gapo.objectives import OBJECTIVES
@@ -162,6 +164,62 @@ def test_bfloat16_autocast_is_near_float32(tmp_path: Path) -> None:
     flat = [torch.cat([g.ravel() for g in found.values()]) for found in gradients]
     assert float((flat[0] - flat[1]).norm() / flat[0].norm()) < 0.1
     assert not torch.equal(*flat)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_gaps_under_bf16_of_weights_as_checkpoints_have_them(
+    tmp_path: Path, adapters: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights on bfloat16's grid, which its autocast would round a small perturbation away from; against float64."""
+    model = hf_models.lora("llama") if adapters else hf_models.make("llama")
+    torch.manual_seed(3)
+    for name, p in model.named_parameters():
+        p.data = (0.1 * torch.randn_like(p) if "lora_B" in name else p.data).bfloat16().float()
+    exact = gapo.value_and_grad(pair_logps, GAPOConfig(rho=0.025), backend="torch")
+    reference, found = copy.deepcopy(model).double(), []
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        config=GAPOConfig(rho=0.025),
+        bf16=True,
+        max_steps=1,
+        callback={"on_step": lambda result, batch: found.append((result, batch))},
+    )
+    with caplog.at_level(logging.INFO, "gapo"):
+        trainer.train()
+    ((result, batch),) = found
+    expected = exact(reference, batch)[0].anchor_gaps
+    torch.testing.assert_close(
+        result.anchor_gaps.double(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max())
+    )
+    assert [r.getMessage() for r in caplog.records if "takes anchor=" in r.getMessage()] == [
+        'anchor="auto" takes anchor="first_order": the forward computes with less than float32\'s precision'
+    ]
+
+
+def test_float16_takes_the_two_pass_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate puts float16's autocast within `forward`, where the backend does not see it; the adapter knows."""
+    trainer = make_trainer(tmp_path)
+    callback = callback_of(trainer)
+    assert Attachment.of(trainer)._backend._one_pass
+    callback.detach()
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
+    callback.attach(trainer)
+    assert not Attachment.of(trainer)._backend._one_pass
+
+
+def test_the_adapters_config_and_the_cores_for_one_another(tmp_path: Path) -> None:
+    own = gapo.adapters.hf.GAPOConfig(output_dir=str(tmp_path), rho=0.07, report_to="none", use_cpu=True)
+    assert GAPOCallback(own).config == GAPOConfig(rho=0.07)
+    assert GAPOCallback(own, objective="gapo").config.rho == 0.07
+    own.objective = "dpo"
+    with pytest.raises(ValueError, match="config has objective='dpo'"):
+        GAPOCallback(own)
+    assert GAPOCallback(own, objective="dpo").objective == "dpo"
+    with pytest.raises(TypeError, match=r"got gapo\.config\.GAPOConfig\. .*dataclasses\.asdict\(config\)"):
+        gapo.adapters.hf.GAPOTrainer(hf_models.make("llama"), CONFIG)
+    with pytest.raises(TypeError, match=r"must be a gapo\.GAPOConfig, got transformers\..*TrainingArguments"):
+        GAPOCallback(arguments(tmp_path))
 
 
 def test_logs_hold_trls_keys_and_gapos(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_the_step_over_a_quantised_base_is_that_of_the_dequantised_one(folder: P
     assert_close(in_loss, grads)
 
 
+@pytest.mark.filterwarnings("ignore:first_order_ratio")  # adapters that are nearly 0 bend within rho
 def test_training_over_a_quantised_base_moves_the_adapters_alone(folder: Path, tmp_path: Path) -> None:
     model = quantised(folder)
     before = {name: np.array(x) for name, x in tree_flatten(model.parameters())}

@@ -25,7 +25,7 @@ from gapo.adapters.flax_inputs import (
     trained,
 )
 from gapo.backends.jax import JaxBackend, JaxForward
-from gapo.config import GAPOConfig
+from gapo.config import GAPOConfig, step_settings
 from gapo.data.collate import PARTS, REFERENCE
 from gapo.data.reference import require_reference
 from gapo.logps import response_lengths
@@ -82,7 +82,7 @@ def make_train_step(
 
     Source: method document, "The step".
     """
-    config = GAPOConfig() if config is None else config
+    config = step_settings(config, objective, objective_settings)
     backend = JaxBackend(axis_name)
     measure = _measure(objective, config, objective_settings)
 
@@ -173,7 +173,7 @@ def make_eval_step(
         `eval_step`: the mean probe loss, or another objective's own, under "loss", and the rewards under TRL's keys
         (method document, step 6).
     """
-    measure = _measure(objective, GAPOConfig() if config is None else config, objective_settings)
+    measure = _measure(objective, step_settings(config, objective, objective_settings), objective_settings)
 
     @nnx.jit
     def nnx_step(model: Any, batch: Any) -> Metrics:

@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
 
 from gapo._namespace import is_concrete
 from gapo.backends.mlx import MlxBackend, MlxForward
-from gapo.config import GAPOConfig
+from gapo.config import GAPOConfig, step_settings
 from gapo.data.collate import REFERENCE
 from gapo.data.reference import require_reference
 from gapo.logps import response_lengths
@@ -65,7 +65,7 @@ def make_loss(
 
     Source: method document, "The step".
     """
-    config = GAPOConfig() if config is None else config
+    config = step_settings(config, objective, objective_settings)
     backend = MlxBackend()
     other, settings = without_anchor(objective, config, objective_settings)
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from gapo._namespace import is_concrete
+from gapo.rounding import LEAST, MOST, far_from_linear
 from gapo.step import StepResult
 
 # Metrics stand in the module, whose state mlx-lm's compiled step hands out; "_" keeps them from the parameters.
@@ -114,12 +115,16 @@ class MetricsCallback(TrainingCallback):
                 "mlx_lm.tuner.utils.linear_to_lora_layers"
             )
         self._model, self._then = model, then
-        self._warned = False
+        self._warned = self._told = False
         self.train: list[dict[str, Any]] = []
         self.valid: list[dict[str, Any]] = []
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         self._complete(train_info, last_metrics(self._model), sys._getframe(1).f_locals.get("self"))
+        ratio = train_info.get("gapo/first_order_ratio", 1.0)
+        if not self._told and not LEAST <= ratio <= MOST:
+            self._told = True  # mx.compile's step cannot say it itself
+            warnings.warn(far_from_linear(ratio), RuntimeWarning, stacklevel=2)
         self.train.append(train_info)
         if self._then is not None:
             self._then.on_train_loss_report(train_info)

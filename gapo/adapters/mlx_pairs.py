@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset
 
-from gapo.data import batches, read_pairs, tokenize_pair
+from gapo.data import batches, read_pairs, tokenize_pairs
 from gapo.data.collate import REFERENCE, TOKENIZED
 from gapo.data.tokenize import IGNORE_INDEX
 
@@ -37,7 +37,7 @@ def load_pairs(
     for name in ("train.jsonl", "valid.jsonl"):
         path = Path(folder) / name
         rows = read_pairs(path, strict=strict).rows if path.exists() or name == "train.jsonl" else []
-        found.append([tokenize_pair(row, plain, max_length=max_length) for row in rows])
+        found.append(tokenize_pairs(rows, plain, max_length=max_length, name=str(path)) if rows else [])
     return found[0], found[1]
 
 

@@ -22,7 +22,7 @@ def get_backend(name: str, **options: Any) -> Backend:
         ValueError: `name` is none of `BACKENDS`.
         ModuleNotFoundError: its framework is not installed; the message names the extra to install.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     with named_extra(f"backend={name!r}", name):
         importlib.import_module(_FRAMEWORK[name])

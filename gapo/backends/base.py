@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from gapo._namespace import Array, Namespace
@@ -28,6 +28,13 @@ class Forward(Protocol):
     @property
     def head(self) -> Iterable[str]:
         """Names among `parameters` that belong to the output head."""
+
+    def half_compute(self) -> bool:
+        """Whether the clean forward computed with less than float32's precision: in 16 bits, or by TF32 products.
+
+        There a perturbation that is added to the weights is rounded, whatever their own dtype, which is not asked about
+        here. False also where it cannot be seen. Asked before the update's pullback.
+        """
 
     def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
         """Gradients of `sum_j <cotangents[j], outputs[j]>` by the named parameters; 0 for one that was not used.
@@ -72,8 +79,28 @@ class Backend(Protocol):
     def normal(self, names: Iterable[str], parameters: dict[str, Array], rng: Any) -> dict[str, Array]:
         """A standard normal draw for each named parameter, float32 or wider, equal on all ranks."""
 
+    def call_back(self, condition: Array, tell: Callable[..., None], *values: Array) -> bool:
+        """Within a compiled step, call `tell(*values)` on the host if `condition` holds once the step has run.
+
+        False where the framework's compiled programs cannot call the host. Not called outside of them.
+        """
+
     def pack(self, forward: Any, grads: dict[str, Array]) -> Any:
         """Gradients by name in the form the framework's optimisers take; `forward` is the one they came from."""
+
+
+def require_real(kinds: Mapping[str, bool]) -> None:
+    """Raise ValueError naming the trainable parameters that are complex: whether each is, by name.
+
+    Their gradients are conjugated or not by framework, and neither |theta| nor the pairs' gaps are defined for them.
+    """
+    found = [name for name, is_complex in kinds.items() if is_complex]
+    if found:
+        raise ValueError(
+            f"trainable parameters must be real, and {', '.join(map(repr, found[:3]))}{' ...' if found[3:] else ''} "
+            f"{'are' if found[1:] else 'is'} complex: freeze what does not train (in JAX keep it out of params), or "
+            "train real and imaginary parts as two real parameters"
+        )
 
 
 def by_pairs(margin_fn: MarginFn) -> MarginFn:

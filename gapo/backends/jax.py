@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from gapo import geometry
-from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of, require_real
 from gapo.backends.jax_head import Reading, Readings, read, signature
 from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME, NO_NUMBERS
@@ -43,6 +43,7 @@ class JaxForward:
         self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
         self._leaves = [_array(name, leaf) for name, (_, leaf) in zip(self._names, leaves, strict=True)]
         trainable = [True] * len(leaves) if trainable is None else trainable
+        require_real({n: jnp.iscomplexobj(leaf) for n, leaf in zip(self._names, self._leaves, strict=True)})
         self.parameters: dict[str, Any] = {
             name: leaf
             for name, leaf, trains in zip(self._names, self._leaves, trainable, strict=True)
@@ -90,6 +91,10 @@ class JaxForward:
     def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
         (grads,) = self._vjp(tuple(cotangents))
         return {name: grads[name] for name in (self.parameters if names is None else names)}
+
+    def half_compute(self) -> bool:
+        # The pullback's program holds the derivative of every operation between parameters and outputs, in its dtype.
+        return _rounds(jax.make_jaxpr(self._vjp)(self.outputs).jaxpr)
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Array, ...]:
         moved = {name: move(name, self.parameters[name]) for name in names}
@@ -158,6 +163,10 @@ class JaxBackend:
             draws[name] = jax.random.normal(jax.random.fold_in(rng, i), theta.shape, dtype)
         return draws
 
+    def call_back(self, condition: Array, tell: Callable[..., None], *values: Array) -> bool:
+        jax.lax.cond(condition, lambda *v: jax.debug.callback(tell, *v), lambda *v: None, *values)
+        return True
+
     def pack(self, forward: JaxForward, grads: dict[str, Array]) -> Any:
         return forward.pack(grads)
 
@@ -172,6 +181,32 @@ def _array(name: str, leaf: Any) -> Array:
         "alone, and let margin_fn put the rest back: of an Equinox module, params, static = eqx.partition(model, "
         "eqx.is_inexact_array), and eqx.combine(params, static) in margin_fn"
     )
+
+
+def _rounds(jaxpr: Any) -> bool:
+    """Whether a program computes in fewer than 32 bits, or multiplies matrices with less than float32's precision."""
+    for eqn in jaxpr.eqns:
+        if any(_is_half(getattr(v.aval, "dtype", None)) for v in eqn.outvars):
+            return True
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated") and jax.default_backend() != "cpu":
+            # Left alone, accelerators multiply float32 in bfloat16 or TF32.
+            wide = eqn.outvars[0].aval.dtype == jnp.float64 or "HIGHEST" in str(eqn.params["precision"])
+            if not (wide or "F32_F32_F32" in str(eqn.params["precision"])):
+                return True
+        if any(_rounds(inner) for value in eqn.params.values() for inner in _programs(value)):
+            return True
+    return False
+
+
+def _programs(value: Any) -> list[Any]:
+    """The programs within a parameter of an equation: of a scan, a branch, a recomputed layer."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    inner = [getattr(v, "jaxpr", v) for v in values]
+    return [v for v in inner if hasattr(v, "eqns")]
+
+
+def _is_half(dtype: Any) -> bool:
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
 def _varying(x: Array, axis_name: str | None) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -14,7 +14,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from gapo import geometry
-from gapo.backends.base import LeafRule, MarginFn, margins_of, on_outputs, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, margins_of, on_outputs, outputs_of, require_real
 from gapo.backends.mlx_head import head_names, watched
 from gapo.backends.mlx_state import ModuleState
 from gapo.config import GAPOConfig
@@ -35,6 +35,7 @@ class MlxForward:
             raise TypeError(f'params must be an mlx.nn.Module for backend="mlx", got {type(module).__name__}')
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
         flat = tree_flatten(module.trainable_parameters())
+        require_real({name: mx.issubdtype(x.dtype, mx.complexfloating) for name, x in flat})
         self.parameters: dict[str, Any] = {name: x for name, x in flat if mx.issubdtype(x.dtype, mx.floating)}
         self._random_state = mx.array(_random_state())
         self._before = ModuleState(module)
@@ -67,6 +68,12 @@ class MlxForward:
                     self._after.put_back()
             finally:  # a Ctrl-C may fall into the line above
                 self._after.put_back()
+
+    def half_compute(self) -> bool:
+        # MLX's lazy graph does not tell dtypes. 16-bit arrays come from the module's own: its weights, frozen or not,
+        # and the scales of quantised layers. A cast within `margin_fn` stays unseen.
+        arrays = [x for _, x in tree_flatten(self._module.parameters())]
+        return any(x.dtype in (mx.bfloat16, mx.float16) for x in (*arrays, *self.outputs))
 
     @contextmanager
     def _replayed(self) -> Iterator[None]:
@@ -195,6 +202,9 @@ class MlxBackend:
             return key
         mine = key if self._group.rank() == 0 else mx.zeros_like(key)
         return mx.distributed.all_sum(mine, group=self._group)
+
+    def call_back(self, condition: mx.array, tell: Callable[..., None], *values: mx.array) -> bool:
+        return False
 
     def pack(self, forward: MlxForward, grads: dict[str, mx.array]) -> Any:
         forward.require_repeatable()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +62,9 @@ class NumpyForward:
             for name in (self.parameters if names is None else names)
         }
 
+    def half_compute(self) -> bool:
+        return False  # float64 only
+
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[np.ndarray, ...]:
         return self._run({**self.parameters, **{name: move(name, self.parameters[name]) for name in names}})
 
@@ -93,6 +96,9 @@ class NumpyBackend:
     def normal(self, names: Iterable[str], parameters: dict[str, np.ndarray], rng: Any) -> dict[str, np.ndarray]:
         generator = np.random.default_rng(rng)
         return {name: generator.standard_normal(parameters[name].shape) for name in names}
+
+    def call_back(self, condition: np.ndarray, tell: Callable[..., None], *values: np.ndarray) -> bool:
+        return False
 
     def pack(self, forward: Any, grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return grads

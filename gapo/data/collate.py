@@ -152,7 +152,8 @@ def batches(
     """
     if batch_size < 1 or (drop_last and batch_size > len(tokenized)):
         raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
-    longest = max((len(row.get(name, ())) for row in tokenized for name in TOKENIZED), default=0)
+    present = (row[name] for row in tokenized for name in TOKENIZED if row.get(name) is not None)
+    longest = max(map(len, present), default=0)
     made = 0
     for epoch in count() if epochs is None else range(epochs):
         order = stream(seed, "batches", epoch).permutation(len(tokenized))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gapo._namespace import Array, Namespace, at_least_float32, namespace, stop_gradient
-from gapo.objective import LOSS_TYPES, REDUCTIONS, check_batches, require_number
+from gapo.objective import LOSS_TYPES, REDUCTIONS, check_batches, require_choice, require_number
 
 # What a setting accepts, as the message says it and as the check asks it: one meaning for one name, everywhere.
 _ACCEPTED: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -25,11 +25,9 @@ def check_settings(**settings: Any) -> None:
     """Raise ValueError, naming the setting, for one that is out of its range. `gamma` may also be an array (N,)."""
     for name, value in settings.items():
         if name == "loss_type":
-            if value not in LOSS_TYPES:
-                raise ValueError(f"loss_type must be one of {', '.join(map(repr, LOSS_TYPES))}, got {value!r}")
+            require_choice("loss_type", value, LOSS_TYPES)
         elif name == "reduction":
-            if value not in REDUCTIONS:
-                raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
+            require_choice("reduction", value, REDUCTIONS)
         elif not (name == "gamma" and getattr(value, "shape", ()) != ()):
             require_number(name, value, *_ACCEPTED[name])
 

@@ -10,6 +10,7 @@ from typing import Any
 import gapo.objective
 from gapo._namespace import Array, namespace
 from gapo.config import GAPOConfig
+from gapo.objective import require_choice
 from gapo.objectives import robust, symmetric, with_reference, without_reference
 from gapo.objectives.checks import check_settings, log_ratio_margins
 
@@ -168,8 +169,7 @@ def _per_token(sums: Array, lengths: Array) -> Array:
 
 def find(name: str) -> Objective:
     """The objective called `name`, or ValueError that names them all."""
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {name!r}")
+    require_choice("objective", name, OBJECTIVES)
     return OBJECTIVES[name]
 
 

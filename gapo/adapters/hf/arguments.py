@@ -65,8 +65,9 @@ class GAPOConfig(TrainingArguments):
     anchor: str = field(
         default=_CORE.anchor,
         metadata={
-            "help": "A forward at the moved weights, or the first-order gap, which is cheaper and rounds nothing.",
-            "choices": ["exact", "first_order"],
+            "help": "A forward at the moved weights, or the first-order gap, which is cheaper and rounds nothing. "
+            "auto: first order where weights or compute have 16 bits, exact elsewhere.",
+            "choices": ["auto", "exact", "first_order"],
         },
     )
     perturb: str = field(

@@ -39,7 +39,8 @@ class Attachment:
 
     def __init__(self, trainer: Trainer, callback: GAPOCallback) -> None:
         self.trainer, self._callback, self._config = trainer, callback, callback.config
-        self._backend = TorchBackend()
+        # float16's gradient scaler must see the update's backward, which the one-pass step replaces.
+        self._backend = TorchBackend(one_pass=trainer.accelerator.mixed_precision != "fp16")
         self._window: dict[str, list[Tensor]] = defaultdict(list)
         self._evaluated: list[Tensor] = []
         require_supported(trainer)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from gapo.adapters.hf.attachment import Attachment
-from gapo.config import GAPOConfig
+from gapo.config import GAPOConfig, step_settings
 from gapo.objectives import without_anchor
 from gapo.step import StepResult
 
@@ -61,9 +61,7 @@ class GAPOCallback(TrainerCallback):
         on_step: Callable[[StepResult | None, dict[str, Any]], None] | None = None,
         disable_dropout: bool = True,
     ) -> None:
-        if config is not None and not isinstance(config, GAPOConfig):
-            raise TypeError(f"config must be a gapo.GAPOConfig, got {type(config).__name__}")
-        self.config = GAPOConfig() if config is None else config
+        self.config = step_settings(config, objective, objective_settings)
         self.objective = objective
         self.losses_without_anchor = without_anchor(objective, self.config, objective_settings)
         self.on_step = on_step

@@ -12,6 +12,7 @@ from gapo.adapters.hf.arguments import GAPOConfig
 from gapo.adapters.hf.callback import GAPOCallback
 from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.adapters.hf.tokenized import tokenized
+from gapo.config import named
 
 _CARD = """
 ## Training method
@@ -72,8 +73,9 @@ class GAPOTrainer(Trainer):
         args = GAPOConfig("gapo") if args is None else args
         if not isinstance(args, GAPOConfig):
             raise TypeError(
-                f"args must be a gapo.adapters.hf.GAPOConfig, got {type(args).__name__}. With plain TrainingArguments, "
-                "give GAPOCallback to a transformers.Trainer"
+                f"args must be a gapo.adapters.hf.GAPOConfig, got {named(args)}. Settings of the step alone "
+                "(gapo.GAPOConfig) go in as GAPOConfig(output_dir=..., **dataclasses.asdict(config)); with plain "
+                "TrainingArguments, give GAPOCallback(config) to a transformers.Trainer"
             )
         if isinstance(model, str):
             options: Any = args.model_init_kwargs or {}  # text was parsed when `args` was made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -41,7 +41,8 @@ class TorchBackend:
             )
         if fsdp_units(params):
             return ShardedForward(margin_fn, params, batch, config)
-        # The SFT term weighs the rows of a pair differently, and float16's gradient scaler must see the backward.
+        # The SFT term weighs the rows of a pair differently, and float16's gradient scaler must see the backward. Where
+        # autocast is within the model's forward, as accelerate puts it, whoever made it says one_pass=False.
         float16 = any(
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
             for kind in ("cuda", "cpu")
@@ -81,6 +82,9 @@ class TorchBackend:
             draw = torch.randn(p.shape, generator=rng, dtype=dtype, device=rng.device).to(p.device)
             draws[name] = like_shard(draw, p) if is_shard(p) else draw
         return draws
+
+    def call_back(self, condition: Tensor, tell: Callable[..., None], *values: Tensor) -> bool:
+        return False
 
     def pack(self, forward: Any, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         return grads

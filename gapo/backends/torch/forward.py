@@ -13,9 +13,10 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor, nn
 
-from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of, require_real
 from gapo.backends.torch.agreement import compared
 from gapo.backends.torch.cut import cut_below
+from gapo.backends.torch.half import quantises, rounds
 from gapo.backends.torch.head import head_parameters
 from gapo.backends.torch.replay import Replay
 from gapo.backends.torch.verdicts import Verdicts, basis
@@ -40,12 +41,13 @@ class TorchForward:
     def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        require_real({name: p.is_complex() for name, p in self.parameters.items()})
         self.head = head_parameters(module, self.parameters)
         self._basis = basis(margin_fn, module)
         self._replay = Replay(module)
         self._spent = False  # whether the graph behind `outputs` can be pulled back no more
         self._prepare()
-        moved = select(self.parameters, self.head, config) if config.anchor == "exact" else ()
+        moved = () if config.anchor == "first_order" else select(self.parameters, self.head, config)
         self._cut = cut_below(module, moved) if moved else None
         with torch.enable_grad(), self._cut.kept(self._basis) if self._cut else nullcontext():
             self.outputs = self._run()
@@ -71,6 +73,9 @@ class TorchForward:
         with torch.enable_grad(), self._replay.again():
             self.outputs = outputs_of(self._margin_fn(inside, self._batch))
         self._spent = False
+
+    def half_compute(self) -> bool:
+        return rounds(self.outputs) or quantises(self._module)
 
     def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         wanted = list(self.parameters if names is None else names)

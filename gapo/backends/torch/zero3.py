@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gapo.backends.base import MarginFn, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, outputs_of
 from gapo.backends.torch.sharded import ShardedForward
 from gapo.config import GAPOConfig
 
@@ -53,6 +53,13 @@ class Zero3Forward(ShardedForward):
             )
         self._reshard()
         return {name: grads[name] if name in grads else torch.zeros_like(self.parameters[name]) for name in wanted}
+
+    def directional(self, delta: LeafRule, names: Iterable[str]) -> Tensor:
+        raise ValueError(
+            "weights or compute have 16 bits, where only a first-order anchor is right, which ZeRO-3 does not "
+            'support: use FSDP2, or weights in float32, from which DeepSpeed\'s "torch_autocast" computes in bfloat16; '
+            'anchor="exact" goes on, with gaps that are rounded'
+        )
 
     def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
         with torch.enable_grad(), self._replay.again():

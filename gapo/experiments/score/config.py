@@ -29,7 +29,7 @@ class ScoreConfig:
         split: split of a data set.
         limit: score only so many pairs.
         strict: stop at the first bad row instead of leaving it out.
-        dtype: of the weights. 16-bit ones round an exact anchor away; anchor first_order does not mind.
+        dtype: of the weights. 16-bit ones round an exact anchor away; anchor auto takes first order for them.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         overwrite: score anew over scores that are there already, finished or not.
         select: ("lowest" or "highest", share of the pairs in (0, 1]): which pairs to write as `select_output`, by gap.

@@ -42,7 +42,8 @@ class Measure:
         self._model, tokenizer = load(source, config)
         self._collate = PreferenceCollator(tokenizer, max_length=config.max_length)
         # No update follows. So one pass is worth its memory only where it saves the anchor's forward.
-        self._backend = TorchBackend(one_pass=step.anchor == "first_order")
+        first_order = step.anchor == "first_order" or (step.anchor == "auto" and config.dtype.endswith("16"))
+        self._backend = TorchBackend(one_pass=first_order)
         self._told = False
         self._rows = [self._tokenized(i, pair) for i, pair in enumerate(pairs)]
         highest, longest = extent(self._rows)

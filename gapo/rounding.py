@@ -1,0 +1,187 @@
+"""Rounding and the anchor: which anchor "auto" takes, and what is said where gaps do not fit the probe's gradient.
+
+An exact anchor is the difference of two forwards, which 16-bit weights or a 16-bit forward round away or enlarge: a
+weight's change below half a unit in its last place is lost or becomes that unit, at every use. The first-order gap adds
+nothing to the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from gapo._namespace import Array, is_half
+from gapo.backends.base import Backend, Forward
+from gapo.config import GAPOConfig
+
+logger = logging.getLogger(__name__)
+
+# Measured drop over predicted drop: outside, the gaps of an exact anchor are not those of the perturbation.
+LEAST, MOST = 0.5, 2.0
+# The same of a first-order anchor is 1 but for rounding: found within 4e-7 in float32 and 4e-3 in bfloat16.
+_FIRST_ORDER, _FIRST_ORDER_HALF = 0.01, 0.1
+# ||T g|| below so many units of rounding is no gradient (both answers alike), and its ratio is noise.
+_NOISE = 32
+
+# What each backend's steps have said: once is enough.
+_said: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+class Choice(NamedTuple):
+    """The anchor of one step, and what was seen of 16 bits.
+
+    Attributes:
+        anchor: "exact" or "first_order".
+        weights: whether weights that are moved have 16 bits.
+        compute: whether the forward computed in 16 bits; False also where nobody looked.
+    """
+
+    anchor: str
+    weights: bool
+    compute: bool
+
+
+def choose_anchor(forward: Forward, names: Iterable[str], config: GAPOConfig, backend: Backend) -> Choice:
+    """The anchor that `config` names; for "auto" the one that is right on this forward, which is logged once."""
+    weights = any(is_half(forward.parameters[name].dtype, backend.xp) for name in names)
+    if config.anchor != "auto":
+        # To warn of, one step of a backend is looked at, since the look costs a little.
+        look = config.anchor == "exact" and not weights and config.rho > 0 and "looked" not in _said.get(backend, ())
+        return Choice(config.anchor, weights, look and forward.half_compute())
+    compute = not weights and forward.half_compute()
+    anchor = "first_order" if weights or compute else "exact"
+    why = (
+        "weights that move have 16 bits"
+        if weights
+        else "the forward computes with less than float32's precision"
+        if compute
+        else "no weights and no compute of 16 bits were seen"
+    )
+    if _first_time(backend, anchor):
+        logger.info('anchor="auto" takes anchor="%s": %s', anchor, why)
+    return Choice(anchor, weights, compute)
+
+
+def check_gaps(
+    forward: Forward,
+    choice: Choice,
+    config: GAPOConfig,
+    backend: Backend,
+    *,
+    scaled_norm: Array,
+    radius: Array,
+    changed: Array,
+    ratio: Array | None,
+    concrete: bool,
+) -> None:
+    """Warn, once for each cause, where the gaps of this step do not fit its gradient.
+
+    Under a compiler the backend's `call_back` warns when the step has run. Where it cannot, and for what is known
+    before, the warning comes while the step is traced.
+
+    Args:
+        forward, config, backend: of the step.
+        choice: what `choose_anchor` said.
+        scaled_norm: scalar, ||T g||.
+        radius, changed, ratio: as in `StepResult`.
+        concrete: whether their values can be read now.
+    """
+    if config.rho == 0:
+        return
+    told = scaled_norm > _NOISE * (2.0**-52 if scaled_norm.dtype == backend.xp.float64 else 2.0**-23)
+    if choice.anchor == "first_order":
+        if ratio is not None and concrete and bool(told):
+            _check_first_order(
+                float(ratio), lambda: choice.weights or choice.compute or forward.half_compute(), backend
+            )
+        return
+    ratio = scaled_norm * 0 + 1 if ratio is None else ratio  # direction="gaussian" predicts no drop
+
+    def lost(radius: Any, ratio: Any) -> Any:
+        far = (ratio < LEAST) | (ratio > MOST)
+        return far | (abs(radius / config.rho - 1) > 0.1) if choice.weights else far
+
+    def tell(radius: Any, changed: Any, ratio: Any) -> None:
+        # Asked again: under jax.vmap a branch runs either way.
+        if (choice.compute or lost(float(radius), float(ratio))) and _first_time(backend, "lost"):
+            text = _text(config, choice, float(radius), float(changed), float(ratio))
+            warnings.warn(text, RuntimeWarning, stacklevel=5)
+
+    if concrete:
+        if bool(told):  # a fresh LoRA's first step has no gradient, and shows nothing
+            _first_time(backend, "looked")
+            if choice.compute or bool(lost(radius, ratio)):
+                tell(radius, changed, ratio)
+        return
+    can = backend.call_back(told & lost(radius, ratio), tell, radius, changed, ratio)
+    if (choice.compute or (choice.weights and not can)) and _first_time(backend, "lost"):
+        what = "a forward in 16 bits rounds" if choice.compute else "16-bit weights round"
+        warnings.warn(
+            f"{what} the perturbation of an exact anchor, and this compiled step cannot measure how much: look at "
+            f"first_order_ratio, far from 1 where it is lost; {_WAY_OUT}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _text(config: GAPOConfig, choice: Choice, radius: float, changed: float, ratio: float) -> str:
+    """What is said of an exact anchor whose gaps are not to be trusted, by cause."""
+    if choice.weights:
+        return (
+            f"16-bit weights round the perturbation away: its applied radius is {radius:.3g} for rho={config.rho}, "
+            f"{changed:.2%} of the weights changed, and first_order_ratio is {ratio:.3g}; {_WAY_OUT}"
+        )
+    if choice.compute:
+        return (
+            "the forward computes in 16 bits (autocast, a cast, TF32), which round theta + delta at each use of it, so "
+            f"that the gaps of an exact anchor are off, each in its own way (first_order_ratio is {ratio:.3g}); "
+            f"{_WAY_OUT}"
+        )
+    return far_from_linear(ratio, config)
+
+
+def far_from_linear(ratio: float, config: GAPOConfig | None = None) -> str:
+    """What is said where a measured drop is far from the predicted one, with `config` where it is known."""
+    radius = "" if config is None else f" for rho={config.rho}"
+    seen = f"first_order_ratio is {ratio:.3g}: so many times the drop that the gradient predicts{radius}. "
+    if config is not None and config.anchor == "auto":
+        return (
+            f"{seen}No 16-bit compute was seen, so rho may be too large for the drop to be linear (lower it where that "
+            "is not meant); or something rounds unseen, such as a cast within margin_fn, and then "
+            'anchor="first_order" is right'
+        )
+    return (
+        f"{seen}Either 16-bit compute (weights, autocast, TF32) rounds theta + delta, and then "
+        'anchor="auto" or "first_order" is right, which rounds nothing; or rho is too large for the drop to be linear: '
+        "lower it where that is not meant"
+    )
+
+
+def _check_first_order(ratio: float, half: Callable[[], bool], backend: Backend) -> None:
+    # `sum |c_i| gap_i = rho ||T g||`: the gaps come pair by pair, g from all pairs at once. A warning, no error: in a
+    # batch whose gradients cancel each other, rounding alone can break it.
+    if abs(ratio - 1) <= _FIRST_ORDER or (half() and abs(ratio - 1) <= _FIRST_ORDER_HALF):
+        return
+    if _first_time(backend, "first order"):
+        warnings.warn(
+            f'first_order_ratio is {ratio:.5g} with anchor="first_order", where it is 1 but for rounding: the gaps of '
+            "the pairs do not add up to the gradient of the batch. Either the pairs' gradients cancel almost entirely, "
+            "or they overflow or underflow in 16 bits, or a gradient is wrong (a layer that mixes the pairs, a custom "
+            'backward): compare with anchor="exact" in float32',
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _first_time(backend: Backend, what: str) -> bool:
+    said = _said.setdefault(backend, set())
+    if what in said:
+        return False
+    said.add(what)
+    return True
+
+
+_WAY_OUT = 'use anchor="first_order", which rounds nothing, or "auto"; or keep weights and compute in float32'
