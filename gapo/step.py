@@ -232,8 +232,9 @@ class _Perturbation:
     def applied(self) -> tuple[Array, Array]:
         """Radius of what `move` applied, and the share of weights that it changed."""
         sizes, norms, shares = zip(*self._applied, strict=True)
-        changed = sum(size / sum(sizes) * share for size, share in zip(sizes, shares, strict=True))
-        return _tree_norm(list(norms), self._xp), changed
+        changed = sum(size * share for size, share in zip(sizes, shares, strict=True))
+        every = sum(size * self._xp.ones_like(share) for size, share in zip(sizes, shares, strict=True))
+        return _tree_norm(list(norms), self._xp), changed / every  # rounded alike: 1 where all moved, never above it
 
     def ideal_radius(self) -> Array:
         """Radius of the delta that was never rounded: rho, or 0 for a gradient of 0."""

@@ -371,6 +371,8 @@ def spectral_norm(model: Net) -> None:
 
 def old_spectral_norm(model: Net) -> None:
     nn.utils.spectral_norm(model.middle[0])
+    for _ in range(20):  # until its power iteration has converged
+        model(ids_of(3))
     model.eval()
 
 

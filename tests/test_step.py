@@ -150,6 +150,18 @@ def test_radius_is_rho(backend: Library, adaptive: bool, direction: str, rho: fl
     assert (result["first_order_ratio"] is None) == (direction == "gaussian")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_where_every_weight_moves_the_share_of_changed_weights_is_exactly_one(backend: Library, dtype: str) -> None:
+    if backend.name == "numpy" and dtype == "float32":
+        pytest.skip("the NumPy backend computes in float64 alone")
+    arrays = models.make_params(layers=2)
+    arrays = {name: np.where(np.abs(x) < 0.1, 0.1, x) for name, x in arrays.items()}  # none so small that it is 0
+    result, _, _ = take_step(
+        backend, arrays, models.make_batch(), dtype, direction="gaussian", adaptive=False, rho=5.0, perturb="all"
+    )
+    assert float(result["changed_fraction"]) == 1
+
+
 def test_changed_fraction_is_a_share_of_all_selected_weights(backend: Library) -> None:
     arrays = {"u": np.array([1.0, 2.0, 0.0]), "v": np.array([1.0]), "lm_head": np.ones(9)}
 
