@@ -106,7 +106,7 @@ class GAPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Options of AutoModelForCausalLM.from_pretrained, for a model by path or id. dtype is float32 "
-            "unless said otherwise: 16-bit weights round the anchor away (bf16=True computes in 16 bits all the same). "
+            "unless said otherwise: 16-bit weights lose small updates (bf16=True computes in 16 bits all the same). "
             "use_safetensors is True: other files of weights are pickles."
         },
     )
