@@ -59,6 +59,22 @@ def config(folder: Path, *models: str, **options: Any) -> ScoreConfig:
     return ScoreConfig(pairs=str(folder / "pairs.jsonl"), output="s.jsonl", model=named, **given)
 
 
+def test_a_model_that_sees_the_answer_is_not_scored_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import transformers
+
+    shared = {"vocab_size": hf_models.VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    transformers.BertLMHeadModel(transformers.BertConfig(**shared, num_attention_heads=2)).save_pretrained(
+        tmp_path / "m"
+    )
+    hf_models.tokenizer().save_pretrained(tmp_path / "m")
+    data.write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    output = tmp_path / "s.jsonl"
+    arguments = [str(tmp_path / "pairs.jsonl"), "--model", str(tmp_path / "m"), "--output", str(output)]
+    assert cli.main(["score", *arguments]) == 1
+    assert "BertLMHeadModel sees the answer that it should predict" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_checkpoints_come_in_the_order_of_their_steps(folder: Path) -> None:
     for given in ("whole", "whole/checkpoints"):
         found = find_sources(config(folder, checkpoints=given))

@@ -40,6 +40,7 @@ class MlxTrainee:
                 "backend mlx trains all weights: give an unquantised model, or train adapters over this one with "
                 "gapo.adapters.mlx_lm (docs/mlx.md)"
             )
+        self.vocabulary = next(len(m.weight) for m in self._model.modules() if isinstance(m, nn.Embedding))
         self._model.update(tree_map(lambda x: x.astype(mx.float32), self._model.parameters()))
         self._optimizer = optim.AdamW(0.0, weight_decay=config.weight_decay, bias_correction=True)
         self._optimizer.init(self._model.trainable_parameters())

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PAIRS = "pairs"  # of a micro-batch, by which its metrics weigh in a window's mean
+
 _REPLACED = ("compute_loss", "prediction_step", "evaluation_loop", "log", "train")
 
 
@@ -125,12 +127,14 @@ class Attachment:
         result, self._gave_loss = None, True
         if self._callback.objective != "gapo":
             logps, losses = self._losses(model, inputs)
-            loss, metrics = losses.mean(), pair_metrics(logps, self._config)
+            loss, metrics, pairs = losses.mean(), pair_metrics(logps, self._config), len(losses)
         else:
             loss, result = self._step(model, inputs)
+            pairs = len(result.margins)
             metrics = step_metrics(result, self._config)
             metrics["gapo/anchor_pairs"] = torch.tensor(float(self._anchor_pairs(result)))
         self._require_causal(model, inputs)
+        metrics[_PAIRS] = torch.tensor(float(pairs))
         for name, value in metrics.items():
             self._window[name].append(value.detach().float())
         if self._callback.on_step is not None:
@@ -257,7 +261,9 @@ class Attachment:
         if accelerator.num_processes > 1:
             table = accelerator.gather(table.to(accelerator.device)).cpu()
         self._window.clear()
-        return {name: combine(name, column.tolist()) for name, column in zip(names, table.T, strict=True)}
+        columns = {name: column.tolist() for name, column in zip(names, table.T, strict=True)}
+        pairs = columns.pop(_PAIRS)
+        return {name: combine(name, column, pairs) for name, column in columns.items()}
 
     def _tell_what_is_left_out(self) -> None:
         for line in left_out(self.trainer):

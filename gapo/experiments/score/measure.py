@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from gapo.adapters.hf import PreferenceCollator
-from gapo.adapters.hf.margins import pair_logps
+from gapo.adapters.hf.causal import require_causal
+from gapo.adapters.hf.margins import pair_logps, stack_pairs
 from gapo.backends.torch import TorchBackend
 from gapo.config import GAPOConfig
 from gapo.data.streams import stream
@@ -40,6 +41,7 @@ class Measure:
     def __init__(self, source: Source, pairs: list[Row], config: ScoreConfig, step: GAPOConfig) -> None:
         self._name, self._pairs, self._seed, self._step = source.name, pairs, config.seed, step
         self._model, tokenizer = load(source, config)
+        self._is_causal = False  # until the first batch has shown it
         self._collate = PreferenceCollator(tokenizer, max_length=config.max_length)
         # No update follows. So one pass is worth its memory only where it saves the anchor's forward.
         first_order = step.anchor == "first_order" or (step.anchor == "auto" and config.dtype.endswith("16"))
@@ -75,6 +77,9 @@ class Measure:
     def _run(self, pairs: list[Row], at: tuple[int, int]) -> StepResult:
         device = next(self._model.parameters()).device
         batch = {name: x.to(device) for name, x in self._collate(pairs).items()}
+        if not self._is_causal:
+            require_causal(self._model, stack_pairs(batch))
+            self._is_causal = True
         rng = torch.Generator().manual_seed(int(stream(self._seed, "score direction", *at).integers(2**53)))
         try:
             forward = self._backend.forward(pair_logps, self._model, batch, self._step)
