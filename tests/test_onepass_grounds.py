@@ -10,6 +10,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hf_models
@@ -609,6 +610,30 @@ def test_a_kernel_that_writes_over_what_it_saved(
     told = [record.message for record in caplog.records]
     assert len(told) == (0 if one_pass and not sft else 1), told
     assert all("can be pulled back once only" in line for line in told)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The mesh of a process group of one."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # a linear layer's output is a view, which nobody writes to
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_such_a_kernel_under_fsdp2(anchor: str, one_rank: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model, plain = Net(Overwrites()), Net(Squares())
+    plain.load_state_dict(model.state_dict())
+    fully_shard(model.middle[0], mesh=one_rank)
+    fully_shard(model, mesh=one_rank)
+    for seed in range(2):
+        result, grads = take(stacked, model, ids_of(3, seed), anchor=anchor)
+        whole = {name: g.full_tensor() for name, g in grads.items()}
+        assert_by_hand((result, whole), by_hand(plain, halves(ids_of(3, seed)), anchor=anchor))
 
 
 def test_one_pass_is_kept_where_only_the_comparison_could_not_go_back_twice() -> None:
