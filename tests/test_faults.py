@@ -398,6 +398,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_optimizer(
     assert last_whole_checkpoint(tmp_path) is None
 
 
+@pytest.mark.filterwarnings("ignore:first_order_ratio")  # which it says of so large a radius
 @pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize("rho", [1e20, 3e38])
 def test_a_huge_rho_is_named_and_a_large_one_is_finite(rho: float, adaptive: bool) -> None:

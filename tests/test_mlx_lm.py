@@ -88,6 +88,7 @@ def assert_close(found: Any, expected: Any, tol: float = 2e-5) -> None:
         np.testing.assert_allclose(np.array(found[name]), np.array(x), rtol=tol, atol=tol * scale, err_msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:first_order_ratio")  # adapters that are nearly 0 bend within rho
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("anchor", ["exact", "first_order"])
 def test_gradient_of_the_loss_is_the_steps(folder: Path, lora: bool, anchor: str) -> None:

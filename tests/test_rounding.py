@@ -406,13 +406,14 @@ def test_mlx_lms_report_warns_once() -> None:
     pytest.importorskip("mlx_lm")
     from mlx import nn
 
-    from gapo.adapters.mlx_lm import _TRAIN, MetricsCallback
+    from gapo.adapters.mlx_lm import MetricsCallback
+    from gapo.adapters.mlx_metrics import keep_training
 
     model = nn.Linear(2, 2)
     report = MetricsCallback(model)
-    model[_TRAIN] = {"gapo/first_order_ratio": mx.array(1.1)}
+    keep_training(model, {"gapo/first_order_ratio": mx.array(1.1)})
     report.on_train_loss_report({})
-    model[_TRAIN] = {"gapo/first_order_ratio": mx.array(0.2)}
+    keep_training(model, {"gapo/first_order_ratio": mx.array(0.2)})
     with pytest.warns(RuntimeWarning, match=r"first_order_ratio is 0\.2: .*first_order"):
         report.on_train_loss_report({})
     report.on_train_loss_report({})
