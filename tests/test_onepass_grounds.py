@@ -668,6 +668,26 @@ def test_a_compiled_model_that_ran_with_gradient_before_its_first_step(caplog: p
     assert_by_hand((result, {name.removeprefix("_orig_mod."): g for name, g in grads.items()}), expected)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.compile, about itself
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_a_compiled_layer_without_parameters_that_ran_before_the_first_step(anchor: str) -> None:
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.run = torch.compile(lambda x: torch.tanh(x) * x.sin(), backend="aot_eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.run(x)
+            return y
+
+    model, ids = Net(nn.Linear(WIDTH, WIDTH), Compiled()), ids_of(3)
+    model(ids).sum().backward()
+    model.zero_grad()
+    expected = by_hand(model, halves(ids), anchor=anchor)
+    for _ in range(2):
+        assert_by_hand(take(stacked, model, ids, anchor=anchor), expected)
+
+
 class _Reentrant(torch.autograd.Function):
     """A checkpoint whose backward calls `backward()`."""
 
