@@ -222,6 +222,30 @@ def test_what_is_no_batch_of_pairs_is_refused() -> None:
         stack_pairs({**stacked, "pixel_values": []}, {"pixel_values"})
 
 
+def test_rows_of_trls_batches_share_their_pairs_prompt() -> None:
+    def stacked(*rows: tuple[list[int], list[int]]) -> dict[str, torch.Tensor]:
+        """(prompt, completion) of each row, padded as TRL does."""
+        longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+        table = torch.zeros(3, len(rows), longest, dtype=torch.long)
+        for r, (prompt, completion) in enumerate(rows):
+            tokens = [*prompt, *completion]
+            table[0, r, : len(tokens)] = torch.tensor(tokens)
+            table[1, r, : len(tokens)] = 1
+            table[2, r, len(prompt) : len(tokens)] = 1
+        return dict(zip(("input_ids", "attention_mask", "completion_mask"), table, strict=True))
+
+    prompts = [[5, 6], [7], [5, 8, 9], [4, 4]]
+    chosen, rejected, third = ([(prompt, answer) for prompt in prompts] for answer in ([11, 12], [13], [14, 15]))
+    rows = stack_pairs(stacked(*chosen, *rejected))
+    assert rows["labels"][4].tolist() == [-100, -100, 13, -100, -100]
+    stack_pairs(stacked(([6], [11]), ([5, 6], [12])))  # cut from the left, each side by as much as its answer asks for
+    stack_pairs(stacked(([], [11]), ([5, 6], [12])))
+    alternating = [row for pair in zip(chosen, rejected, strict=True) for row in pair]
+    for other in (alternating, [*chosen, *rejected, *third], [*chosen, *reversed(rejected)]):
+        with pytest.raises(ValueError, match=r"rows \d and \d+ of a batch of \d pairs have other prompts"):
+            stack_pairs(stacked(*other))
+
+
 def trainer(folder: Path, model: Any = None, callback: Any = None, kind: Any = Trainer, **options: Any) -> Trainer:
     own = {name: options.pop(name) for name in ("model_init", "compute_loss_func", "eval_dataset") if name in options}
     defaults = {"max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}

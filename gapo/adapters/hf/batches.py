@@ -118,6 +118,26 @@ def _require_pairs(batch: Mapping[str, Any]) -> None:
             f"a batch of TRL's DPO collator holds as many chosen rows as rejected ones; got {len(batch['input_ids'])} "
             "rows: triplets, unpaired rows, or pairs packed into one row (set padding_free=False) are not accepted"
         )
+    if row := _without_its_prompt(*(batch[key].bool() if key != "input_ids" else batch[key] for key in TRL_KEYS)):
+        pairs = len(batch["input_ids"]) // 2
+        raise ValueError(
+            f"rows {row - 1} and {row - 1 + pairs} of a batch of {pairs} pairs have other prompts: chosen rows stand "
+            "first, then the rejected ones in the same order; triplets, unpaired rows and rows that alternate are none"
+        )
+
+
+def _without_its_prompt(ids: Tensor, mask: Tensor, completion: Tensor) -> int:
+    """The number, from 1, of the last chosen row whose prompt is not that of its rejected one; 0 where all are.
+
+    Prompts are compared from their ends, as far as truncation has left both.
+    """
+    before = mask & (completion.cumsum(1) == 0) & completion.any(1, keepdim=True)
+    lengths = before.sum(1)
+    back = torch.arange(ids.shape[1], device=ids.device)
+    from_the_end = ids.gather(1, (completion.int().argmax(1, keepdim=True) - 1 - back).clamp(min=0))
+    sides, shorter = from_the_end.chunk(2), torch.minimum(*lengths.chunk(2))
+    differ = ((sides[0] != sides[1]) & (back < shorter[:, None])).any(1)
+    return int((differ * torch.arange(1, len(differ) + 1, device=ids.device)).max()) if len(differ) else 0
 
 
 def _require_taken(batch: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
