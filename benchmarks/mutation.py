@@ -64,18 +64,27 @@ TESTS = {
         "backend_torch onepass step devices",
         "(torch or onepass or ddp or fsdp2 or refused) and not log_probs and not compiles",
     ),
-    f"{TORCH}/cut.py": ("cut", ""),
+    f"{TORCH}/agreement.py": ("onepass_grounds", "small or order or rows"),
+    f"{TORCH}/cut.py": ("cut onepass_grounds", "test_cut or cut or kept"),
     f"{TORCH}/forward.py": (
-        "backend_torch step onepass cut faults",
+        "backend_torch step onepass onepass_grounds cut faults",
         "(torch or onepass or cut or ctrl_c) and not log_probs and not compiles",
     ),
     f"{TORCH}/head.py": ("backend_torch", "head"),
-    f"{TORCH}/onepass.py": ("onepass hf faults", "onepass or oracles or step_that_fails or refused_between"),
+    f"{TORCH}/half.py": ("rounding", "torch"),
+    f"{TORCH}/onepass.py": (
+        "onepass onepass_grounds hf faults",
+        "onepass or oracles or step_that_fails or refused_between",
+    ),
     f"{TORCH}/random_state.py": ("backend_torch cut", "dropout or calls"),
-    f"{TORCH}/rules.py": ("onepass", ""),
+    f"{TORCH}/replay.py": ("onepass_grounds backend_torch cut", "batch_norm or dropout or calls"),
+    f"{TORCH}/rows.py": ("onepass_grounds", ""),
+    f"{TORCH}/rules.py": ("onepass onepass_grounds", ""),
     f"{TORCH}/sharded.py": ("devices", "fsdp2 or refused"),
     f"{TORCH}/token_kl.py": ("drift", "kl_in_chunks"),
     f"{TORCH}/token_logps.py": ("backend_torch", "log"),
+    f"{TORCH}/verdicts.py": ("onepass_grounds", "verdict or anew or never or place or comes_to_mix"),
+    "gapo/rounding.py": ("rounding backend_torch", "torch or bfloat16 or drop or add_up or cause"),
 }
 
 # What an operator becomes: one of its kind, and for a comparison its neighbour and its opposite. More would be no
