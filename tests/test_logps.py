@@ -31,7 +31,7 @@ def oracle(logits: np.ndarray, labels: np.ndarray, average: bool) -> list[float]
 
 @st.composite
 def batches(draw):
-    batch, seq, vocab = draw(st.integers(1, 3)), draw(st.integers(2, 6)), draw(st.integers(2, 5))
+    batch, seq, vocab = draw(st.sampled_from([(1, 2, 2), (2, 5, 3), (3, 6, 5)]))  # few: JAX compiles for each
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     logits = rng.normal(size=(batch, seq, vocab)) * draw(st.sampled_from([0.1, 3.0, 50.0]))
     labels = rng.integers(0, vocab, (batch, seq))

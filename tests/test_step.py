@@ -154,12 +154,15 @@ def test_radius_is_rho(backend: Library, adaptive: bool, direction: str, rho: fl
 def test_where_every_weight_moves_the_share_of_changed_weights_is_exactly_one(backend: Library, dtype: str) -> None:
     if backend.name == "numpy" and dtype == "float32":
         pytest.skip("the NumPy backend computes in float64 alone")
-    arrays = models.make_params(layers=2)
-    arrays = {name: np.where(np.abs(x) < 0.1, 0.1, x) for name, x in arrays.items()}  # none so small that it is 0
-    result, _, _ = take_step(
-        backend, arrays, models.make_batch(), dtype, direction="gaussian", adaptive=False, rho=5.0, perturb="all"
-    )
-    assert float(result["changed_fraction"]) == 1
+    arrays = {f"layer{i}": np.linspace(1.0, 2.0, size) for i, size in enumerate((24, 7, 96, 13, 5))}
+
+    def margin_fn(params: Any, _: Any) -> Any:
+        xp, p = models.namespace_of(backend), models.flat(backend, params)
+        return xp.stack([sum(xp.sum(p[name]) for name in arrays), xp.sum(p["layer0"])])
+
+    step = gapo.value_and_grad(margin_fn, gapo.GAPOConfig(rho=5.0, probe="margin"), backend=backend.name)
+    result, _ = step(models.to_backend(backend, arrays, dtype), None)
+    assert float(backend.numpy(result.changed_fraction)) == 1
 
 
 def test_changed_fraction_is_a_share_of_all_selected_weights(backend: Library) -> None:
