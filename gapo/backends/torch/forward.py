@@ -143,10 +143,12 @@ class TorchForward:
         try:
             try:
                 with torch.no_grad(), self._replay.again():
-                    for name in names:
+                    for name in shared:  # before one of them moves the others
                         saved[name] = self.parameters[name].data.clone()
                     for name in names:
-                        theta, moved = self.parameters[name].data, move(name, saved[name])
+                        theta = self.parameters[name].data
+                        saved[name] = saved[name] if name in shared else theta.clone()
+                        moved = move(name, saved[name])
                         if name in shared and not torch.equal(theta, saved[name]):  # another one has moved it already
                             moved = theta + (moved - saved[name])
                         theta.copy_(moved)
