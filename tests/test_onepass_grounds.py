@@ -742,6 +742,23 @@ def test_autocast_within_the_models_forward_keeps_the_one_pass() -> None:
     assert step_is_one_pass(by_pairs(stacked), model, ids_of(3))
 
 
+def test_coarse_products_of_float32_are_compared_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        onepass,
+        "compared",
+        lambda *args, coarse, **kwargs: asked.append(coarse) or compared(*args, coarse=coarse, **kwargs),
+    )
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            take(stacked, Net(nn.Linear(WIDTH, WIDTH)).float(), ids_of(3), anchor="first_order")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert asked == [False, True]
+
+
 # The cut.
 
 

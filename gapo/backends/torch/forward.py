@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of, require_real
 from gapo.backends.torch.agreement import compared
 from gapo.backends.torch.cut import cut_below
-from gapo.backends.torch.half import quantises, rounds
+from gapo.backends.torch.half import coarse_products, quantises, rounds
 from gapo.backends.torch.head import head_parameters
 from gapo.backends.torch.replay import Replay
 from gapo.backends.torch.verdicts import Verdicts, basis
@@ -98,10 +98,12 @@ class TorchForward:
         return grads
 
     def _coarse(self) -> bool:
-        """Whether gradients are of 16-bit arithmetic."""
+        """Whether gradients are of 16-bit arithmetic, or of products as coarse."""
         device = self.outputs[0].device.type
-        return torch.is_autocast_enabled(device) or any(
-            x.dtype in HALVES for x in (*self.parameters.values(), *self.outputs)
+        return (
+            torch.is_autocast_enabled(device)
+            or coarse_products(device)
+            or any(x.dtype in HALVES for x in (*self.parameters.values(), *self.outputs))
         )
 
     def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:

@@ -24,9 +24,7 @@ def rounds(outputs: Iterable[Tensor]) -> bool:
     Not seen: what a custom autograd function does inside, if it neither returns nor saves 16-bit tensors.
     """
     outputs = list(outputs)
-    products = _PRODUCTS.get(outputs[0].device.type)
-    coarse = products is not None and products.fp32_precision in ("tf32", "bf16")
-    if coarse and any(output.dtype == torch.float32 for output in outputs):
+    if coarse_products(outputs[0].device.type) and any(output.dtype == torch.float32 for output in outputs):
         return True
     stack: list[Any] = [output.grad_fn for output in outputs]
     seen = set(stack)
@@ -41,6 +39,12 @@ def rounds(outputs: Iterable[Tensor]) -> bool:
                 seen.add(parent)
                 stack.append(parent)
     return False
+
+
+def coarse_products(device: str) -> bool:
+    """Whether matrices of float32 are multiplied faster and coarser on `device`, by TF32 or bfloat16."""
+    products = _PRODUCTS.get(device)
+    return products is not None and products.fp32_precision in ("tf32", "bf16")
 
 
 def quantises(module: nn.Module) -> bool:
