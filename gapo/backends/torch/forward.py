@@ -109,7 +109,7 @@ class TorchForward:
     def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
         """The gradients by the parameters `wanted`; with `keep` the graph lives on, if it can."""
         inputs = [self.parameters[name] for name in wanted]
-        with grads_aside(self.parameters):
+        with no_grads_left(self.parameters):
             try:
                 grads = torch.autograd.grad(
                     self.outputs, inputs, list(cotangents), retain_graph=keep, materialize_grads=True
@@ -188,15 +188,25 @@ class TorchForward:
 
 @contextmanager
 def grads_aside(parameters: dict[str, Any]) -> Iterator[None]:
-    """Set every `.grad` aside while a backward runs that is to leave none; afterwards all are as they were.
-
-    Raises:
-        RuntimeError: the backward left one.
-    """
+    """Set every `.grad` aside; afterwards all are as they were, whatever a backward wrote there meanwhile."""
     aside = {name: p.grad for name, p in parameters.items()}
     try:
         for p in parameters.values():
             p.grad = None
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.grad = aside[name]
+
+
+@contextmanager
+def no_grads_left(parameters: dict[str, Any]) -> Iterator[None]:
+    """The same for a backward that is to write to no `.grad`.
+
+    Raises:
+        RuntimeError: it wrote to one.
+    """
+    with grads_aside(parameters):
         yield
         for name, p in parameters.items():
             if p.grad is not None:
@@ -204,9 +214,6 @@ def grads_aside(parameters: dict[str, Any]) -> Iterator[None]:
                     f"a backward within the backward wrote to the .grad of {name!r}, which would add to every update, "
                     "as re-entrant checkpoints do: use torch.utils.checkpoint with use_reentrant=False"
                 )
-    finally:
-        for name, p in parameters.items():
-            p.grad = aside[name]
 
 
 def is_shard(x: Any) -> bool:

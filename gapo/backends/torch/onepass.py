@@ -35,7 +35,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gapo.backends.base import LeafRule, MarginFn, on_outputs
 from gapo.backends.torch.agreement import compared
-from gapo.backends.torch.forward import HALVES, TorchForward, grads_aside
+from gapo.backends.torch.forward import HALVES, TorchForward, no_grads_left
 from gapo.backends.torch.rows import odd_rows, uses
 from gapo.backends.torch.rules import PairGrads, Rule, is_affine, rule_for, trained, unfit
 from gapo.backends.torch.verdicts import Verdicts
@@ -217,7 +217,7 @@ class OnePassForward(TorchForward):
         self._parts.clear()
         try:
             self._collecting = True
-            with grads_aside(self.parameters):
+            with no_grads_left(self.parameters):
                 torch.autograd.grad(self.outputs, self._root, seeds, allow_unused=True)
             self._collected = self._spent = True
         finally:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gapo.backends.base import LeafRule, MarginFn, on_outputs
-from gapo.backends.torch.forward import TorchForward, is_shard
+from gapo.backends.torch.forward import TorchForward, grads_aside, is_shard
 from gapo.config import GAPOConfig
 
 
@@ -30,15 +30,9 @@ class ShardedForward(TorchForward):
         super().__init__(margin_fn, module, batch, config)
 
     def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
-        aside = {name: p.grad for name, p in self.parameters.items()}
-        try:
-            for p in self.parameters.values():
-                p.grad = None
+        with grads_aside(self.parameters):
             torch.autograd.backward(self.outputs, list(cotangents), retain_graph=keep)
             grads = {name: p.grad for name, p in self.parameters.items()}
-        finally:
-            for name, p in self.parameters.items():
-                p.grad = aside[name]
         if all(g is None for g in grads.values()):
             raise RuntimeError(
                 "FSDP2 holds gradients back (set_requires_gradient_sync(False), or accelerate's no_sync), but ranks "
