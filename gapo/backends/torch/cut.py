@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gapo.backends.torch.random_state import RandomState
+from gapo.backends.torch.rows import walk
 from gapo.backends.torch.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)
@@ -172,17 +173,12 @@ def cut_below(module: nn.Module, names: Iterable[str]) -> Cut | None:
 def _reaches(outputs: Sequence[Tensor], below: Sequence[nn.Module], stops: set[Any]) -> bool:
     """Whether autograd's graph leads from `outputs` to a parameter of `below` other than through `stops`."""
     parameters = {id(p) for layer in below for p in layer.parameters()}
-    stack = [output.grad_fn for output in outputs]
-    seen = set(stack) | stops
-    while stack:
-        node = stack.pop()
-        for parent, _ in node.next_functions if node is not None else ():
-            if id(getattr(parent, "variable", None)) in parameters:
-                return True
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return False
+    return any(
+        id(getattr(parent, "variable", None)) in parameters
+        for node in walk(outputs, stops.__contains__)
+        if node not in stops
+        for parent, _ in node.next_functions
+    )
 
 
 def _left(layer: nn.Module, *arguments: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gapo.backends.torch.rows import walk
+
 # What may multiply float32 matrices faster and coarser, by device.
 _backends: Any = torch.backends
 _PRODUCTS = {"cuda": _backends.cuda.matmul, "cpu": _backends.mkldnn.matmul}
@@ -26,19 +28,9 @@ def rounds(outputs: Iterable[Tensor]) -> bool:
     outputs = list(outputs)
     if coarse_products(outputs[0].device.type) and any(output.dtype == torch.float32 for output in outputs):
         return True
-    stack: list[Any] = [output.grad_fn for output in outputs]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        if any(_is_half(made.dtype) for made in node._input_metadata) or _saves_half(node):
-            return True
-        for parent, _ in node.next_functions:
-            if parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return False
+    return any(
+        any(_is_half(made.dtype) for made in node._input_metadata) or _saves_half(node) for node in walk(outputs)
+    )
 
 
 def coarse_products(device: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -50,18 +50,18 @@ def _by_rows(outputs: Sequence[Tensor], edges: list[GradientEdge], weights: Tens
 
 
 def _nodes_with_rows(outputs: Sequence[Tensor]) -> list[Any]:
-    found = []
-    for node in _walk(outputs, stop=_WITH_ROWS):
-        if node.name() in _WITH_ROWS:
-            found.append(node)
-    return found
+    return [node for node in walk(outputs, _has_rows) if _has_rows(node)]
+
+
+def _has_rows(node: Any) -> bool:
+    return node.name() in _WITH_ROWS
 
 
 def uses(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> Counter[str]:
     """How often each parameter enters the graph behind `outputs`."""
     names = {id(p): name for name, p in parameters.items()}
     found: Counter[str] = Counter()
-    for node in _walk(outputs):
+    for node in walk(outputs):
         for parent, _ in node.next_functions:
             name = names.get(id(getattr(parent, "variable", None)))
             if name is not None:
@@ -69,14 +69,14 @@ def uses(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> Counter[st
     return found
 
 
-def _walk(outputs: Sequence[Tensor], stop: Sequence[str] = ()) -> Iterator[Any]:
-    """Every node of the graph behind `outputs`, once; not what lies behind those named in `stop`."""
+def walk(outputs: Sequence[Tensor], stop: Callable[[Any], bool] | None = None) -> Iterator[Any]:
+    """Every node of the graph behind `outputs`, once; not what lies behind a node at which `stop` is true."""
     stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
         yield node
-        if stop and node.name() in stop:
+        if stop is not None and stop(node):
             continue
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
