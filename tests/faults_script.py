@@ -20,7 +20,11 @@ from transformers import Trainer
 
 from gapo import cli
 from gapo.data import generate_pairs, write_rows
-from gapo.experiments import files, train, train_torch  # noqa: F401  # imported before the forks
+from gapo.runs.output import files  # imported before the forks
+from gapo.runs.train import (
+    train,  # imported before the forks
+    train_torch,  # noqa: F401  # imported before the forks
+)
 
 STEPS = 3
 

@@ -18,8 +18,9 @@ from devices_script import launch
 
 from gapo import cli
 from gapo.data import generate_pairs, writing
-from gapo.experiments import files, train
-from gapo.experiments.train_torch import Recorder
+from gapo.runs.output import files
+from gapo.runs.train import train
+from gapo.runs.train.train_torch import Recorder
 
 PAIRS = 11  # to train on: of the last micro-batch of an epoch, two processes of two pairs each get three
 

@@ -27,7 +27,7 @@ from gapo.adapters.hf.responses import Responses, prompt_of
 from gapo.adapters.hf.starting import StartingPolicy
 from gapo.backends.torch import token_logps
 from gapo.backends.torch.token_kl import token_kl
-from gapo.experiments import files
+from gapo.runs.output import files
 
 # peft 0.18, when it saves the adapters of a model that came from no folder.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in")

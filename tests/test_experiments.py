@@ -17,9 +17,10 @@ from frameworks import require
 
 from gapo import cli, data
 from gapo.data import collate
-from gapo.experiments import files, noise, plots, report
-from gapo.experiments.config import ConfigError, known_keys, make_parser, parse
-from gapo.experiments.reference import with_kept_reference
+from gapo.runs.output import files, noise, plots
+from gapo.runs.reference_cache import with_kept_reference
+from gapo.runs.train import train_page as report
+from gapo.runs.train.train_config import ConfigError, known_keys, make_parser, parse
 
 _LIBRARY = {"jax": "flax", "mlx": "mlx_lm"}  # what `gapo train` needs for these backends
 
@@ -133,7 +134,7 @@ def test_a_finished_run_is_not_overwritten_unasked(finished: Path, capsys: pytes
 
 def interrupt_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `gapo train` on PyTorch be interrupted there, until the patch is undone."""
-    from gapo.experiments.recorder import Recorder
+    from gapo.runs.train.recorder import Recorder
 
     plain = Recorder.on_step
 
@@ -226,7 +227,7 @@ def test_the_same_yaml_on_every_backend(finished: Path, tmp_path: Path, loss: st
 def test_other_backends_resume_too(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    from gapo.experiments import loop
+    from gapo.runs.train import loop
 
     require(_LIBRARY[backend])
     # Of the same shapes as above, so that JAX has compiled them.
@@ -253,8 +254,8 @@ def test_other_backends_resume_too(
 def test_reference_log_probs_are_those_of_the_start_also_after_resuming(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gapo.experiments import train_torch
-    from gapo.experiments.recorder import Recorder
+    from gapo.runs.train import train_torch
+    from gapo.runs.train.recorder import Recorder
 
     options = {"model": str(finished / "run" / "model"), "loss": "dpo", "learning_rate": 0.05, "flip_rate": 0.0}
     for name in ("whole", "cut"):
@@ -357,7 +358,8 @@ def test_a_library_of_the_command_line_that_is_not_installed_is_named_before_any
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     name = command.split()[0]
-    expected = f'gapo: error: gapo {name} needs {library}, which is not installed: pip install "gapo[cli]"\n'
+    extra = "study" if name == "study" else "cli"
+    expected = f'gapo: error: gapo {name} needs {library}, which is not installed: pip install "gapo[{extra}]"\n'
     assert done.stderr.endswith(expected)
     assert not list(tmp_path.iterdir())
 
@@ -366,7 +368,7 @@ def test_a_library_of_the_command_line_that_is_not_installed_is_named_before_any
 def test_a_backend_that_is_not_installed_is_named_before_any_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str, extra: str
 ) -> None:
-    monkeypatch.delitem(sys.modules, f"gapo.experiments.train_{backend}", raising=False)
+    monkeypatch.delitem(sys.modules, f"gapo.runs.train.train_{backend}", raising=False)
     monkeypatch.setitem(sys.modules, {"jax": "jax", "mlx": "mlx.core"}[backend], None)
     assert train(tmp_path, backend=backend) == 1
     assert f'which is not installed: pip install "gapo[{extra}]"' in capsys.readouterr().err
@@ -467,8 +469,8 @@ def test_flip_writes_marked_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_tiny_model_does_not_know_the_labels(tmp_path: Path) -> None:
-    from gapo.experiments import tiny
-    from gapo.experiments.config import TrainConfig
+    from gapo.runs.models import tiny
+    from gapo.runs.train.train_config import TrainConfig
 
     rows = data.generate_pairs(30)
     config = TrainConfig(pairs="some.jsonl")

@@ -32,9 +32,10 @@ from gapo.adapters.hf import GAPOCallback
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch.forward import TorchForward
-from gapo.experiments import files, loop
-from gapo.experiments.config import TrainConfig
-from gapo.experiments.records import RunData
+from gapo.runs.output import files
+from gapo.runs.train import loop
+from gapo.runs.train.run_data import RunData
+from gapo.runs.train.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 ERRORS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)

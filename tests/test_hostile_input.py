@@ -21,13 +21,14 @@ import pytest
 
 from gapo import cli, data
 from gapo.data import sources
-from gapo.experiments import files, plots, report
-from gapo.experiments.config import ConfigError, parse
-from gapo.experiments.pretrained import load_model, load_tokenizer
-from gapo.experiments.score import report as score_report
-from gapo.experiments.study import config as study_config
-from gapo.experiments.study.markdown import render_markdown
-from gapo.experiments.study.policy import Material
+from gapo.runs.models.pretrained import load_model, load_tokenizer
+from gapo.runs.output import files, plots
+from gapo.runs.score import score_page as score_report
+from gapo.runs.train import train_page as report
+from gapo.runs.train.train_config import ConfigError, parse
+from gapo.study import study_config
+from gapo.study.markdown import render_markdown
+from gapo.study.policy import Material
 
 GOOD = {"prompt": "Q? ", "chosen": "yes", "rejected": "no"}
 LINE = json.dumps(GOOD).encode()
@@ -350,8 +351,8 @@ def with_code(model: Path, folder: Path) -> Path:
 
 
 def test_code_that_comes_with_a_model_is_not_run(model: Path, tmp_path: Path) -> None:
-    from gapo.experiments import train_mlx
-    from gapo.experiments.config import TrainConfig
+    from gapo.runs.train import train_mlx
+    from gapo.runs.train.train_config import TrainConfig
 
     folder = with_code(model, tmp_path)
     with pytest.raises(ConfigError, match=r"tokenizer '.*coded' .*contains custom code"):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapo.experiments import noise
+from gapo.runs.output import noise
 
 LABELLED = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=5, max_size=40)
 

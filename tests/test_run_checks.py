@@ -17,14 +17,16 @@ import ranks_script
 from frameworks import require
 
 from gapo import GAPOConfig, cli, data
-from gapo.experiments import files, ranks, train_torch
-from gapo.experiments import train as train_module
-from gapo.experiments.config import ConfigError, TrainConfig
-from gapo.experiments.pretrained import require_fit, require_model
-from gapo.experiments.recorder import joined
-from gapo.experiments.records import total_steps
-from gapo.experiments.study.config import StudyConfig
 from gapo.metrics import combine
+from gapo.runs import ranks
+from gapo.runs.models.pretrained import require_fit, require_model
+from gapo.runs.output import files
+from gapo.runs.train import train as train_module
+from gapo.runs.train import train_torch
+from gapo.runs.train.recorder import joined
+from gapo.runs.train.run_data import total_steps
+from gapo.runs.train.train_config import ConfigError, TrainConfig
+from gapo.study.study_config import StudyConfig
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +174,7 @@ def test_jax_refuses_a_llama_that_it_would_not_compute(model: Path, tmp_path: Pa
     require("flax")
     from safetensors.numpy import load_file, save_file
 
-    from gapo.experiments import llama
+    from gapo.runs.models import llama
 
     settings = json.loads((model / "config.json").read_text())
     weights = load_file(model / "model.safetensors")
@@ -303,8 +305,8 @@ def test_a_mean_over_micro_batches_is_one_over_pairs() -> None:
 
 def test_ids_without_an_embedding_reach_no_backend(tmp_path: Path) -> None:
     """JAX clamps an index, MLX reads whatever is there."""
-    from gapo.experiments import loop
-    from gapo.experiments.records import RunData
+    from gapo.runs.train import loop
+    from gapo.runs.train.run_data import RunData
 
     class Small:
         vocabulary = 30

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from gapo import cli, data
-from gapo.experiments.config import ConfigError, TrainConfig
-from gapo.experiments.pairs import in_both, load_data
-from gapo.experiments.splits import evaluation_split, require_split
-from gapo.experiments.study.config import StudyConfig
-from gapo.experiments.study.policy import load_split
+from gapo.runs.holdout import in_both, load_data
+from gapo.runs.splits import evaluation_split, require_split
+from gapo.runs.train.train_config import ConfigError, TrainConfig
+from gapo.study.policy import load_split
+from gapo.study.study_config import StudyConfig
 
 
 def rows(n: int, start: int = 0) -> list[dict[str, Any]]:

@@ -17,11 +17,11 @@ import gapo
 from gapo import cli, data
 from gapo.adapters.hf import PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
-from gapo.experiments import files, tables
-from gapo.experiments.score import flow as score
-from gapo.experiments.score import measure as score_measure
-from gapo.experiments.score import table as score_table
-from gapo.experiments.score.config import ScoreConfig
+from gapo.runs.output import files, tables
+from gapo.runs.score import flow as score
+from gapo.runs.score import measure as score_measure
+from gapo.runs.score import score_table
+from gapo.runs.score.score_config import ScoreConfig
 
 PAIRS = data.flip_pairs(data.generate_pairs(22, seed=3), rate=0.25)
 QUICK = {"rho": "0.2", "batch_size": "8", "max_length": "64"}
@@ -92,7 +92,7 @@ def test_killed_in_the_middle_of_a_line_it_ends_in_the_same_bytes(folder: Path, 
     code = f"""
 import os, signal
 from gapo import cli
-from gapo.experiments import files
+from gapo.runs.output import files
 plain = files.JsonLines.write
 def write(log, row):
     if row.get("step") == 4:

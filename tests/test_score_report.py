@@ -8,8 +8,8 @@ import pytest
 from test_experiments import Page
 
 from gapo import data
-from gapo.experiments import plots
-from gapo.experiments.score import report as score_report
+from gapo.runs.output import plots
+from gapo.runs.score import score_page as score_report
 
 SETTINGS = {
     "pairs": "pairs.jsonl",

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapo.experiments.score.table import MEASURES, by_pair, digits, plan, score_rows, select_pairs
+from gapo.runs.score.score_table import MEASURES, by_pair, digits, plan, score_rows, select_pairs
 
 
 @given(n=st.integers(1, 40), size=st.integers(1, 12), repeats=st.integers(1, 3), seed=st.integers(0, 5))

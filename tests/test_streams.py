@@ -13,11 +13,11 @@ import pytest
 import gapo
 from gapo import data
 from gapo.data.streams import stream
-from gapo.experiments.config import TrainConfig
-from gapo.experiments.pairs import load_data
-from gapo.experiments.score.table import plan
-from gapo.experiments.study.config import StudyConfig
-from gapo.experiments.study.policy import load_split
+from gapo.runs.holdout import load_data
+from gapo.runs.score.score_table import plan
+from gapo.runs.train.train_config import TrainConfig
+from gapo.study.policy import load_split
+from gapo.study.study_config import StudyConfig
 
 PAIRS, SHARE, SEEDS = 200, 0.2, 12
 

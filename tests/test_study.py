@@ -15,19 +15,19 @@ import torch
 import gapo
 from gapo.cli import main
 from gapo.data import write_rows
-from gapo.experiments.study import grid as grid_module
-from gapo.experiments.study import study as study_module
-from gapo.experiments.study.arms import ARMS
-from gapo.experiments.study.cells import Cell, settings_key
-from gapo.experiments.study.config import StudyConfig, parse
-from gapo.experiments.study.grid import Grid
-from gapo.experiments.study.policy import Material, flipped, load_split, pair_logps
-from gapo.experiments.study.records import WeightLog
-from gapo.experiments.study.report import content
-from gapo.experiments.study.run import bucketed, draw, measure, train
-from gapo.experiments.study.statistics import bootstrap, paired
-from gapo.experiments.study.study import plan, possible_noises, run_study
 from gapo.objectives import OBJECTIVES
+from gapo.study import grid as grid_module
+from gapo.study import study as study_module
+from gapo.study.arms import ARMS
+from gapo.study.cell_run import bucketed, draw, measure, train
+from gapo.study.cells import Cell, settings_key
+from gapo.study.grid import Grid
+from gapo.study.policy import Material, flipped, load_split, pair_logps
+from gapo.study.report import content
+from gapo.study.statistics import bootstrap, paired
+from gapo.study.study import plan, possible_noises, run_study
+from gapo.study.study_config import StudyConfig, parse
+from gapo.study.weight_log import WeightLog
 
 
 @pytest.fixture(scope="module")

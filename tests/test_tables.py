@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gapo.experiments.tables import ENDINGS, read_table, require_ending, write_table
+from gapo.runs.output.tables import ENDINGS, read_table, require_ending, write_table
 
 ROWS = [
     {"row": 0, "prompt": "Grüße\u2028 <b>", "chosen": [{"role": "user", "content": "x"}], "gaps": [0.1, 0.2]},

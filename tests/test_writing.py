@@ -22,7 +22,7 @@ import pytest
 
 from gapo import cli, data
 from gapo.data import writing
-from gapo.experiments import files, tables
+from gapo.runs.output import files, tables
 
 ROWS = data.generate_pairs(2000)
 SCRIPT = Path(__file__).with_name("writing_script.py")
@@ -145,8 +145,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_another_process_may_make_the_same_tiny_model_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gapo.experiments import tiny
-    from gapo.experiments.config import TrainConfig
+    from gapo.runs.models import tiny
+    from gapo.runs.train.train_config import TrainConfig
 
     def make(config: Any, plain: str, answers: list[str], folder: Path) -> None:
         for made in (folder, folder.with_name(folder.name.split(".")[0])) if other else (folder,):

@@ -17,7 +17,7 @@ from typing import Any
 
 from gapo import cli
 from gapo.data import writing
-from gapo.experiments import files
+from gapo.runs.output import files
 
 
 def kill_at(name: str, when: str | int) -> None:
@@ -55,7 +55,9 @@ def kill_at(name: str, when: str | int) -> None:
 
 def main() -> None:
     """Run every job; the ends of all of them, as JSON, are the last line printed."""
-    from gapo.experiments import score, study, train_torch  # noqa: F401  # before the forks
+    from gapo import study  # noqa: F401  # before the forks
+    from gapo.runs import score  # noqa: F401  # before the forks
+    from gapo.runs.train import train_torch  # noqa: F401  # before the forks
 
     ends = []
     for job in json.loads(Path(sys.argv[1]).read_text()):

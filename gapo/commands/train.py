@@ -12,7 +12,7 @@ from gapo._extras import named_extra
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo train` with `arguments`; returns the exit status."""
     with named_extra("gapo train", "cli"):
-        from gapo.experiments.config import ConfigError, make_parser, parse
+        from gapo.runs.train.train_config import ConfigError, make_parser, parse
 
     if not arguments or "--help" in arguments or "-h" in arguments:
         make_parser().print_help()
@@ -23,8 +23,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"gapo train: error: {error}. See gapo train --help", file=sys.stderr)
         return 2
     with named_extra("gapo train", "cli"):
-        from gapo.experiments import ranks
-        from gapo.experiments.train import train
+        from gapo.runs import ranks
+        from gapo.runs.train.train import train
 
     summary = train(run, step)
     if not ranks.is_first():

@@ -21,11 +21,11 @@ import fuzz_values
 
 from gapo import GAPOConfig, data
 from gapo.commands import score as score_command
-from gapo.experiments import config as train_config
-from gapo.experiments.config import ConfigError, TrainConfig
-from gapo.experiments.score import ScoreConfig
-from gapo.experiments.study import config as study_config
-from gapo.experiments.study.config import StudyConfig
+from gapo.runs.score import ScoreConfig
+from gapo.runs.train import train_config
+from gapo.runs.train.train_config import ConfigError, TrainConfig
+from gapo.study import study_config
+from gapo.study.study_config import StudyConfig
 
 # "g" is packed here; "v", below, is made of values
 PAIR_FILES = {
