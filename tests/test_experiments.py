@@ -16,11 +16,15 @@ import pytest
 from frameworks import require
 
 from gapo import cli, data
+from gapo.commands.train import make_parser, parse
+from gapo.config import GAPOConfig
 from gapo.data import collate
+from gapo.runs.errors import ConfigError
+from gapo.runs.options import known_keys
 from gapo.runs.output import files, noise, plots
 from gapo.runs.reference_cache import with_kept_reference
 from gapo.runs.train import train_page as report
-from gapo.runs.train.train_config import ConfigError, known_keys, make_parser, parse
+from gapo.runs.train.train_config import TrainConfig
 
 _LIBRARY = {"jax": "flax", "mlx": "mlx_lm"}  # what `gapo train` needs for these backends
 
@@ -438,7 +442,7 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
 def test_help_names_every_key_and_is_quick() -> None:
     text = make_parser().format_help()
     options = text[text.index("options:") :]
-    for key in known_keys():
+    for key in known_keys((TrainConfig, GAPOConfig)):
         described = options.split(f"--{key} ")[1].split("--")[0]
         assert len(described.split("(type")[0].split()) >= 3, key
     done = subprocess.run([sys.executable, "-m", "gapo", "--help"], capture_output=True, text=True, check=True)

@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 
 from gapo import cli, data
+from gapo.commands import study as study_command
+from gapo.commands.train import parse
 from gapo.data import sources
+from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, load_tokenizer
 from gapo.runs.output import files, plots
 from gapo.runs.score import score_page as score_report
 from gapo.runs.train import train_page as report
-from gapo.runs.train.train_config import ConfigError, parse
-from gapo.study import study_config
 from gapo.study.markdown import render_markdown
 from gapo.study.policy import Material
 
@@ -206,7 +207,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-@pytest.mark.parametrize("command", [parse, study_config.parse], ids=["train", "study"])
+@pytest.mark.parametrize("command", [parse, study_command.parse], ids=["train", "study"])
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -238,7 +239,7 @@ def test_configurations_that_are_refused(tmp_path: Path, command: Any, text: str
     assert time.process_time() - began < 5
 
 
-@pytest.mark.parametrize("command", [parse, study_config.parse], ids=["train", "study"])
+@pytest.mark.parametrize("command", [parse, study_command.parse], ids=["train", "study"])
 @pytest.mark.parametrize("tag", ["apply:os.mkdir [{}]", "object/apply:os.mkdir [{}]", "object/new:os.mkdir [{}]"])
 def test_no_tag_runs_code(tmp_path: Path, command: Any, tag: str) -> None:
     (tmp_path / "a.yaml").write_text(f"pairs: !!python/{tag.format(tmp_path / 'ran')}\n")

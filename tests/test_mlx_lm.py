@@ -581,7 +581,8 @@ def test_a_model_that_cannot_train_is_named() -> None:
 
 
 def test_gapo_train_refuses_a_quantised_folder(tmp_path: Path) -> None:
-    from gapo.runs.train.train_config import ConfigError, TrainConfig
+    from gapo.runs.errors import ConfigError
+    from gapo.runs.train.train_config import TrainConfig
     from gapo.runs.train.train_mlx import MlxTrainee
 
     sizes = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 32}

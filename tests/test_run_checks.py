@@ -19,13 +19,14 @@ from frameworks import require
 from gapo import GAPOConfig, cli, data
 from gapo.metrics import combine
 from gapo.runs import ranks
+from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import require_fit, require_model
 from gapo.runs.output import files
 from gapo.runs.train import train as train_module
 from gapo.runs.train import train_torch
 from gapo.runs.train.recorder import joined
 from gapo.runs.train.run_data import total_steps
-from gapo.runs.train.train_config import ConfigError, TrainConfig
+from gapo.runs.train.train_config import TrainConfig
 from gapo.study.study_config import StudyConfig
 
 

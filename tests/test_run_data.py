@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from gapo import cli, data
+from gapo.runs.errors import ConfigError
 from gapo.runs.holdout import in_both, load_data
 from gapo.runs.splits import evaluation_split, require_split
-from gapo.runs.train.train_config import ConfigError, TrainConfig
+from gapo.runs.train.train_config import TrainConfig
 from gapo.study.policy import load_split
 from gapo.study.study_config import StudyConfig
 

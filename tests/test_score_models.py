@@ -12,11 +12,11 @@ import gapo
 from gapo import cli, data
 from gapo.adapters.hf import PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
+from gapo.runs.errors import ConfigError
 from gapo.runs.output import tables
 from gapo.runs.score import sources as score_models
 from gapo.runs.score.score_config import ScoreConfig
 from gapo.runs.score.sources import Source, find_sources, fingerprint
-from gapo.runs.train.train_config import ConfigError
 
 PAIRS = data.generate_pairs(6)
 

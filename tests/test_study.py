@@ -14,6 +14,7 @@ import torch
 
 import gapo
 from gapo.cli import main
+from gapo.commands.study import parse
 from gapo.data import write_rows
 from gapo.objectives import OBJECTIVES
 from gapo.study import grid as grid_module
@@ -26,7 +27,7 @@ from gapo.study.policy import Material, flipped, load_split, pair_logps
 from gapo.study.report import content
 from gapo.study.statistics import bootstrap, paired
 from gapo.study.study import plan, possible_noises, run_study
-from gapo.study.study_config import StudyConfig, parse
+from gapo.study.study_config import StudyConfig
 from gapo.study.weight_log import WeightLog
 
 

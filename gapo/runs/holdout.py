@@ -11,9 +11,10 @@ from typing import Any
 from gapo.data import Pairs, flip_pairs, generate_pairs, read_pairs
 from gapo.data.flip import true_labels
 from gapo.data.streams import stream
-from gapo.runs.train.train_config import ConfigError, TrainConfig
-from gapo.runs.train.run_data import RunData
+from gapo.runs.errors import ConfigError
 from gapo.runs.splits import evaluation_split, require_split
+from gapo.runs.train.run_data import RunData
+from gapo.runs.train.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

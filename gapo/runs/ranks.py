@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gapo.runs.train.train_config import ConfigError
+from gapo.runs.errors import ConfigError
 
 
 def count() -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from gapo.data import with_reference_logps
 from gapo.data.collate import REFERENCE, TOKENIZED
 from gapo.data.reference import Measure
-from gapo.runs.train.train_config import ConfigError
+from gapo.runs.errors import ConfigError
 from gapo.runs.output.files import open_tensors, write_bytes
 
 Rows = list[dict[str, Any]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gapo._extras import named_extra
 from gapo.data.flip import names_evaluation
-from gapo.runs.train.train_config import ConfigError
+from gapo.runs.errors import ConfigError
 
 _ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".parquet")
 

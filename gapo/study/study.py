@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from gapo.data.writing import require_writable
+from gapo.runs.errors import ConfigError
 from gapo.runs.output.files import write_text
 from gapo.runs.ranks import require_one
 from gapo.runs.train.train import versions
@@ -24,7 +25,7 @@ from gapo.study.cells import Cell, settings_key
 from gapo.study.grid import Grid, one_thread
 from gapo.study.policy import Material, Split, load_split
 from gapo.study.report import write_report
-from gapo.study.study_config import ConfigError, StudyConfig, as_dict
+from gapo.study.study_config import StudyConfig, as_dict
 from gapo.study.tune import tune
 
 

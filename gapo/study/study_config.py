@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from gapo.runs.train.train_config import ConfigError, TrainConfig, parse_fields, parser_of, require_limit
+from gapo.runs.errors import require_limit
+from gapo.runs.train.train_config import TrainConfig
 from gapo.study.arms import ARMS
 
 TUNE_SEED = 1000  # the first seed of the tries; the study's own count from 0
@@ -201,26 +202,6 @@ def _known(name: str, given: Sequence[str], known: Sequence[str]) -> None:
         raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(map(repr, unknown)) or 'none'}")
 
 
-def make_parser() -> Any:
-    """The parser of `gapo study`: every field of `StudyConfig`, with help from its docstring."""
-    return parser_of(
-        (StudyConfig,),
-        prog="gapo study",
-        description="Train every objective on pairs with flipped labels, and report which of them bears the noise.",
-        epilog="example: gapo study examples/study_small.yaml --workers 2 --output_dir runs/my-study",
-    )
-
-
-def parse(arguments: Sequence[str]) -> StudyConfig:
-    """`[CONFIG.yaml] [--key value ...]` as the configuration; later ones win. Raises ConfigError for what cannot be."""
-    (config,) = parse_fields(make_parser(), arguments, (StudyConfig,))
-    assert isinstance(config, StudyConfig)
-    return config
-
-
 def as_dict(config: StudyConfig) -> dict[str, Any]:
     """Every field, lists as lists."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
-
-
-__all__ = ["ConfigError", "StudyConfig", "as_dict", "make_parser", "parse"]

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gapo.runs.train.train_config import ConfigError
+from gapo.runs.errors import ConfigError
 
 Params = dict[str, jax.Array]
 

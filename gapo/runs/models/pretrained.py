@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from gapo.runs.train.train_config import ConfigError
+from gapo.runs.errors import ConfigError
 
 
 def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None = None, dtype: str) -> tuple[Any, Any]:

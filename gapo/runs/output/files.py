@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gapo.data.writing import cannot_write, whole
-from gapo.runs.train.train_config import ConfigError
+from gapo.runs.errors import ConfigError
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,11 +17,14 @@ from tqdm.auto import tqdm
 from gapo.config import GAPOConfig
 from gapo.data import read_pairs
 from gapo.data.writing import require_writable
-from gapo.runs.train.train_config import ConfigError
+from gapo.runs.errors import ConfigError
 from gapo.runs.output.files import JsonLines, read_lines, write_text
+from gapo.runs.output.tables import Row, read_table, write_table
 from gapo.runs.ranks import require_one
-from gapo.runs.score.score_config import ScoreConfig
 from gapo.runs.score.measure import Measure
+from gapo.runs.score.score_config import ScoreConfig
+from gapo.runs.score.score_page import write_page
+from gapo.runs.score.score_table import digits, plan, score_rows, select_pairs
 from gapo.runs.score.sources import (
     Source,
     find_sources,
@@ -30,10 +33,7 @@ from gapo.runs.score.sources import (
     tokenizers_differ,
     tokenizers_fingerprint,
 )
-from gapo.runs.score.score_page import write_page
-from gapo.runs.score.score_table import digits, plan, score_rows, select_pairs
 from gapo.runs.splits import require_split
-from gapo.runs.output.tables import Row, read_table, write_table
 from gapo.runs.train.train import versions
 
 logger = logging.getLogger(__name__)

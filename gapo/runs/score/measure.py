@@ -14,11 +14,11 @@ from gapo.backends.torch import TorchBackend
 from gapo.config import GAPOConfig
 from gapo.data.streams import stream
 from gapo.runs.models.pretrained import require_fit
-from gapo.runs.train.run_data import extent
-from gapo.runs.score.score_config import ScoreConfig
-from gapo.runs.score.sources import Source, load
-from gapo.runs.score.score_table import MEASURES, digits
 from gapo.runs.output.tables import Row
+from gapo.runs.score.score_config import ScoreConfig
+from gapo.runs.score.score_table import MEASURES, digits
+from gapo.runs.score.sources import Source, load
+from gapo.runs.train.run_data import extent
 from gapo.step import StepResult, run
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Measure:
         step: settings of the step.
 
     Raises:
-        gapo.runs.train.train_config.ConfigError: the model cannot be loaded. When called, FloatingPointError or ValueError:
+        gapo.runs.errors.ConfigError: the model cannot be loaded. When called, FloatingPointError or ValueError:
             the step failed; names the rows of the batch. The weights are as before.
     """
 

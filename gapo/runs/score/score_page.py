@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from gapo.data.pairs import text_of
-from gapo.runs.output import noise
-from gapo.runs.output import plots
+from gapo.runs.output import noise, plots
 from gapo.runs.output.files import write_text
 from gapo.runs.output.pages import render_page
-from gapo.runs.score.score_table import by_pair
 from gapo.runs.output.tables import Row
+from gapo.runs.score.score_table import by_pair
 
 _SHOWN = 10
 _LETTERS = 240

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gapo._extras import named_extra
-from gapo.runs.train.train_config import ConfigError
+from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, require_model
 from gapo.runs.score.score_config import ScoreConfig
 

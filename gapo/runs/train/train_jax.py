@@ -15,10 +15,10 @@ from flax.training.train_state import TrainState
 from gapo.adapters.flax import make_train_step, pair_logps
 from gapo.config import GAPOConfig
 from gapo.runs.models import llama
-from gapo.runs.train import loop
-from gapo.runs.train.train_config import TrainConfig
 from gapo.runs.models.pretrained import load_tokenizer, require_same_ids
+from gapo.runs.train import loop
 from gapo.runs.train.run_data import RunData
+from gapo.runs.train.train_config import TrainConfig
 from gapo.step import StepResult
 
 

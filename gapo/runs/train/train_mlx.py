@@ -16,9 +16,10 @@ from mlx_lm.utils import load, save_config, save_model
 from gapo.adapters.mlx_lm import last_metrics, make_loss, pair_logps
 from gapo.adapters.mlx_pairs import as_arrays
 from gapo.config import GAPOConfig
+from gapo.runs.errors import ConfigError
 from gapo.runs.train import loop
-from gapo.runs.train.train_config import ConfigError, TrainConfig
 from gapo.runs.train.run_data import RunData
+from gapo.runs.train.train_config import TrainConfig
 from gapo.step import StepResult
 
 

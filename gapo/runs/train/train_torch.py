@@ -27,13 +27,14 @@ from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.reference import summed_logps
 from gapo.config import GAPOConfig
 from gapo.data.writing import cannot_write, write_errors
+from gapo.objectives import without_anchor
 from gapo.runs import ranks
-from gapo.runs.train.train_config import ConfigError, TrainConfig
+from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, load_tokenizer, require_fit, require_model
+from gapo.runs.reference_cache import with_kept_reference
 from gapo.runs.train.recorder import Recorder
 from gapo.runs.train.run_data import RunData, extent, steps_per_epoch, tokenize_rows, total_steps
-from gapo.runs.reference_cache import with_kept_reference
-from gapo.objectives import without_anchor
+from gapo.runs.train.train_config import TrainConfig
 
 
 def run(
