@@ -20,7 +20,7 @@ import transformers
 from tqdm.auto import tqdm
 
 import gapo
-from gapo.runs.output.files import write_text
+from gapo.files import write_text
 from gapo.study.cell_run import measure
 from gapo.study.cells import Cell
 from gapo.study.policy import Material, load_split

@@ -21,11 +21,11 @@ from gapo.data import collate_pairs, generate_pairs, read_pairs, tokenize_pair
 from gapo.data.flip import true_labels
 from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.files import write_bytes
 from gapo.runs.errors import ConfigError
 from gapo.runs.holdout import in_both, told_in_both
 from gapo.runs.models.pretrained import load_model
 from gapo.runs.models.tiny import tiny_model
-from gapo.runs.output.files import write_bytes
 from gapo.runs.splits import evaluation_split, require_split
 from gapo.study.study_config import StudyConfig
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from gapo.runs.output.files import write_bytes, write_text
+from gapo.files import write_bytes, write_text
 from gapo.runs.output.pages import render_page
 from gapo.study import figures
 from gapo.study import frames as tables

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from gapo.data.writing import require_writable
+from gapo.files import require_writable, write_text
 from gapo.runs.errors import ConfigError
-from gapo.runs.output.files import write_text
 from gapo.runs.ranks import require_one
 from gapo.runs.train.train import versions
 from gapo.study.arms import ARMS, Settings

@@ -19,7 +19,7 @@ from test_experiments import Page, interrupt_at_step_3, train
 from test_hf import callback_of, make_trainer
 from transformers import Trainer
 
-from gapo import GAPOConfig, data
+from gapo import GAPOConfig, data, files
 from gapo.adapters import hf
 from gapo.adapters.hf import DriftCallback
 from gapo.adapters.hf.margins import stack_pairs
@@ -27,7 +27,6 @@ from gapo.adapters.hf.responses import Responses, prompt_of
 from gapo.adapters.hf.starting import StartingPolicy
 from gapo.backends.torch import token_logps
 from gapo.backends.torch.token_kl import token_kl
-from gapo.runs.output import files
 
 # peft 0.18, when it saves the adapters of a model that came from no folder.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in")

@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_no_file(
             raise OSError(28, "No space left on device")
         return plain(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("gapo.data.writing.json.dumps", full)
+    monkeypatch.setattr("gapo.files.json.dumps", full)
     assert cli.main(["flip", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "b.jsonl")]) == 1
     error = capsys.readouterr().err
     assert re.fullmatch(r"gapo: error: .*b\.jsonl could not be written: No space left on device\. .*\n", error), error

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from frameworks import require
 
-from gapo import cli, data
+from gapo import cli, data, files
 from gapo.commands.train import make_parser, parse
 from gapo.config import GAPOConfig
 from gapo.data import collate
 from gapo.runs.errors import ConfigError
 from gapo.runs.options import known_keys
-from gapo.runs.output import files, noise, plots
+from gapo.runs.output import noise, plots
 from gapo.runs.reference_cache import with_kept_reference
 from gapo.runs.train import train_page as report
 from gapo.runs.train.train_config import TrainConfig

@@ -27,12 +27,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import gapo
-from gapo import cli
+from gapo import cli, files
 from gapo.adapters.hf import GAPOCallback
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch.forward import TorchForward
-from gapo.runs.output import files
 from gapo.runs.train import loop
 from gapo.runs.train.run_data import RunData
 from gapo.runs.train.train_config import TrainConfig

@@ -19,13 +19,13 @@ import hf_models
 import numpy as np
 import pytest
 
-from gapo import cli, data
+from gapo import cli, data, files
 from gapo.commands import study as study_command
 from gapo.commands.train import parse
 from gapo.data import sources
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, load_tokenizer
-from gapo.runs.output import files, plots
+from gapo.runs.output import plots
 from gapo.runs.score import score_page as score_report
 from gapo.runs.train import train_page as report
 from gapo.study.markdown import render_markdown

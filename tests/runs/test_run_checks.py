@@ -16,12 +16,11 @@ import pytest
 import ranks_script
 from frameworks import require
 
-from gapo import GAPOConfig, cli, data
+from gapo import GAPOConfig, cli, data, files
 from gapo.metrics import combine
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import require_fit, require_model
-from gapo.runs.output import files
 from gapo.runs.train import train as train_module
 from gapo.runs.train import train_torch
 from gapo.runs.train.recorder import joined

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import gapo
-from gapo import cli, data
+from gapo import cli, data, files
 from gapo.adapters.hf import PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
-from gapo.runs.output import files, tables
+from gapo.runs.output import tables
 from gapo.runs.score import flow as score
 from gapo.runs.score import measure as score_measure
 from gapo.runs.score import score_table
@@ -92,7 +92,7 @@ def test_killed_in_the_middle_of_a_line_it_ends_in_the_same_bytes(folder: Path, 
     code = f"""
 import os, signal
 from gapo import cli
-from gapo.runs.output import files
+from gapo import files
 plain = files.JsonLines.write
 def write(log, row):
     if row.get("step") == 4:
@@ -304,7 +304,7 @@ def test_a_full_disk_costs_no_measurement(
     assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl.progress"]
 
     with monkeypatch.context() as patch:
-        patch.setattr("gapo.data.writing.os.replace", full_disk)
+        patch.setattr("gapo.files.os.replace", full_disk)
         assert cli.main(command(folder, out)) == 1
     assert not list(tmp_path.glob("*.part"))
     assert not out.exists()

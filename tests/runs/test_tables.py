@@ -35,7 +35,7 @@ def test_a_full_disk_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pyarrow.parquet.write_table", full)
-    monkeypatch.setattr("gapo.data.writing.json.dumps", full)
+    monkeypatch.setattr("gapo.files.json.dumps", full)
     with pytest.raises(OSError, match="No space left"):
         write_table(path, ROWS[:1])
     assert path.read_bytes() == before

@@ -20,9 +20,8 @@ import hf_models
 import numpy as np
 import pytest
 
-from gapo import cli, data
-from gapo.data import writing
-from gapo.runs.output import files, tables
+from gapo import cli, data, files
+from gapo.runs.output import tables
 
 ROWS = data.generate_pairs(2000)
 SCRIPT = Path(__file__).with_name("writing_script.py")
@@ -32,7 +31,7 @@ def write_safetensors(path: Path, rows: list[dict[str, Any]]) -> None:
     """As checkpoints and starting policies are written."""
     from safetensors.numpy import save_file
 
-    with writing.whole(path) as partial:
+    with files.whole(path) as partial:
         save_file({"x": np.ones(100 * len(rows))}, partial)
 
 
@@ -100,7 +99,7 @@ def test_a_fault_just_before_the_file_takes_its_name(
     write(path, ROWS[:2])
     before = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(writing.os, call, raising(error))
+        patch.setattr(files.os, call, raising(error))
         with pytest.raises(type(error)) as raised:
             write(path, ROWS)
     if isinstance(error, OSError):
@@ -252,7 +251,7 @@ def test_one_fault_after_another_and_then_as_if_nothing_had_happened(
     for file, error in STEPS[name]:
         before = (out / file).read_bytes() if (out / file).exists() else None
         with monkeypatch.context() as patch:
-            patch.setattr(writing.os, "replace", raising(error, file))
+            patch.setattr(files.os, "replace", raising(error, file))
             assert cli.main(arguments) == (1 if isinstance(error, OSError) else 130)
         told = capsys.readouterr().err.splitlines()[-1]
         if isinstance(error, OSError):

@@ -18,9 +18,11 @@ import hf_models
 import torch
 from transformers import Trainer
 
-from gapo import cli
+from gapo import (
+    cli,
+    files,  # imported before the forks
+)
 from gapo.data import generate_pairs, write_rows
-from gapo.runs.output import files  # imported before the forks
 from gapo.runs.train import (
     train,  # imported before the forks
     train_torch,  # noqa: F401  # imported before the forks

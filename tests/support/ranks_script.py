@@ -16,9 +16,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import hf_models
 from devices_script import launch
 
-from gapo import cli
-from gapo.data import generate_pairs, writing
-from gapo.runs.output import files
+from gapo import cli, files
+from gapo.data import generate_pairs
 from gapo.runs.train import train
 from gapo.runs.train.train_torch import Recorder
 
@@ -47,7 +46,7 @@ def command(folder: Path, name: str, *more: str) -> list[str]:
 def rank(folder: Path) -> None:
     """One process of each training. Leaves how they ended, and what it wrote besides the Trainer's own files."""
     wrote: list[str] = []
-    plain = writing.whole
+    plain = files.whole
 
     def noted(path: Path) -> Any:
         wrote.append(path.name)
@@ -72,7 +71,7 @@ def main(folder: Path) -> None:
     train.write_report = lambda *_: None  # drawing takes longest, and is not the matter here
     hf_models.make("llama").save_pretrained(folder / "model")
     hf_models.tokenizer().save_pretrained(folder / "model")
-    writing.write_rows(folder / "pairs.jsonl", generate_pairs(PAIRS + 4))
+    files.write_rows(folder / "pairs.jsonl", generate_pairs(PAIRS + 4))
     launch(rank, folder)
 
 

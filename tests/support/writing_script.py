@@ -15,14 +15,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from gapo import cli
-from gapo.data import writing
-from gapo.runs.output import files
+from gapo import cli, files
 
 
 def kill_at(name: str, when: str | int) -> None:
     """Let this process be killed there."""
-    to_disk, replace, write = writing._to_disk, os.replace, files.JsonLines.write
+    to_disk, replace, write = files._to_disk, os.replace, files.JsonLines.write
     lines = 0
 
     def end() -> None:
@@ -50,7 +48,7 @@ def kill_at(name: str, when: str | int) -> None:
             lines += 1
         write(log, row)
 
-    writing._to_disk, os.replace, files.JsonLines.write = to_disk_or_end, replace_or_end, write_or_end  # type: ignore
+    files._to_disk, os.replace, files.JsonLines.write = to_disk_or_end, replace_or_end, write_or_end  # type: ignore
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gapo.data import write_rows
-from gapo.data.writing import whole
+from gapo.files import whole
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 

@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 
 from gapo.config import GAPOConfig
 from gapo.data import read_pairs
-from gapo.data.writing import require_writable
+from gapo.files import JsonLines, read_lines, require_writable, write_text
 from gapo.runs.errors import ConfigError
-from gapo.runs.output.files import JsonLines, read_lines, write_text
 from gapo.runs.output.tables import Row, read_table, write_table
 from gapo.runs.ranks import require_one
 from gapo.runs.score.measure import Measure

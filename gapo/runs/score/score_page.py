@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gapo.data.pairs import text_of
+from gapo.files import write_text
 from gapo.runs.output import noise, plots
-from gapo.runs.output.files import write_text
 from gapo.runs.output.pages import render_page
 from gapo.runs.output.tables import Row
 from gapo.runs.score.score_table import by_pair

@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 from gapo.config import GAPOConfig
 from gapo.data import batches
 from gapo.data.collate import REFERENCE, collate_pairs
-from gapo.data.writing import whole
+from gapo.files import JsonLines, read_lines, whole
 from gapo.logps import response_lengths
 from gapo.metrics import combine, reference_metrics, reward_metrics
 from gapo.objectives import LogProbs, without_anchor
 from gapo.runs.errors import ConfigError
-from gapo.runs.output.files import JsonLines, open_tensors, read_lines
+from gapo.runs.output.tensors import open_tensors
 from gapo.runs.ranks import require_one
 from gapo.runs.reference_cache import with_kept_reference
 from gapo.runs.train.run_data import RunData, extent, step_row, tokenize_rows, total_steps

@@ -8,8 +8,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from gapo.files import JsonLines, read_lines
 from gapo.runs import ranks
-from gapo.runs.output.files import JsonLines, read_lines
 from gapo.runs.train.run_data import step_row
 from gapo.step import StepResult
 

@@ -13,12 +13,11 @@ from typing import Any
 import gapo
 from gapo._extras import named_extra
 from gapo.config import GAPOConfig
-from gapo.data.writing import require_writable
+from gapo.files import require_writable, write_text
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.holdout import fingerprint, load_data
 from gapo.runs.models.tiny import tiny_model
-from gapo.runs.output.files import write_text
 from gapo.runs.train.loop import require_supported
 from gapo.runs.train.run_data import RunData
 from gapo.runs.train.train_config import TrainConfig, as_dict, require_loss_settings

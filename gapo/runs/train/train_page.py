@@ -8,8 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from gapo.files import read_lines, write_text
 from gapo.runs.output import plots
-from gapo.runs.output.files import read_lines, write_text
 from gapo.runs.output.noise import pair_columns, weight_diagnostics
 from gapo.runs.output.pages import render_page
 

@@ -26,7 +26,7 @@ from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.reference import summed_logps
 from gapo.config import GAPOConfig
-from gapo.data.writing import cannot_write, write_errors
+from gapo.files import cannot_write, write_errors
 from gapo.objectives import without_anchor
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
