@@ -180,7 +180,7 @@ def _of_arrays(entry: Objective, lengths: bool) -> Callable[..., Array]:
             check_objective(settings["beta"], settings["gamma"], "sigmoid", 0.0, n=arrays[names[0]].shape[0])
         by_side = dict(zip(sides, arrays.values(), strict=True))
         sums, averages = ({}, by_side) if entry.average else (by_side, {})
-        logps = LogProbs._of(sums, averages, {"chosen": counts.get("chosen_lengths")})
+        logps = LogProbs.of_arrays(sums, averages, {"chosen": counts.get("chosen_lengths")})
         return reduce(entry.losses(logps, **settings), reduction, xp)
 
     P = inspect.Parameter
