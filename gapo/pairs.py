@@ -94,8 +94,8 @@ def require_reference(objective: str, columns: Iterable[str]) -> None:
     if not set(REFERENCE) <= set(columns):
         raise ValueError(
             f"objective {objective!r} needs {' and '.join(REFERENCE)} in each batch, summed log-probabilities under "
-            "the reference, nats: put them in the rows with gapo.data.with_reference_logps (PyTorch: gapo.adapters.hf."
-            f"with_reference_logps), and the batches have them; got {', '.join(columns) or 'neither'}"
+            f"the reference, nats; got {', '.join(columns) or 'neither'}. Put them in the rows with "
+            "gapo.data.with_reference_logps (PyTorch: gapo.adapters.hf.with_reference_logps)"
         )
 
 
@@ -259,8 +259,8 @@ class LogProbs:
         side = name.rpartition("_")[2]
         if side not in self._lengths:
             raise ValueError(
-                f"the objective needs the number of tokens of each {side} response, to sum log-probabilities or to "
-                f"average them: let the batch hold {side}_labels (N, seq) or {side}_lengths (N,)"
+                f"the objective needs the number of tokens of each {side} response: let the batch hold {side}_labels "
+                f"(N, seq) or {side}_lengths (N,)"
             )
         return self.xp.astype(self._lengths[side], next(iter({**self._averages, **self._sums}.values())).dtype)
 
