@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 
 from gapo.data import read_pairs
-from gapo.data.pairs import text_of
+from gapo.data.messages import text_of
 
 Row = dict[str, object]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gapo.data.pairs import text_of
+from gapo.data.messages import text_of
 
 MODES = ("random", "length")
 FAVOURS = ("longer", "shorter")

@@ -21,7 +21,7 @@ from gapo.backends.base import by_pairs
 from gapo.backends.torch import TorchBackend, TorchForward
 from gapo.backends.torch.sharded import is_shard
 from gapo.backends.torch.zero3 import Zero3Forward, is_zero3
-from gapo.data.reference import require_reference
+from gapo.data.reference_columns import require_reference
 from gapo.metrics import combine, pair_metrics, reference_metrics, reward_metrics, step_metrics
 from gapo.objectives import LogProbs
 from gapo.step import StepResult, run

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gapo.data.pairs import text_of
+from gapo.data.messages import text_of
 from gapo.experiments import noise, plots
 from gapo.experiments.files import write_text
 from gapo.experiments.pages import render_page

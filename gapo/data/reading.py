@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gapo.data.messages import text_of as text_of
 from gapo.data.rows import RowFault, as_pair
 from gapo.data.sources import PairError, Unreadable, read_rows
 
