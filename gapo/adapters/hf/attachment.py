@@ -145,7 +145,7 @@ class Attachment:
         """Log-probabilities of a batch, and the loss without an anchor of each pair."""
         objective, settings = self._callback.losses_without_anchor
         if objective.needs_reference:
-            require_reference(objective.name, inputs)
+            require_reference(objective.name, inputs, "gapo.adapters.hf.with_reference_logps")
         logps = log_probs(model, inputs)
         return logps, objective.losses(logps, **settings)
 
