@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any
 
 from gapo.data.messages import OTHERS, bare, common_length, media_of, text_of
-from gapo.data.rows import ANSWERS, require_turns
+from gapo.data.rows import require_turns
+from gapo.pairs import SIDES
 
 # Arguments of `apply_chat_template` that this module sets, or that change the kind of its result.
 _RESERVED = ("conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict",
@@ -36,7 +37,7 @@ def split_chat(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[lis
     template = _Template(tokenizer, row)
     prompt = template.ids(row["prompt"], generation=True)
     conversations = []
-    for side in ANSWERS:
+    for side in SIDES:
         require_turns(side, row[side])
         conversation = template.ids([*row["prompt"], *row[side]])
         template.require_complete(row["prompt"], row[side], side)
@@ -57,14 +58,14 @@ def require_text(row: dict[str, Any]) -> None:
                 f"column {name!r} holds media, not text, and would be dropped: remove the column if the answers do not "
                 "depend on it"
             )
-    for name in ("prompt", *ANSWERS):
+    for name in ("prompt", *SIDES):
         if kinds := media_of(row[name]):
             raise ValueError(f"column {name!r} has a part of the type {kinds[0]!r}; accepted are parts of text")
 
 
 def has_turns_of_others(row: dict[str, Any]) -> bool:
     """Whether an answer of several messages holds some that the policy did not write, such as results of tools."""
-    answers = [row[side] for side in ANSWERS if not isinstance(row[side], str)]
+    answers = [row[side] for side in SIDES if not isinstance(row[side], str)]
     return any(message["role"].lower() in OTHERS for answer in answers for message in answer)
 
 

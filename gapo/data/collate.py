@@ -11,10 +11,8 @@ import numpy as np
 from gapo.data.limits import whole_number
 from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.pairs import PARTS, REFERENCE, SIDES  # noqa: F401
 
-PARTS = ("input_ids", "attention_mask", "labels")
-# TRL's names for reference log-probabilities: sums over the response's tokens, nats.
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _PAD_TO = 32  # few lengths, since JAX, MLX and `torch.compile` compile for each
 TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
@@ -59,10 +57,7 @@ def collate_pairs(
         if missing := [name for name in TOKENIZED if name not in row]:
             columns = ", ".join(TOKENIZED)
             raise ValueError(f"tokenised pairs need the columns {columns}; {missing[0]!r} is missing in {place}")
-    sides = {
-        side: [_checked(row, side, name) for row, name in zip(tokenized, names, strict=True)]
-        for side in ("chosen", "rejected")
-    }
+    sides = {side: [_checked(row, side, name) for row, name in zip(tokenized, names, strict=True)] for side in SIDES}
     seq = max(len(ids) for rows in sides.values() for ids, _ in rows)
     if pad_to_multiple_of:
         seq = -(-seq // pad_to_multiple_of) * pad_to_multiple_of

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gapo.data.collate import REFERENCE, TOKENIZED, collate_pairs
+from gapo.data.collate import TOKENIZED, collate_pairs
+from gapo.pairs import REFERENCE, require_reference  # noqa: F401
 
 Measure = Callable[[Mapping[str, np.ndarray]], tuple[Any, Any]]
 
@@ -67,13 +68,3 @@ def with_reference_logps(
     return [
         {**row, **dict(zip(REFERENCE, pair, strict=True))} for row, pair in zip(tokenized, logps.tolist(), strict=True)
     ]
-
-
-def require_reference(objective: str, columns: Iterable[str], function: str = "gapo.data.with_reference_logps") -> None:
-    """Raise ValueError unless `columns`, those of a batch, hold `REFERENCE`; the error names the `function` to use."""
-    if not set(REFERENCE) <= set(columns):
-        raise ValueError(
-            f"objective {objective!r} needs {' and '.join(REFERENCE)} in each batch: summed log-probabilities under "
-            f"the reference, nats. {function} adds them to the rows, and batches of such rows have them; "
-            f"got {', '.join(columns)}"
-        )

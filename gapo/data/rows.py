@@ -11,8 +11,8 @@ import numpy as np
 
 from gapo.data.messages import OTHERS, bare, common_length, is_blank, is_conversation, text_of
 from gapo.data.sources import is_utf8
+from gapo.pairs import SIDES
 
-ANSWERS = ("chosen", "rejected")
 _DEEPEST = 50  # levels of lists and objects in a row; Python's recursion limit is not far beyond
 # A list of messages printed as JSON or Python text, as a table of text holds it.
 _PRINTED_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
@@ -45,7 +45,7 @@ def as_pair(row: Any) -> dict[str, Any]:
     pair = with_prompt(row)
     if not isinstance(pair.get("is_flipped", False), bool):
         raise RowFault("column 'is_flipped' is not true or false")
-    for name in ANSWERS:
+    for name in SIDES:
         if is_blank(pair[name]):
             raise RowFault(f"column {name!r} is empty after the shared prompt")
         require_turns(name, pair[name])
@@ -61,10 +61,10 @@ def require_columns(row: Any) -> None:
 
 
 def _fault_of_columns(row: dict[str, Any]) -> str | None:
-    missing = [name for name in ANSWERS if row.get(name) is None]
+    missing = [name for name in SIDES if row.get(name) is None]
     if missing:
         return f"column {missing[0]!r} is missing"
-    columns = [name for name in ("prompt", *ANSWERS) if row.get(name) is not None]
+    columns = [name for name in ("prompt", *SIDES) if row.get(name) is not None]
     for name in columns:
         if not isinstance(row[name], str) and not is_conversation(row[name]):
             return f"column {name!r} is neither text nor a list of messages with role and content"
@@ -74,7 +74,7 @@ def _fault_of_columns(row: dict[str, Any]) -> str | None:
         isinstance(row["chosen"], str) and isinstance(row.get("prompt"), list)
     ):
         return "text and messages are mixed"
-    for name in ANSWERS:
+    for name in SIDES:
         if is_blank(row[name]):
             return f"column {name!r} is empty"
     return "chosen equals rejected" if row["chosen"] == row["rejected"] else None
@@ -155,12 +155,12 @@ def _end_of_messages(prompt: str, chosen: list[dict[str, Any]], rejected: list[d
 def _without_repeated(row: dict[str, Any]) -> dict[str, Any]:
     prompt = bare(row["prompt"])
     while prompt:
-        repeats = [bare(row[name][: len(prompt)]) == prompt for name in ANSWERS]
+        repeats = [bare(row[name][: len(prompt)]) == prompt for name in SIDES]
         if not any(repeats):
             break
         if not all(repeats):
-            raise RowFault(f"{ANSWERS[repeats.index(True)]!r} repeats the messages of the prompt, the other does not")
-        row = {**row, **{name: row[name][len(prompt) :] for name in ANSWERS}}
+            raise RowFault(f"{SIDES[repeats.index(True)]!r} repeats the messages of the prompt, the other does not")
+        row = {**row, **{name: row[name][len(prompt) :] for name in SIDES}}
     return row
 
 

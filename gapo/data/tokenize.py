@@ -15,7 +15,8 @@ from typing import Any
 from gapo.data.chat import has_turns_of_others, require_text, split_chat, warn_once
 from gapo.data.limits import Cuts, Limits
 from gapo.data.messages import common_length
-from gapo.data.rows import ANSWERS, name_of, require_columns, with_prompt
+from gapo.data.rows import name_of, require_columns, with_prompt
+from gapo.pairs import SIDES
 
 IGNORE_INDEX = -100
 # Merges across the border change a token or two of the prompt. A tokenizer that changes more depends on later text.
@@ -122,7 +123,7 @@ def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
                 "some answers hold messages that the policy did not write, such as results of tools. As in TRL, their "
                 "tokens count as the answer's; to leave them out, end the prompt with the last of them"
             )
-    for side, answer in zip(ANSWERS, answers, strict=True):
+    for side, answer in zip(SIDES, answers, strict=True):
         if not answer:
             raise ValueError(f"the {side} answer of row {name_of(row)} has no token")
     if not prompt:
@@ -151,7 +152,7 @@ def _truncated(prompt: list[int], answers: list[list[int]], limits: Limits, bos:
         opening = prompt[:1] if prompt[0] == bos else []
         short = opening + prompt[len(prompt) - room + len(opening) :]
     columns = {}
-    for side, answer in zip(ANSWERS, short_answers, strict=True):
+    for side, answer in zip(SIDES, short_answers, strict=True):
         columns[f"{side}_input_ids"] = short + answer
         columns[f"{side}_labels"] = [IGNORE_INDEX] * len(short) + answer
     return Tokens(columns, len(prompt) - len(short), sum(map(len, answers)) - sum(map(len, short_answers)))
@@ -166,13 +167,13 @@ def _split_text(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[li
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return ids if ids[: len(opening)] == opening else opening + ids
 
-    if row["prompt"].strip() and all(row[side].startswith(row["prompt"]) for side in ANSWERS):
+    if row["prompt"].strip() and all(row[side].startswith(row["prompt"]) for side in SIDES):
         warn_once(
             "both answers of some pairs begin with the whole prompt, so that the model reads it twice: if the answers "
             "are whole texts, leave out the column 'prompt', and their common start becomes the prompt"
         )
     prompt, wholes = encode(row["prompt"]), []
-    for side in ANSWERS:
+    for side in SIDES:
         whole = encode(row["prompt"] + row[side])
         if eos is not None and whole[-1:] != [eos]:
             whole.append(eos)
