@@ -22,7 +22,7 @@ import pytest
 from gapo import cli, data, files
 from gapo.commands import study as study_command
 from gapo.commands.train import parse
-from gapo.data import sources
+from gapo.data import raw_rows
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, load_tokenizer
 from gapo.runs.output import plots
@@ -174,13 +174,13 @@ def test_names_that_no_file_can_have(name: str) -> None:
 
 
 def test_a_gzip_bomb_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_HARMLESS", 1 << 20)
+    monkeypatch.setattr(raw_rows, "_HARMLESS", 1 << 20)
     packed = gzip.compress(LINE + b" " * (1 << 24))
     assert len(packed) * 500 < 1 << 24
     (tmp_path / "a.jsonl.gz").write_bytes(packed)
     with pytest.raises(data.PairError, match=r"a\.jsonl\.gz unpacks to more than 100 times its size.*without \.gz"):
         data.read_pairs(tmp_path / "a.jsonl.gz")
-    monkeypatch.setattr(sources, "_HARMLESS", 1 << 25)
+    monkeypatch.setattr(raw_rows, "_HARMLESS", 1 << 25)
     assert data.read_pairs(tmp_path / "a.jsonl.gz").rows == [GOOD]
 
 
