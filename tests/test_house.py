@@ -275,14 +275,9 @@ def archaic_phrases(sources: Sources) -> Faults:
 def test_the_package_keeps_the_rules() -> None:
     sources = package()
     faults = [f"{rule.__name__}: {fault}" for rule in RULES for fault in rule(sources)]
-    pages = [
-        *ROOT.glob("docs/*.md"),
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *ROOT.glob("benchmarks/*.py"),
-        *ROOT.glob("examples/*.py"),
-    ]
-    texts = {str(page.relative_to(ROOT)): page.read_text("utf-8") for page in sorted(pages)}
+    patterns = ("docs/*.md", "README.md", "CONTRIBUTING.md", "benchmarks/*.py", "examples/*.py")
+    pages = [page for pattern in patterns for page in sorted(ROOT.glob(pattern))]
+    texts = {str(page.relative_to(ROOT)): page.read_text("utf-8") for page in pages}
     faults += [f"archaic_phrases: {fault}" for fault in archaic_phrases(texts)]
     assert not faults, "\n".join(["", *faults])
 
