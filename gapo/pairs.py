@@ -338,6 +338,11 @@ class LogProbs:
         return self._average("chosen")
 
     @property
+    def margins_alone(self) -> bool:
+        """Whether nothing but margins is known of the policy."""
+        return self._margins is not None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(N,)."""
         arrays = (self._margins, *self._averages.values(), *self._sums.values())

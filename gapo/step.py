@@ -121,9 +121,9 @@ def run(
     if loss.needs_reference and (constants.ref_chosen is None or constants.ref_rejected is None):
         require_reference(loss.name, ())
     outputs = tuple(stop_gradient(at_least_float32(output, xp)) for output in forward.outputs)
-    anchor = (
-        _anchor(cast(AnchorForward, forward), outputs, loss, config, backend, gamma, rng) if loss.needs_anchor else None
-    )
+    anchor = None
+    if loss.needs_anchor:
+        anchor = _anchor(cast(AnchorForward, forward), outputs, config, backend, gamma, rng)
 
     # 5. The losses, and the derivative of their mean by each output: N numbers, by the framework's own autodiff.
     def losses_at(outputs: tuple[Array, ...]) -> Array:

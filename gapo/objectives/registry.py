@@ -301,7 +301,14 @@ class Loss:
         if getattr(gamma, "shape", ()) != ():
             check_objective(1.0, gamma, "sigmoid", 0.0, n=logps.shape[0])
         losses = self.objective.losses(logps, **self.settings)
-        return losses - self.sft_weight * logps.chosen_per_token if self.sft_weight else losses
+        if not self.sft_weight:
+            return losses
+        if logps.margins_alone:
+            raise ValueError(
+                f"sft_weight={self.sft_weight} needs the chosen log-probs: let margin_fn return (chosen_logps, "
+                "rejected_logps)"
+            )
+        return losses - self.sft_weight * logps.chosen_per_token
 
 
 def find(name: str) -> Objective:
