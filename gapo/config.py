@@ -102,8 +102,8 @@ def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any 
         own = getattr(config, name, beside)
         if own is not None and own != beside:
             raise ValueError(
-                f"config has {name}={own!r}, and {name} here is {beside!r}. Only the settings of the step are taken from "
-                f"config: give {name} beside it where that is accepted, or set it to {beside!r} in config"
+                f"config has {name}={own!r}, and {name} here is {beside!r}. Only the settings of the step are taken "
+                f"from config: give {name} beside it where that is accepted, or set it to {beside!r} in config"
             )
     settings: GAPOConfig = config.step_config()
     return settings

@@ -46,9 +46,9 @@ def reference_metrics(log_ratio_margins: Array) -> dict[str, Array]:
         log_ratio_margins: (N,) z, the policy's margin minus the reference's on summed log-probabilities, nats.
 
     Returns:
-        Scalars: "reference/accuracies", the share of pairs with z > 0, and "reference/margins", the mean of z. The first
-        says nothing at the start, where the policy is the reference and z is rounding. DPO's reward margin is its beta
-        times the second.
+        Scalars: "reference/accuracies", the share of pairs with z > 0, and "reference/margins", the mean of z. The
+        first says nothing at the start, where the policy is the reference and z is rounding. DPO's reward margin is
+        its beta times the second.
     """
     xp = array_api_compat.array_namespace(log_ratio_margins)
     right = xp.astype(log_ratio_margins > 0, log_ratio_margins.dtype)

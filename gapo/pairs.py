@@ -89,13 +89,13 @@ class BatchConstants:
         return all(x is not None for x in fields)
 
 
-def require_reference(objective: str, columns: Iterable[str]) -> None:
-    """Raise ValueError, saying what to do, unless `columns`, those of a batch, hold `REFERENCE`."""
+def require_reference(objective: str, columns: Iterable[str], function: str = "gapo.data.with_reference_logps") -> None:
+    """Raise ValueError unless `columns`, those of a batch, hold `REFERENCE`; the error names the `function` to use."""
     if not set(REFERENCE) <= set(columns):
         raise ValueError(
-            f"objective {objective!r} needs {' and '.join(REFERENCE)} in each batch, summed log-probabilities under "
-            f"the reference, nats; got {', '.join(columns) or 'neither'}. Put them in the rows with "
-            "gapo.data.with_reference_logps (PyTorch: gapo.adapters.hf.with_reference_logps)"
+            f"objective {objective!r} needs {' and '.join(REFERENCE)} in each batch: summed log-probabilities under "
+            f"the reference, nats. {function} adds them to the rows, and batches of such rows have them; "
+            f"got {', '.join(columns) or 'neither'}"
         )
 
 

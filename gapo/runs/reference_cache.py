@@ -12,7 +12,7 @@ import numpy as np
 
 from gapo.data import with_reference_logps
 from gapo.data.collate import REFERENCE, TOKENIZED
-from gapo.data.reference import Measure
+from gapo.data.reference_columns import Measure
 from gapo.files import write_bytes
 from gapo.runs.errors import ConfigError
 from gapo.runs.output.tensors import open_tensors
