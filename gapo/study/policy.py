@@ -25,7 +25,7 @@ from gapo.files import write_bytes
 from gapo.runs.errors import ConfigError
 from gapo.runs.holdout import in_both, told_in_both
 from gapo.runs.models.pretrained import load_model
-from gapo.runs.models.tiny import tiny_model
+from gapo.runs.models.tiny import answer_texts, tiny_model
 from gapo.runs.splits import evaluation_split, require_split
 from gapo.study.study_config import StudyConfig
 
@@ -139,7 +139,7 @@ class Material:
 
     def __init__(self, config: StudyConfig, split: Split) -> None:
         self.split = split
-        self.folder = tiny_model(config.policy(), split.pool)
+        self.folder = tiny_model(config, answer_texts(split.pool))
         model, tokenizer = load_model(str(self.folder), dtype="float32")
         self.model: Any = model.eval()
         self.pad: int = tokenizer.pad_token_id

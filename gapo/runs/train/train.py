@@ -13,11 +13,12 @@ from typing import Any
 import gapo
 from gapo._extras import named_extra
 from gapo.config import GAPOConfig
+from gapo.data import warmup_text
 from gapo.files import require_writable, write_text
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.holdout import fingerprint, load_data
-from gapo.runs.models.tiny import tiny_model
+from gapo.runs.models.tiny import answer_texts, tiny_model
 from gapo.runs.train.loop import require_supported
 from gapo.runs.train.run_data import RunData
 from gapo.runs.train.train_config import TrainConfig, as_dict, require_loss_settings
@@ -54,7 +55,7 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
         print(data.summary, flush=True)
         _write_settings(folder, run, step, data, known)
     with ranks.first_ahead():
-        model = str(tiny_model(run, data.train)) if run.model == "tiny" else run.model
+        model = str(tiny_model(run, _warmup_answers(run, data.train))) if run.model == "tiny" else run.model
     began = time.monotonic()
     before, after = loop.run(run, step, data, model, folder)
     summary = {
@@ -73,6 +74,12 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
         write_report(folder, summary)
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: its presence means finished
     return summary
+
+
+def _warmup_answers(run: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
+    if run.pairs == "demo":
+        return warmup_text(2 * run.demo_size, seed=run.seed).split("\n")
+    return answer_texts(rows)
 
 
 def _loop(backend: str) -> Any:
