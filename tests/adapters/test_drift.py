@@ -15,8 +15,8 @@ import drift_script
 import hf_models
 import pytest
 import torch
-from test_experiments import Page, interrupt_at_step_3, train
-from test_hf import callback_of, make_trainer
+from quick_runs import Page, interrupt_at_step_3, train
+from trainers import callback_of, make_trainer
 from transformers import Trainer
 
 from gapo import GAPOConfig, data, files

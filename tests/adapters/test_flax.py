@@ -15,6 +15,7 @@ import pytest
 import token_pairs
 from flax import linen, nnx
 from flax.training.train_state import TrainState
+from flax_problem import VOCAB, WIDTH, Mixer, batch, nnx_problem
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,24 +25,6 @@ from gapo.data import collate
 from gapo.metrics import reward_metrics, step_metrics
 
 CONFIG = gapo.GAPOConfig(rho=0.3)
-WIDTH, VOCAB = 16, token_pairs.VOCAB
-
-
-class Mixer(nnx.Module):
-    """A causal model in a few lines: a running mean of what came before, and an MLP."""
-
-    def __init__(self, rngs: nnx.Rngs, dropout: float = 0.0, lora: int = 0) -> None:
-        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
-        make = (lambda i, o: nnx.LoRALinear(i, o, lora_rank=lora, rngs=rngs)) if lora else None
-        self.up = make(WIDTH, 32) if make else nnx.Linear(WIDTH, 32, rngs=rngs)
-        self.down = nnx.Linear(32, WIDTH, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        self.lm_head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
-
-    def __call__(self, ids: Any) -> Any:
-        x = self.embed(ids)
-        x = x + jnp.cumsum(x, 1) / jnp.arange(1, ids.shape[1] + 1)[None, :, None]
-        return self.lm_head(x + self.down(self.dropout(jax.nn.tanh(self.up(x)))))
 
 
 class LinenMixer(linen.Module):
@@ -53,15 +36,6 @@ class LinenMixer(linen.Module):
         x = x + jnp.cumsum(x, 1) / jnp.arange(1, ids.shape[1] + 1)[None, :, None]
         hidden = jax.nn.tanh(linen.Dense(32, name="up")(x))
         return linen.Dense(VOCAB, name="lm_head")(x + linen.Dense(WIDTH, name="down")(hidden))
-
-
-def batch(seed: int = 0, pairs: int = 4) -> dict[str, np.ndarray]:
-    return token_pairs.arrays(pairs, seed)
-
-
-def nnx_problem(tx: Any = None, **options: Any) -> tuple[Any, Any]:
-    model = Mixer(nnx.Rngs(0), **options)
-    return model, nnx.Optimizer(model, tx or optax.sgd(0.1), wrt=nnx.Param)
 
 
 def bare_step(model: Any, data: Any, config: gapo.GAPOConfig = CONFIG) -> tuple[Any, Any]:

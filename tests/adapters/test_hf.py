@@ -14,7 +14,8 @@ from typing import Any
 import hf_models
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainers import CONFIG, arguments, callback_of, make_trainer
+from transformers import Trainer, TrainerCallback
 
 import gapo
 from gapo import GAPOConfig
@@ -24,7 +25,6 @@ from gapo.adapters.hf.batches import to_the_right
 from gapo.adapters.hf.margins import log_probs, pair_logps, stack_pairs
 from gapo.objectives import OBJECTIVES
 
-CONFIG = GAPOConfig(rho=0.3)
 TRL_KEYS = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} | {
     "logps/chosen",
     "logps/rejected",
@@ -41,43 +41,6 @@ GAPO_KEYS = {
         "changed_fraction",
     )
 }
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 3,
-        "learning_rate": 1e-3,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
-        "seed": 1,
-    }
-    return TrainingArguments(**{**defaults, **options})
-
-
-def make_trainer(
-    folder: Path, model: Any = None, *, config: GAPOConfig = CONFIG, rows: Any = None, **options: Any
-) -> Trainer:
-    callback = GAPOCallback(config, **options.pop("callback", {}))
-    collator = PreferenceCollator(hf_models.tokenizer(), max_length=64)
-    return Trainer(
-        hf_models.make("llama") if model is None else model,
-        arguments(folder, **options),
-        train_dataset=hf_models.pairs(8) if rows is None else rows,
-        eval_dataset=hf_models.pairs(7, seed=5),
-        data_collator=collator,
-        callbacks=[callback],
-    )
-
-
-def callback_of(trainer: Trainer) -> GAPOCallback:
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, GAPOCallback))
 
 
 def oracle_gradient(model: Any, batch: dict[str, torch.Tensor], config: GAPOConfig) -> dict[str, torch.Tensor]:

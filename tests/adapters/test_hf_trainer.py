@@ -196,7 +196,7 @@ def test_parsers_and_yaml(tmp_path: Path) -> None:
 
 
 def test_the_example_in_trls_style(saved: Path, tmp_path: Path) -> None:
-    examples = Path(__file__).parents[1] / "examples"
+    examples = Path(__file__).parents[2] / "examples"
     write_rows(tmp_path / "pairs.jsonl", [{name: row[name] for name in COLUMNS} for row in hf_models.pairs(8)])
     command = [sys.executable, str(examples / "trl_style.py"), "--config", str(examples / "trl_style.yaml")]
     options = {

@@ -30,12 +30,11 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
+from mlx_lm_runs import CONFIG, load, one_batch, run
 
 import gapo
 from gapo import data
 from gapo.adapters import mlx_lm as adapter
-
-CONFIG = gapo.GAPOConfig(rho=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +55,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "config.json").write_text(json.dumps(config))
     token_pairs.tokenizer().save_pretrained(path)
     return path
-
-
-def load(folder: Path, lora: bool = False) -> Any:
-    model, _ = mlx_lm.load(str(folder))
-    model.update(tree_map_float(model))
-    if lora:
-        model.freeze()
-        linear_to_lora_layers(model, 2, {"rank": 4, "scale": 10.0, "dropout": 0.0})
-    return model
-
-
-def tree_map_float(model: nn.Module) -> Any:
-    return tree_map(lambda x: x.astype(mx.float32), model.parameters())
-
-
-def one_batch(pairs: int = 4, seed: int = 0) -> tuple[mx.array, mx.array, mx.array]:
-    return next(adapter.iterate_batches(token_pairs.pairs(8), pairs, 64, seed=seed))
 
 
 def bare_step(model: nn.Module, batch: Any, config: gapo.GAPOConfig = CONFIG) -> Any:
@@ -165,31 +147,6 @@ def test_the_models_agree_with_pytorch(folder: Path) -> None:
     here, _ = bare_step(load(folder), (ids, labels))
     for name in ("margins", "anchor_gaps", "weights"):
         np.testing.assert_allclose(np.array(getattr(here, name)), getattr(there, name).numpy(), rtol=1e-3, atol=2e-5)
-
-
-def run(
-    model: nn.Module,
-    tmp_path: Path,
-    iters: int = 4,
-    callback: Any = None,
-    config: gapo.GAPOConfig = CONFIG,
-    **options: Any,
-) -> Any:
-    optimizer = optim.SGD(options.pop("learning_rate", 0.1))
-    args = TrainingArgs(
-        batch_size=4,
-        iters=iters,
-        max_seq_length=64,
-        steps_per_report=1,
-        steps_per_eval=2,
-        adapter_file=str(tmp_path / "adapters.safetensors"),
-        **options,
-    )
-    callback = adapter.MetricsCallback(model) if callback is None else callback
-    rows = token_pairs.pairs(8), token_pairs.pairs(8, seed=3)
-    loss = adapter.make_loss(config)
-    train(model, optimizer, *rows, args, loss=loss, iterate_batches=adapter.iterate_batches, training_callback=callback)
-    return callback
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -308,7 +265,7 @@ import json; print(json.dumps([[r["train_loss"], r["gapo/weight_min"]] for r in 
 """
     environment = {name: value for name, value in os.environ.items() if name != "MLX_DISABLE_COMPILE"}
     environment["CI"] = environment.get("CI", "")
-    code = code.replace("import test_mlx_lm", "import os; import test_mlx_lm")
+    code = code.replace("import mlx_lm_runs", "import os; import mlx_lm_runs")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     config = gapo.GAPOConfig(rho=0.3, anchor=anchor)
     plain = [
@@ -597,7 +554,7 @@ def test_gapo_train_refuses_a_quantised_folder(tmp_path: Path) -> None:
 
 
 def test_what_the_docs_save_loads_again(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "mlx.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "mlx.md").read_text()
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, "model")
     Path("pairs").mkdir()

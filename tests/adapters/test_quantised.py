@@ -12,9 +12,8 @@ import hf_models
 import peft
 import pytest
 import torch
-import transformers
 from frameworks import require
-from test_hf import make_trainer
+from trainers import make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import gapo
@@ -42,20 +41,10 @@ KINDS = pytest.mark.parametrize("kind", QUANTISED)
 LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
-def save_wide_llama(path: Path) -> None:
-    """A small Llama whose widths are whole blocks of 64, and its tokenizer, as `save_pretrained` leaves them."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"vocab_size": hf_models.VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = transformers.LlamaConfig(**sizes, **ids, tie_word_embeddings=False)
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    hf_models.tokenizer().save_pretrained(path)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    save_wide_llama(path)
+    hf_models.save_wide_llama(path)
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_models
-import models
+import mlx_problem
 import numpy as np
 import pytest
 from frameworks import LIBRARIES
@@ -19,6 +19,7 @@ from interrupts import interrupt_at
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
+from mlx_problem import BATCH, Mixer, margin_fn, mixer
 
 import gapo
 from gapo.adapters.mlx_lm import pair_logps
@@ -26,40 +27,6 @@ from gapo.backends import mlx as backend_mlx
 from gapo.backends.mlx import MlxForward
 
 MLX = LIBRARIES["mlx"]
-
-
-class Mixer(nn.Module):
-    """A running mean of what came before, and an MLP."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(32, 64)
-        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
-        self.dropout = nn.Dropout(dropout)
-        self.lm_head = nn.Linear(64, 32)
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        x = self.embed(ids)
-        x = x + mx.cumsum(x, 1) / mx.arange(1, ids.shape[1] + 1)[None, :, None].astype(x.dtype)
-        return self.lm_head(x + self.down(self.dropout(mx.tanh(self.up(x)))))
-
-
-def margin_fn(model: nn.Module, batch: dict[str, np.ndarray]) -> tuple[mx.array, mx.array]:
-    chosen, rejected = (
-        gapo.sequence_logps(model(mx.array(batch[f"{side}_input_ids"])), mx.array(batch[f"{side}_labels"]))
-        for side in ("chosen", "rejected")
-    )
-    return chosen, rejected
-
-
-def mixer(**options: Any) -> Mixer:
-    mx.random.seed(0)
-    model = Mixer(**options)
-    mx.eval(model.parameters())
-    return model
-
-
-BATCH = models.make_batch(pairs=4, seq=9, vocab=32)
 
 
 def take_step(model: nn.Module, **options: Any) -> Any:
@@ -183,8 +150,8 @@ def test_params_must_be_a_module() -> None:
 def test_compiled_equals_eager() -> None:
     """mx.compile for real, in a process where it is not disabled; no value is read while it traces."""
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_backend_mlx as t, mlx.core as mx, gapo, numpy as np
+import sys; sys.path.insert(0, {str(Path(mlx_problem.__file__).parent)!r})
+import mlx_problem as t, mlx.core as mx, gapo, numpy as np
 from mlx.utils import tree_flatten
 mx.enable_compile()
 model = t.mixer()

@@ -162,7 +162,7 @@ def test_two_hosts_of_jax_equal_one_process(tmp_path: Path) -> None:
     import hosts_script
     import jax
     import numpy as np
-    from test_backend_jax import problem, step
+    from jax_problem import problem, step
 
     # One device for each process, and no file that both write.
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}

@@ -12,15 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from token_pairs import CONVERSATION, GOOD
 
 from gapo import data
 
-GOOD = {"prompt": "Q? ", "chosen": "yes", "rejected": "no"}
-CONVERSATION = {
-    "prompt": [{"role": "user", "content": "Q?"}],
-    "chosen": [{"role": "assistant", "content": "yes"}],
-    "rejected": [{"role": "assistant", "content": "no"}],
-}
 BAD_LINES = {
     b'{"prompt": "a", "chosen": "b"}': "column 'rejected' is missing",
     b'{"prompt": "a", "chosen": " ", "rejected": "c"}': "column 'chosen' is empty",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data import CONVERSATION, GOOD
+from token_pairs import CONVERSATION, GOOD
 
 from gapo import data
 

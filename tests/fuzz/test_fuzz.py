@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import fuzz
+import fuzz_targets
 import pytest
 
 from gapo import data
 
-FOLDER = Path(__file__).parent / "fuzz"
-sys.path.insert(0, str(FOLDER))
-
-import fuzz  # noqa: E402
-import fuzz_targets  # noqa: E402
-
+FOLDER = Path(__file__).parent
 INPUTS = sorted(path for path in (FOLDER / "corpus").rglob("*") if path.is_file())
 
 

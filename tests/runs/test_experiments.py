@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from frameworks import require
+from quick_runs import Page, interrupt_at_step_3, train
 
 from gapo import cli, data, files
 from gapo.commands.train import make_parser, parse
@@ -27,32 +27,6 @@ from gapo.runs.train import train_page as report
 from gapo.runs.train.train_config import TrainConfig
 
 _LIBRARY = {"jax": "flax", "mlx": "mlx_lm"}  # what `gapo train` needs for these backends
-
-QUICK = {
-    "demo_size": 60,
-    "flip_rate": 0.2,
-    "tiny_hidden_size": 16,
-    "tiny_layers": 1,
-    "tiny_heads": 2,
-    "tiny_vocab": 300,
-    "tiny_answer_steps": 2,
-    "tiny_batch_size": 2,
-    "batch_size": 8,
-    "max_steps": 4,
-    "eval_steps": 2,
-    "logging_steps": 1,
-    "learning_rate": 1e-3,
-    "rho": 0.2,
-    "max_length": 64,
-}
-
-
-def train(folder: Path, *more: str, **options: Any) -> int:
-    """`gapo train CONFIG.yaml` with quick settings, a run in `folder`/run."""
-    settings = {**QUICK, "output_dir": str(folder / "run"), "cache_dir": str(folder / "cache"), **options}
-    path = folder / "config.yaml"
-    path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()))
-    return cli.main(["train", str(path), *more])
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +54,6 @@ def test_a_run_leaves_model_metrics_and_report(finished: Path) -> None:
 
     assert AutoModelForCausalLM.from_pretrained(run / "model").config.hidden_size == 16
     assert AutoTokenizer.from_pretrained(run / "model").eos_token == "<|end|>"
-
-
-class Page(html.parser.HTMLParser):
-    """What a page refers to, and how its tags nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.open: list[str] = []
-        self.counts: dict[str, int] = {}
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action") and v and v[0] != "#"]
 
 
 def test_the_report_is_self_contained_and_follows_the_theme(finished: Path) -> None:
@@ -134,20 +93,6 @@ def test_a_finished_run_is_not_overwritten_unasked(finished: Path, capsys: pytes
     assert "holds a finished run: give another output_dir, or --overwrite true" in error
     assert error.count("\n") == 1
     assert (finished / "run" / "summary.json").read_bytes() == before
-
-
-def interrupt_at_step_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `gapo train` on PyTorch be interrupted there, until the patch is undone."""
-    from gapo.runs.train.recorder import Recorder
-
-    plain = Recorder.on_step
-
-    def interrupted(self: Any, result: Any, batch: Any) -> None:
-        plain(self, result, batch)
-        if self._step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Recorder, "on_step", interrupted)
 
 
 def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

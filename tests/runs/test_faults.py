@@ -16,11 +16,11 @@ from typing import Any
 
 import faults_script
 import hf_models
+import nets
 import numpy as np
 import pytest
-import test_hf
-import test_onepass
 import torch
+import trainers
 from interrupts import interrupt_at
 from safetensors.torch import load_file
 from torch import nn
@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback
 
 import gapo
 from gapo import cli, files
-from gapo.adapters.hf import GAPOCallback
+from gapo.adapters.hf import GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch.forward import TorchForward
@@ -36,7 +36,7 @@ from gapo.runs.train import loop
 from gapo.runs.train.run_data import RunData
 from gapo.runs.train.train_config import TrainConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ERRORS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 NAN, INF = float("nan"), float("inf")
 
@@ -156,7 +156,7 @@ OPTIONS: dict[str, Any] = {
 def make_trainer(folder: Path, **options: Any) -> Trainer:
     # With an SFT term the step is the two-pass one, and the update's backward is the Trainer's own.
     config = gapo.GAPOConfig(rho=0.3, sft_weight=options.pop("sft_weight", 0.0))
-    return test_hf.make_trainer(folder, config=config, **{**OPTIONS, **options})
+    return trainers.make_trainer(folder, config=config, **{**OPTIONS, **options})
 
 
 def logged(trainer: Trainer) -> list[dict[str, float]]:
@@ -420,7 +420,7 @@ def test_answers_of_one_token() -> None:
         | {f"{side}_labels": [-100, -100, token] for side, token in (("chosen", 7 + i), ("rejected", 8 + i))}
         for i in range(2)
     ]
-    batch = test_hf.PreferenceCollator(hf_models.tokenizer())(rows)
+    batch = PreferenceCollator(hf_models.tokenizer())(rows)
     result, grads = take_step(model, batch)
     logps = model(torch.tensor([[3, 4]])).logits[0, -1].log_softmax(-1).detach()
     torch.testing.assert_close(result.margins, torch.stack([logps[7] - logps[8], logps[8] - logps[9]]))
@@ -495,7 +495,7 @@ class AddLate(TrainerCallback):
 def test_a_callback_added_while_training_takes_over_at_the_next_step(tmp_path: Path) -> None:
     late = AddLate()
     trainer = make_trainer(tmp_path, max_steps=4, save_strategy="no")
-    callback = test_hf.callback_of(trainer)
+    callback = trainers.callback_of(trainer)
     callback.detach()
     trainer.remove_callback(callback)
     trainer.compute_loss = lambda model, inputs, **_: -sum(pair_logps(model, inputs)).mean()
@@ -509,7 +509,7 @@ def test_a_callback_added_while_training_takes_over_at_the_next_step(tmp_path: P
 
 def test_detached_is_detached(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=1, save_strategy="no")
-    callback = test_hf.callback_of(trainer)
+    callback = trainers.callback_of(trainer)
     callback.detach()
     trainer.compute_loss = lambda model, inputs, **_: -sum(pair_logps(model, inputs)).mean()
     trainer.train()
@@ -530,7 +530,7 @@ def test_two_trainers_of_one_model(tmp_path: Path, whole: Any, first: int) -> No
     assert logged(trainers[1]) == logged(alone)
     assert_same_weights(model, weights_of(alone.model))
     for index in (first, 1 - first):
-        test_hf.callback_of(trainers[index]).detach()
+        trainers.callback_of(trainers[index]).detach()
     assert model.transformer.h[0].attn.attn_dropout.p == 0.1
 
 
@@ -543,7 +543,7 @@ def test_two_trainers_of_one_model(tmp_path: Path, whole: Any, first: int) -> No
     ],
 )
 def test_wrapped_models_take_the_same_step(wrap: Any, prefix: str) -> None:
-    model, batch = test_onepass.Net(), hf_models.batch()
+    model, batch = nets.Net(), hf_models.batch()
     result, grads = take_step(model, batch)
     found, others = take_step(wrap(model), batch)
     torch.testing.assert_close(found.anchor_gaps, result.anchor_gaps)
@@ -643,7 +643,7 @@ def test_the_long_run_samples_memory_and_time(
 
 def test_every_row_of_the_page_names_tests_that_exist() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text()
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
     assert len(named) > 30
     for path in {path for path, _ in named}:
         found = {

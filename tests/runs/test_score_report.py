@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_experiments import Page
+from quick_runs import Page
 
 from gapo import data
 from gapo.runs.output import plots

@@ -24,7 +24,7 @@ from gapo import cli, data, files
 from gapo.runs.output import tables
 
 ROWS = data.generate_pairs(2000)
-SCRIPT = Path(__file__).with_name("writing_script.py")
+SCRIPT = Path(hf_models.__file__).with_name("writing_script.py")
 
 
 def write_safetensors(path: Path, rows: list[dict[str, Any]]) -> None:

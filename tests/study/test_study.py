@@ -476,6 +476,6 @@ def test_help_names_every_key_and_an_example(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("name", ["study_small", "study_comve"])
 def test_the_examples_are_accepted(name: str) -> None:
-    config = parse([str(Path(__file__).parents[1] / "examples" / f"{name}.yaml")])
+    config = parse([str(Path(__file__).parents[2] / "examples" / f"{name}.yaml")])
     assert set(config.arm_names) <= set(ARMS)
     assert ("all" in config.arms) == (name == "study_comve")

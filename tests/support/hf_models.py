@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from token_pairs import VOCAB, arrays, pairs, tokenizer
 
-__all__ = ["HEADS", "KINDS", "VOCAB", "InOrder", "batch", "lora", "make", "pairs", "tokenizer"]
+__all__ = ["HEADS", "KINDS", "VOCAB", "InOrder", "batch", "lora", "make", "pairs", "save_wide_llama", "tokenizer"]
 
 HEADS = {"llama": "lm_head.weight", "gpt2": "transformer.wte.weight", "pythia": "lm_head.weight"}
 KINDS = tuple(HEADS)
@@ -37,6 +38,16 @@ def make(kind: str, *, dropout: float = 0.0, seed: int = 0, layers: int = 2) -> 
         ).eval()
     config = transformers.LlamaConfig(**shared, **wide, tie_word_embeddings=False, attention_dropout=dropout)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def save_wide_llama(path: Path) -> None:
+    """A small Llama whose widths are whole blocks of 64, and its tokenizer, as `save_pretrained` leaves them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = transformers.LlamaConfig(**sizes, **ids, tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer().save_pretrained(path)
 
 
 def lora(kind: str) -> Any:

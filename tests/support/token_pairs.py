@@ -11,6 +11,12 @@ import numpy as np
 from gapo.data import collate_pairs, generate_pairs, tokenize_pair
 
 VOCAB = 96
+GOOD = {"prompt": "Q? ", "chosen": "yes", "rejected": "no"}
+CONVERSATION = {
+    "prompt": [{"role": "user", "content": "Q?"}],
+    "chosen": [{"role": "assistant", "content": "yes"}],
+    "rejected": [{"role": "assistant", "content": "no"}],
+}
 
 
 def arrays(pairs: int = 3, seed: int = 0, side: str = "right") -> dict[str, np.ndarray]:

@@ -92,9 +92,7 @@ def answer_texts(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Each prompt with either answer. Flipping pairs changes nothing, so that no label leaks into the warm-up."""
     texts = []
     for row in rows:
-        sides = sorted(
-            text_of(row[side]) for side in ("chosen", "rejected")
-        )  # in an order that tells no label
+        sides = sorted(text_of(row[side]) for side in ("chosen", "rejected"))  # in an order that tells no label
         texts += [text_of(row["prompt"]) + side for side in sides]
     return texts
 
