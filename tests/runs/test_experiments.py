@@ -184,14 +184,14 @@ def test_other_backends_resume_too(
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     assert train(tmp_path / "whole", **options) == 0
-    plain = loop.step_row
+    plain = loop.step_line
 
     def interrupted(step: int, *args: Any) -> Any:
         if step == 4:
             raise KeyboardInterrupt
         return plain(step, *args)
 
-    monkeypatch.setattr(loop, "step_row", interrupted)
+    monkeypatch.setattr(loop, "step_line", interrupted)
     assert train(tmp_path / "cut", **options) == 130
     monkeypatch.undo()
     assert train(tmp_path / "cut", **options) == 0
