@@ -80,7 +80,7 @@ class GAPOConfig:
             ) from None
 
 
-def step_settings(config: Any, objective: str = "gapo", objective_settings: Any = None) -> GAPOConfig:
+def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any = None) -> GAPOConfig:
     """The settings of the step in what a caller handed over as `config`: one place for all that take one.
 
     Args:

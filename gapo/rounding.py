@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from gapo._namespace import Array, is_half
-from gapo.backends.base import Backend, Forward
+from gapo.backends.base import AnchorForward, Backend
 from gapo.config import GAPOConfig
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Choice(NamedTuple):
     compute: bool
 
 
-def choose_anchor(forward: Forward, names: Iterable[str], config: GAPOConfig, backend: Backend) -> Choice:
+def choose_anchor(forward: AnchorForward, names: Iterable[str], config: GAPOConfig, backend: Backend) -> Choice:
     """The anchor that `config` names; for "auto" the one that is right on this forward, which is logged once."""
     weights = any(is_half(forward.parameters[name].dtype, backend.xp) for name in names)
     if config.anchor != "auto":
@@ -66,7 +66,7 @@ def choose_anchor(forward: Forward, names: Iterable[str], config: GAPOConfig, ba
 
 
 def check_gaps(
-    forward: Forward,
+    forward: AnchorForward,
     choice: Choice,
     config: GAPOConfig,
     backend: Backend,

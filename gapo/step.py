@@ -3,65 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
 from gapo import geometry, objective, rounding
 from gapo._namespace import Array, Namespace, at_least_float32, is_concrete, stop_gradient
 from gapo.backends import get_backend
-from gapo.backends.base import Backend, Forward, MarginFn, margins_of, on_outputs
+from gapo.backends.base import AnchorForward, Backend, Forward, MarginFn, margins_of, on_outputs
 from gapo.config import GAPOConfig, step_settings
+from gapo.objectives import Loss, Objective, resolve
+from gapo.pairs import BatchConstants, LogProbs, require_reference
+from gapo.result import StepResult
 from gapo.selection import select
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one step measured. Arrays of the backend, float32 or wider, without gradient.
-
-    Attributes:
-        loss: scalar, the mean over the pairs (plus the weighted SFT term).
-        margins: (N,) M_i at the policy, nats per token.
-        anchor_margins: (N,) M_i at the anchor; for a first-order anchor their first-order estimate.
-        anchor_gaps: (N,) margins minus anchor margins.
-        weights: (N,) w_i; the update is `-(1/N) sum_i w_i grad M_i`.
-        grad_norm: scalar, L2 norm of the probe's gradient over the perturbed parameters.
-        radius: scalar, norm of the applied delta in the chosen geometry: `rho` up to rounding, 0 for a gradient of 0.
-        changed_fraction: scalar, share of the selected weights that the perturbation really changed; 1.0 for a
-            first-order anchor.
-        first_order_ratio: scalar, the measured drop over the predicted one, `sum_i |c_i| gap_i / (rho * ||T g||)` with
-            c the probe's cotangents. Near 1 for a small rho; far from it where rounding ate or enlarged the
-            perturbation. None for direction="gaussian".
-        chosen_logps: (N,) at the policy, where `margin_fn` returns them, else None.
-        rejected_logps: (N,) likewise.
-    """
-
-    loss: Array
-    margins: Array
-    anchor_margins: Array
-    anchor_gaps: Array
-    weights: Array
-    grad_norm: Array
-    radius: Array
-    changed_fraction: Array
-    first_order_ratio: Array | None = None
-    chosen_logps: Array | None = None
-    rejected_logps: Array | None = None
-
-
 def value_and_grad(
-    margin_fn: MarginFn, config: GAPOConfig | None = None, *, backend: str, **options: Any
+    margin_fn: MarginFn,
+    config: GAPOConfig | None = None,
+    objective: str | Objective | Callable[..., Array] = "gapo",
+    *,
+    backend: str,
+    objective_settings: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Callable[..., tuple[StepResult, Any]]:
-    """The GAPO step as a function: `step(params, batch, *, gamma=None, rng=None) -> (StepResult, grads)`.
+    """The training step as a function: `step(params, batch, *, gamma=None, rng=None) -> (StepResult, grads)`.
 
-    Two forwards (clean, anchor) and two backwards (probe, update). The parameters are as before when it returns or
-    raises.
+    For an objective with an anchor, such as GAPO's, a step takes two forwards (clean, anchor) and two backwards (probe,
+    update); for the others one of each. The parameters are as before when it returns or raises.
 
     Args:
         margin_fn: `margin_fn(params, batch)` returns the margins M_i (N,), or (chosen_logps, rejected_logps), each
             (N,), length-normalised, nats per token, differentiable in `params`.
         config: the settings; None for the defaults. One of an adapter is taken by its `step_config()`.
+        objective: a name of `gapo.objectives.OBJECTIVES`, a `gapo.objectives.Objective`, or any function of `LogProbs`
+            that returns the loss of each pair, (N,). A function that sets the attribute `needs_anchor` gets the anchor.
         backend: "torch", "jax", "mlx" or "numpy".
+        objective_settings: settings of the objective, such as {"beta": 0.1}; None for its defaults. "gapo" and "simpo"
+            take theirs from `config`.
         options: passed to the backend.
 
     Returns:
@@ -71,11 +49,17 @@ def value_and_grad(
         dict by parameter name; "jax" and "mlx" a tree like the trainable parameters. They are this rank's own, not
         averaged over ranks; under FSDP2 the ranks' average, as shards.
 
+        An objective of summed log-probabilities needs lengths, and one with a reference needs its log-probabilities:
+        `batch` is then a mapping with "{chosen,rejected}_labels" (N, seq) or "{chosen,rejected}_lengths" (N,), and with
+        "ref_chosen_logps" and "ref_rejected_logps" (N,).
+
     Raises:
         ModuleNotFoundError: the backend's framework is not installed.
-        ValueError: unknown backend. From `step`: nothing is selected to perturb, a shape does not fit, or rounding left
-            no weight changed.
-        FloatingPointError: from `step`: a margin or the gradient of the probe is not finite.
+        TypeError: the objective is none of these.
+        ValueError: unknown backend or objective, or a setting that the objective does not have. From `step`: nothing is
+            selected to perturb, a shape does not fit, the batch lacks what the objective needs, or rounding left no
+            weight changed.
+        FloatingPointError: from `step`: a margin, the loss, or the gradient of the probe is not finite.
 
     Warns:
         RuntimeWarning: once for each cause: the gaps do not fit the gradient (`first_order_ratio` outside [0.5, 2]), or
@@ -89,30 +73,103 @@ def value_and_grad(
     >>> round(float(result.anchor_gaps[0]), 6)
     0.5
     """
-    settings = step_settings(config)
+    name = objective.name if isinstance(objective, Objective) else objective
+    settings = step_settings(config, name, objective_settings)
+    loss = resolve(objective, settings, objective_settings)
     framework = get_backend(backend, **options)
 
     def step(params: Any, batch: Any, *, gamma: Any = None, rng: Any = None) -> tuple[StepResult, Any]:
-        forward = framework.forward(margin_fn, params, batch, settings)
-        result, cotangents = run(forward, settings, framework, gamma=gamma, rng=rng)
-        return result, framework.pack(forward, forward.pullback(cotangents))
+        constants = BatchConstants.of(batch)
+        forward = framework.forward(margin_fn, params, batch, settings, anchor=loss.needs_anchor, by_side=loss.by_side)
+        result, cotangents = run(forward, settings, framework, loss=loss, constants=constants, gamma=gamma, rng=rng)
+        grads = framework.pack(forward, forward.pullback(cotangents))
+        if is_concrete(result.loss) and not bool(framework.xp.isfinite(result.loss)):
+            raise FloatingPointError(
+                f"the loss of objective {loss.name!r} is {float(result.loss)}: look at these pairs' tokens and labels"
+            )
+        return result, grads
 
     return step
 
 
 def run(
-    forward: Forward, config: GAPOConfig, backend: Backend, *, gamma: Any = None, rng: Any = None
+    forward: Forward,
+    config: GAPOConfig,
+    backend: Backend,
+    *,
+    loss: Loss | None = None,
+    constants: BatchConstants | None = None,
+    gamma: Any = None,
+    rng: Any = None,
 ) -> tuple[StepResult, tuple[Array, ...]]:
     """Steps 2 to 5 on a clean forward: the result, and the loss's cotangents on `forward.outputs`.
 
     The gradient is `forward.pullback(cotangents)`, or the backward of any scalar with these derivatives.
+
+    Args:
+        forward: the clean forward, made for this loss.
+        config: settings of the step.
+        backend: the framework.
+        loss: of `gapo.objectives.resolve`; None for GAPO's.
+        constants: lengths and reference of the batch; None where the loss needs none.
+        gamma: overrides the loss's, a float or (N,).
+        rng: feeds direction="gaussian".
     """
     xp = backend.xp
+    loss = (resolve("gapo", config) if loss is None else loss).over(gamma)
+    constants = BatchConstants() if constants is None else constants
+    if loss.needs_reference and (constants.ref_chosen is None or constants.ref_rejected is None):
+        require_reference(loss.name, ())
+    outputs = tuple(stop_gradient(at_least_float32(output, xp)) for output in forward.outputs)
+    anchor = None
+    if loss.needs_anchor:
+        anchor = _anchor(cast(AnchorForward, forward), outputs, config, backend, gamma, rng)
+
+    # 5. The losses, and the derivative of their mean by each output: N numbers, by the framework's own autodiff.
+    def losses_at(outputs: tuple[Array, ...]) -> Array:
+        return loss.losses(LogProbs.of_step(outputs, constants, *(anchor.seen if anchor else ())))
+
+    losses, slopes = backend.differentiate(losses_at, outputs)
+    # At a fixed chosen log-probability, the derivative by M is minus that by the rejected one.
+    weights = outputs[0].shape[0] * (slopes[1] if len(slopes) == 2 else -slopes[0])
+    logps = LogProbs.of_step(outputs, constants)
+    result = StepResult(
+        loss=stop_gradient(xp.mean(losses)),
+        margins=logps.margins,
+        weights=weights,
+        chosen_logps=outputs[0] if len(outputs) == 2 else None,
+        rejected_logps=outputs[1] if len(outputs) == 2 else None,
+        log_ratio_margins=logps.log_ratio_margins() if len(outputs) == 2 and constants.complete else None,
+        **(anchor.figures if anchor else {}),
+    )
+    return result, tuple(xp.astype(c, y.dtype) for c, y in zip(slopes, forward.outputs, strict=True))
+
+
+class _Anchor(NamedTuple):
+    """What steps 2 to 4 found out.
+
+    Attributes:
+        seen: what `LogProbs.of_step` takes of it, (outputs at the anchor or None, anchor gaps).
+        figures: its fields of `StepResult`.
+    """
+
+    seen: tuple[tuple[Array, ...] | None, Array]
+    figures: dict[str, Array | None]
+
+
+def _anchor(
+    forward: AnchorForward,
+    outputs: tuple[Array, ...],
+    config: GAPOConfig,
+    backend: Backend,
+    gamma: Any,
+    rng: Any,
+) -> _Anchor:
+    """Steps 2 to 4: the probe's gradient, the perturbation along it, and the margins there."""
+    xp = backend.xp
     gamma = config.gamma if gamma is None else gamma
-    values = tuple(stop_gradient(at_least_float32(output, xp)) for output in forward.outputs)
-    margins = margins_of(values)
-    n = margins.shape[0]
-    objective.check_objective(config.beta, gamma, config.loss_type, config.label_smoothing, n)
+    margins = margins_of(outputs)
+    objective.check_objective(config.beta, gamma, "sigmoid", 0.0, margins.shape[0])
 
     # 2. The probe gradient, up to a positive factor: only its direction matters.
     pull, factor = probe_pull(margins, gamma, config, backend)
@@ -127,27 +184,20 @@ def run(
     perturbation = _Perturbation(forward, direction, config, backend)
 
     # 4. The margins at the anchor.
+    moved: tuple[Array, ...] | None = None
     if choice.anchor == "first_order":
         gaps = -perturbation.along(forward, names)
         anchor_margins = margins - gaps
         radius = perturbation.ideal_radius()
         changed = 0 * grad_norm + 1  # 1.0, but no constant: `mx.compile` loses one that ends up in its state
     else:
-        moved = forward.at(perturbation.move, names)
-        anchor_margins = margins_of(tuple(stop_gradient(at_least_float32(output, xp)) for output in moved))
+        moved = tuple(stop_gradient(at_least_float32(y, xp)) for y in forward.at(perturbation.move, names))
+        anchor_margins = margins_of(moved)
         radius, changed = perturbation.applied()
         gaps = margins - anchor_margins
 
     drop = backend.all_reduce(xp.sum(pull * gaps), "mean")  # not finite on all ranks if a margin is not on one
-
-    # 5. The loss, and its derivative by each output.
-    terms = (config.beta, gamma, config.loss_type, config.label_smoothing, xp)
-    loss = objective.reduce(objective.pair_losses(gaps, *terms), "mean", xp)
-    weights = objective.pair_weights(gaps, *terms)
-    cotangents = on_outputs(-weights / n, forward.outputs, xp)
-    if config.sft_weight:
-        loss, cotangents = _add_sft(loss, cotangents, values, config.sft_weight, xp)
-    concrete = is_concrete(loss)
+    concrete = is_concrete(drop)
     if concrete:  # the first look at a value: a lazy framework has been lazy so far
         _require_finite(margins, grad_norm, g, forward.parameters, xp)
         hint = f"rho={config.rho} moves the weights too far"
@@ -166,20 +216,15 @@ def run(
         ratio=ratio,
         concrete=concrete,
     )
-    result = StepResult(
-        loss=loss,
-        margins=margins,
-        anchor_margins=anchor_margins,
-        anchor_gaps=gaps,
-        weights=weights,
-        grad_norm=grad_norm,
-        radius=radius,
-        changed_fraction=changed,
-        first_order_ratio=ratio,
-        chosen_logps=values[0] if len(values) == 2 else None,
-        rejected_logps=values[1] if len(values) == 2 else None,
-    )
-    return result, cotangents
+    figures = {
+        "anchor_margins": anchor_margins,
+        "anchor_gaps": gaps,
+        "grad_norm": grad_norm,
+        "radius": radius,
+        "changed_fraction": changed,
+        "first_order_ratio": ratio,
+    }
+    return _Anchor((moved, gaps), figures)
 
 
 def probe_pull(margins: Array, gamma: Any, config: GAPOConfig, backend: Backend) -> tuple[Array, Array]:
@@ -201,7 +246,7 @@ def probe_pull(margins: Array, gamma: Any, config: GAPOConfig, backend: Backend)
 class _Perturbation:
     """delta of one step, parameter by parameter, with what was really applied."""
 
-    def __init__(self, forward: Forward, g: dict[str, Array], config: GAPOConfig, backend: Backend) -> None:
+    def __init__(self, forward: AnchorForward, g: dict[str, Array], config: GAPOConfig, backend: Backend) -> None:
         self._g, self._config, self._backend, self._xp = g, config, backend, backend.xp
         norms = [backend.norm(self._scaled(forward.parameters[name], x)) for name, x in g.items() if _numel(x)]
         self.scaled_norm = _tree_norm(norms, self._xp)
@@ -249,7 +294,7 @@ class _Perturbation:
         none = predicted == 0
         return xp.where(none, xp.ones_like(drop), drop / xp.where(none, xp.ones_like(drop), predicted))
 
-    def along(self, forward: Forward, names: list[str]) -> Array:
+    def along(self, forward: AnchorForward, names: list[str]) -> Array:
         """Derivative of each pair's margin along delta, (N,), float32 or wider.
 
         It is linear in delta, so that a power of 2 can lift delta's tiny entries into float16's range and leave again.
@@ -269,19 +314,6 @@ class _Perturbation:
             f"rho={self._config.rho} changed none of the {len(names)} selected parameters: theta + delta rounds to "
             'theta. Use anchor="first_order", which rounds nothing, or keep the weights in float32'
         )
-
-
-def _add_sft(
-    loss: Array, cotangents: tuple[Array, ...], values: tuple[Array, ...], sft_weight: float, xp: Namespace
-) -> tuple[Array, tuple[Array, ...]]:
-    """Add `sft_weight * mean(-chosen_logps)` to the loss and its cotangents."""
-    if len(values) != 2:
-        raise ValueError(
-            f"sft_weight={sft_weight} needs the chosen log-probs: let margin_fn return (chosen_logps, rejected_logps)"
-        )
-    chosen, rejected = cotangents
-    loss = loss - sft_weight * xp.mean(values[0])
-    return loss, (chosen - sft_weight / values[0].shape[0], rejected)
 
 
 def _tree_norm(norms: list[Array], xp: Namespace) -> Array:
