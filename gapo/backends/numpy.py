@@ -105,10 +105,10 @@ class NumpyBackend:
         slopes = tuple(np.zeros_like(x) for x in values)
         for output, slope in zip(values, slopes, strict=True):
             for i in range(len(output)):
-                h = _STEP * max(1.0, abs(output[i]))
-                for steps, coefficient in _STENCIL.items():
+                h = _SPACING * max(1.0, abs(output[i]))
+                for offset, coefficient in _STENCIL.items():
                     moved = output.copy()
-                    moved[i] += steps * h
+                    moved[i] += offset * h
                     with holding(constants, again=True):
                         by_moved = losses(tuple(moved if x is output else x for x in values))
                     slope[i] += coefficient / h * np.mean(by_moved)
