@@ -1,4 +1,4 @@
-"""The slow reference: float64, gradients by central differences, which share no mistake with the other backends."""
+"""The slow reference: float64, with gradients by central differences, which share no mistake with other backends."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from gapo import geometry
+from gapo._namespace import holding
 from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of
 from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
 
-_STEP = np.finfo(np.float64).eps ** 0.3  # truncation (h^4) against rounding (eps / h), for functions with sharp bends
-_STENCIL = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}  # the central difference of fourth order
+# A difference's spacing h, relative to the parameter. It balances truncation (h^4) against rounding (eps / h), which
+# alone gives eps^0.2; a smaller h suits functions with sharp bends.
+_SPACING = np.finfo(np.float64).eps ** 0.3
+_STENCIL = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}  # central difference of fourth order: offset, coefficient
 
 
 class NumpyForward:
-    """A clean forward over a dict of float64 arrays; every entry is differentiated by a central difference."""
+    """A clean forward over a dict of float64 arrays, with a central difference for each of their entries."""
 
     def __init__(self, margin_fn: MarginFn, params: Mapping[str, np.ndarray], batch: Any) -> None:
         for name, value in params.items():
@@ -37,16 +40,16 @@ class NumpyForward:
 
     @cached_property
     def _jacobian(self) -> dict[str, list[np.ndarray]]:
-        """For each parameter, the derivative of each output: (N, *shape)."""
+        """The derivatives of each output by each parameter, (N, *shape)."""
         jacobian = {}
         for name, theta in self.parameters.items():
             columns: list[list[np.ndarray]] = [[] for _ in self.outputs]
             for index in np.ndindex(theta.shape):
-                h = _STEP * max(1.0, abs(theta[index]))
+                h = _SPACING * max(1.0, abs(theta[index]))
                 terms = []
-                for steps, coefficient in _STENCIL.items():
+                for offset, coefficient in _STENCIL.items():
                     moved = theta.copy()
-                    moved[index] += steps * h
+                    moved[index] += offset * h
                     terms.append([coefficient / h * y for y in self._run({**self.parameters, name: moved})])
                 for column, parts in zip(columns, zip(*terms, strict=True), strict=True):
                     column.append(sum(parts))
@@ -81,8 +84,35 @@ class NumpyBackend:
 
     xp = xp
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> NumpyForward:
+    def forward(
+        self,
+        margin_fn: MarginFn,
+        params: Any,
+        batch: Any,
+        config: GAPOConfig,
+        *,
+        anchor: bool = True,
+        by_side: bool = False,
+    ) -> NumpyForward:
         return NumpyForward(margin_fn, params, batch)
+
+    def differentiate(
+        self, losses: Callable[[tuple[np.ndarray, ...]], np.ndarray], values: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        constants: list[np.ndarray] = []
+        with holding(constants, again=False):
+            by_pair = losses(tuple(values))
+        slopes = tuple(np.zeros_like(x) for x in values)
+        for output, slope in zip(values, slopes, strict=True):
+            for i in range(len(output)):
+                h = _STEP * max(1.0, abs(output[i]))
+                for steps, coefficient in _STENCIL.items():
+                    moved = output.copy()
+                    moved[i] += steps * h
+                    with holding(constants, again=True):
+                        by_moved = losses(tuple(moved if x is output else x for x in values))
+                    slope[i] += coefficient / h * np.mean(by_moved)
+        return by_pair, slopes
 
     def norm(self, x: np.ndarray) -> np.ndarray:
         return geometry.norm(x, xp)
