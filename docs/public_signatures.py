@@ -1,7 +1,7 @@
 """A griffe extension: the reference shows the objectives' public functions.
 
-griffe reads the source, where `gapo.objectives.dpo` is a formula of one `LogProbs`. The decorator `objective` turns that
-formula into a function of arrays, with a signature and a docstring of its own. Users call that one.
+griffe reads the source, where `gapo.objectives.dpo` is a formula of one `LogProbs`. The decorator `objective` turns it
+into a function of arrays, with a signature and a docstring of its own. Users call that function.
 """
 
 import inspect
