@@ -1,6 +1,6 @@
 """Three things that the built pages add to Markdown.
 
-Equations become MathML, so pages load no script. SVG pictures are inlined, so their grey follows the text's colour.
+Equations become MathML, so pages load no script. SVG pictures are inlined, so their grey follows the theme.
 Names of tests get line breaks, so the tables of docs/reliability.md fit the page.
 """
 

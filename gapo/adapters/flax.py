@@ -27,7 +27,7 @@ from gapo.adapters.flax_inputs import (
 from gapo.backends.jax import JaxBackend, JaxForward
 from gapo.config import GAPOConfig, step_settings
 from gapo.data.collate import PARTS, REFERENCE
-from gapo.data.reference import require_reference
+from gapo.data.reference_columns import require_reference
 from gapo.logps import response_lengths
 from gapo.metrics import pair_metrics, step_metrics
 from gapo.objectives import LogProbs, without_anchor

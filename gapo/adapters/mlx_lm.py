@@ -28,7 +28,7 @@ from gapo._namespace import is_concrete
 from gapo.backends.mlx import MlxBackend, MlxForward
 from gapo.config import GAPOConfig, step_settings
 from gapo.data.collate import REFERENCE
-from gapo.data.reference import require_reference
+from gapo.data.reference_columns import require_reference
 from gapo.logps import response_lengths
 from gapo.metrics import pair_metrics, step_metrics
 from gapo.objectives import LogProbs, without_anchor

@@ -1,4 +1,4 @@
-"""The slow reference: float64, gradients by central differences, which share no mistake with the other backends."""
+"""The slow reference: float64, with gradients by central differences, which share no mistake with other backends."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of
 from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
 
-_STEP = np.finfo(np.float64).eps ** 0.3  # truncation (h^4) against rounding (eps / h), for functions with sharp bends
-_STENCIL = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}  # the central difference of fourth order
+# A difference's spacing h, relative to the parameter. It balances truncation (h^4) against rounding (eps / h), which
+# alone gives eps^0.2; a smaller h suits functions with sharp bends.
+_SPACING = np.finfo(np.float64).eps ** 0.3
+_STENCIL = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}  # central difference of fourth order: offset, coefficient
 
 
 class NumpyForward:
-    """A clean forward over a dict of float64 arrays; every entry is differentiated by a central difference."""
+    """A clean forward over a dict of float64 arrays, with a central difference for each of their entries."""
 
     def __init__(self, margin_fn: MarginFn, params: Mapping[str, np.ndarray], batch: Any) -> None:
         for name, value in params.items():
@@ -38,16 +40,16 @@ class NumpyForward:
 
     @cached_property
     def _jacobian(self) -> dict[str, list[np.ndarray]]:
-        """For each parameter, the derivative of each output: (N, *shape)."""
+        """The derivatives of each output by each parameter, (N, *shape)."""
         jacobian = {}
         for name, theta in self.parameters.items():
             columns: list[list[np.ndarray]] = [[] for _ in self.outputs]
             for index in np.ndindex(theta.shape):
-                h = _STEP * max(1.0, abs(theta[index]))
+                h = _SPACING * max(1.0, abs(theta[index]))
                 terms = []
-                for steps, coefficient in _STENCIL.items():
+                for offset, coefficient in _STENCIL.items():
                     moved = theta.copy()
-                    moved[index] += steps * h
+                    moved[index] += offset * h
                     terms.append([coefficient / h * y for y in self._run({**self.parameters, name: moved})])
                 for column, parts in zip(columns, zip(*terms, strict=True), strict=True):
                     column.append(sum(parts))
