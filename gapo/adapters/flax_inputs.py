@@ -14,8 +14,9 @@ from flax import nnx
 from flax.errors import InvalidRngError
 
 from gapo.backends.jax_head import depends
-from gapo.data.collate import PARTS, REFERENCE
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.objective import require_number
+from gapo.pairs import COLUMNS, REFERENCE, SIDES
 
 # `logits_fn(model, input_ids, attention_mask) -> (batch, seq, vocab)`. For Linen the model is the tree of parameters,
 # and a function with an argument `rngs` receives them.
@@ -101,19 +102,19 @@ def arrays(batch: Mapping[str, Any], ids_alone: bool) -> dict[str, jax.Array]:
         ValueError: shapes do not fit; or, with `ids_alone`, padding stands before a token. Under a trace nothing can
             raise, and the loss is NaN instead.
     """
-    wanted = [f"{side}_{part}" for side in ("chosen", "rejected") for part in PARTS]
-    missing = [name for name in wanted if name not in batch]
-    if missing:
-        raise KeyError(f"a batch of pairs needs {', '.join(wanted)}; {missing[0]!r} is missing, got {', '.join(batch)}")
-    shapes = {name: np.shape(batch[name]) for name in wanted}
-    if len(set(shapes.values())) > 1 or len(shapes[wanted[0]]) != 2:
+    if missing := [name for name in COLUMNS if name not in batch]:
+        needed = ", ".join(COLUMNS)
+        raise KeyError(f"a batch of pairs needs {needed}; {missing[0]!r} is missing, got {', '.join(batch)}")
+    shapes = {name: np.shape(batch[name]) for name in COLUMNS}
+    shape = shapes[COLUMNS[0]]
+    if len(set(shapes.values())) > 1 or len(shape) != 2:
         raise ValueError(f"the columns of a batch of pairs must be (N, seq), of one shape; got {shapes}")
     reference = [name for name in REFERENCE if name in batch]
     for name in reference:
-        if np.shape(batch[name]) != shapes[wanted[0]][:1]:
-            raise ValueError(f"{name} must be (N,) = {shapes[wanted[0]][:1]}, got {np.shape(batch[name])}")
-    columns = {name: jnp.asarray(batch[name]) for name in wanted + reference}
-    for side in ("chosen", "rejected") if ids_alone else ():
+        if np.shape(batch[name]) != shape[:1]:
+            raise ValueError(f"{name} must be (N,) = {shape[:1]}, got {np.shape(batch[name])}")
+    columns = {name: jnp.asarray(batch[name]) for name in (*COLUMNS, *reference)}
+    for side in SIDES if ids_alone else ():
         mask = batch[f"{side}_attention_mask"]
         if isinstance(mask, jax.core.Tracer):  # without a counted label, the margin of a row is NaN
             before = jnp.any(jnp.diff(mask.astype(jnp.int8)) > 0, axis=-1, keepdims=True)
@@ -131,3 +132,12 @@ def _require_padding_behind(name: str, mask: Any) -> None:
             f"{name} has padding before a token, and without a logits_fn the model is called with input_ids alone: pad "
             "on the right (padding_side='right'), or give a logits_fn that hands attention_mask to the model"
         )
+
+
+def by_pair(gamma: Any, batch: Mapping[str, jax.Array]) -> Any:
+    """`gamma` as one number for each pair of `batch`, (N,): a jitted step cannot check a traced scalar."""
+    if gamma is None or np.ndim(gamma) > 0:
+        return gamma
+    if not isinstance(gamma, jax.core.Tracer):
+        require_number("gamma", gamma, "", lambda v: True)
+    return jnp.broadcast_to(gamma, batch[COLUMNS[0]].shape[:1])

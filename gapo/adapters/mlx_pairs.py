@@ -12,8 +12,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset
 
 from gapo.data import batches, read_pairs, tokenize_pairs
-from gapo.data.collate import REFERENCE, TOKENIZED
+from gapo.data.collate import TOKENIZED
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.pairs import REFERENCE, SIDES, stacked
 
 _PAD_TO = 32
 
@@ -105,16 +106,14 @@ def as_arrays(batch: Mapping[str, np.ndarray]) -> tuple[mx.array, mx.array, mx.a
     Raises:
         ValueError: rows are padded on the left.
     """
-    for side in ("chosen", "rejected"):
-        mask = batch.get(f"{side}_attention_mask")
-        if mask is not None and not np.array(mask)[:, 0].all():
+    columns = {name: np.array(x) for name, x in batch.items()}
+    for side in SIDES:
+        mask = columns.get(f"{side}_attention_mask")
+        if mask is not None and not mask[:, 0].all():
             raise ValueError(_LEFT)
-    ids, labels = (
-        mx.array(np.concatenate([np.array(batch[f"{side}_{part}"]) for side in ("chosen", "rejected")]))
-        for part in ("input_ids", "labels")
-    )
-    given = [np.array(batch[name]) for name in REFERENCE if name in batch]
-    return ids, labels, mx.array(np.stack(given)) if given else mx.zeros((2, 0))
+    ids, labels = map(mx.array, stacked(columns, "input_ids", "labels"))
+    reference = [columns[name] for name in REFERENCE if name in columns]
+    return ids, labels, mx.array(np.stack(reference)) if reference else mx.zeros((2, 0))
 
 
 def require_pairs(ids: mx.array, labels: mx.array) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from gapo import geometry
 from gapo.backends.base import LeafRule, MarginFn, margins_of, on_outputs, outputs_of, require_real
-from gapo.backends.mlx_head import head_names, watched
+from gapo.backends.mlx_head import Calls, head_names, watched
 from gapo.backends.mlx_state import ModuleState
 from gapo.config import GAPOConfig
 
@@ -36,13 +36,14 @@ class MlxForward:
         margin_fn: as in `gapo.value_and_grad`.
         module: the module, whose trainable floating-point parameters are differentiated.
         batch: passed to `margin_fn`.
+        anchor: whether an anchor will be taken, for which the output head must be known.
 
     Raises:
         TypeError: `module` is no `mlx.nn.Module`.
         ValueError: a trainable parameter is complex.
     """
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
+    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, anchor: bool = True) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f'params must be an mlx.nn.Module for backend="mlx", got {type(module).__name__}')
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
@@ -54,14 +55,13 @@ class MlxForward:
         self._rerun: list[mx.array] | None = None  # the outputs of the last pullback's forward
         self._pulled: tuple[Sequence[mx.array], dict[str, mx.array]] | None = None  # its cotangents and gradients
         try:
-            with watched(module) as calls:
+            with watched(module) if anchor else nullcontext(Calls()) as self._calls:
                 self.outputs = outputs_of(margin_fn(module, batch))
         except BaseException:
             self._before.put_back()
             raise
         module.update(tree_unflatten(flat))  # mlx-lm's grad_checkpoint leaves copies of its own in the module
         self._after = ModuleState(module)
-        self._calls = calls
 
     @property
     def head(self) -> Iterator[str]:
@@ -193,12 +193,12 @@ class MlxBackend:
         anchor: bool = True,
         by_side: bool = False,
     ) -> MlxForward:
-        return MlxForward(margin_fn, params, batch)
+        return MlxForward(margin_fn, params, batch, anchor)
 
     def differentiate(
         self, losses: Callable[[tuple[mx.array, ...]], mx.array], values: Sequence[mx.array]
     ) -> tuple[mx.array, tuple[mx.array, ...]]:
-        share = mx.full(values[0].shape, 1 / values[0].shape[0])
+        share = mx.full(values[0].shape, 1 / values[0].shape[0], values[0].dtype)  # of each loss in their mean
         (by_pair,), slopes = mx.vjp(lambda *outputs: losses(outputs), list(values), [share])
         return by_pair, tuple(slopes)
 
