@@ -76,7 +76,7 @@ class BatchConstants:
         columns = batch if isinstance(batch, Mapping) else {}
         arrays = {name: columns[name] for name in (*_LENGTHS, *REFERENCE) if library(columns.get(name)) is not None}
         for side, name in zip(SIDES, _LENGTHS, strict=True):
-            labels = columns.get(f"{side}_labels")
+            labels: Any = columns.get(f"{side}_labels")
             if name not in arrays and library(labels) is not None and len(labels.shape) == 2:
                 arrays[name] = response_lengths(labels)
         return cls(**{name.removesuffix("_logps"): x for name, x in arrays.items()})
