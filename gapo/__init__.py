@@ -1,7 +1,8 @@
 """GAPO: Geometric Anchor Preference Optimization (arXiv 2602.04909), on any array library.
 
-The core is `loss`, `anchor_gap`, `weights` and `sequence_logps` over Array-API arrays, and `value_and_grad`, the whole
-training step, over a backend (PyTorch, JAX, MLX, NumPy) that is imported when it is first used.
+`loss`, `anchor_gap`, `weights` and `sequence_logps` are functions of Array-API arrays. `value_and_grad` is the whole
+training step, over a backend: PyTorch, JAX, MLX or NumPy. Importing `gapo` imports no framework; the first use of a
+backend imports its own.
 """
 
 from gapo.config import GAPOConfig
