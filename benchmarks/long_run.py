@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, 
 import gapo
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
-from gapo.data import generate_pairs
+from gapo.data import generate_pairs, warmup_text
 from gapo.runs.models.tiny import tiny_model
 from gapo.runs.train.train_config import TrainConfig
 
@@ -79,7 +79,7 @@ def train(options: argparse.Namespace, folder: Path) -> np.ndarray:
         tiny_answer_steps=0,
     )
     pairs = generate_pairs(options.pairs)
-    path = tiny_model(config, pairs)
+    path = tiny_model(config, warmup_text(2 * config.demo_size).split("\n"))
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path)
     collator = PreferenceCollator(tokenizer, max_length=128)

@@ -1,8 +1,7 @@
 """GAPO: Geometric Anchor Preference Optimization (arXiv 2602.04909), on any array library.
 
-`loss`, `anchor_gap`, `weights` and `sequence_logps` are functions of Array-API arrays. `value_and_grad` is the whole
-training step, over a backend: PyTorch, JAX, MLX or NumPy. Importing `gapo` imports no framework; the first use of a
-backend imports its own.
+`loss`, `anchor_gap`, `weights` and `sequence_logps` take Array-API arrays. `value_and_grad` is the whole training step
+over a backend (PyTorch, JAX, MLX, NumPy), which is imported when it is first used.
 """
 
 from gapo.config import GAPOConfig

@@ -19,13 +19,14 @@ import hf_models
 import numpy as np
 import pytest
 
-from gapo import cli, data, files
+from gapo import cli, data
 from gapo.commands import study as study_command
 from gapo.commands.train import parse
 from gapo.data import raw_rows
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, load_tokenizer
 from gapo.runs.output import plots
+from gapo.runs.output.tensors import open_tensors
 from gapo.runs.score import score_page as score_report
 from gapo.runs.train import train_page as report
 from gapo.study.markdown import render_markdown
@@ -401,8 +402,7 @@ def test_a_checkpoint_that_holds_a_pickle_is_refused(
 
 def test_kept_arrays_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
     material = Material.__new__(Material)
-    material.tokens = {"test": []}
-    path = tmp_path / "reference.npz"
+    path = tmp_path / "reference.safetensors"
     evil = np.array([Evil(tmp_path / "ran")], dtype=object)
     np.savez(path, test=evil)
     raw = io.BytesIO()
@@ -412,8 +412,10 @@ def test_kept_arrays_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
     evils = [path.read_bytes(), pickle.dumps(Evil(tmp_path / "ran")), raw.getvalue()]
     for content in (*evils, numbers.getvalue(), b"", b"PK\x05\x06broken", b"PK\x03\x04broken"):
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"reference\.npz does not hold the log-probabilities .*: remove it"):
-            material._references(path)
+        with pytest.raises(
+            ConfigError, match=r"reference\.safetensors is damaged .*: remove it, and they are"
+        ):
+            material._references(path, "digest")
     assert not (tmp_path / "ran").exists()
 
 
@@ -421,7 +423,7 @@ def test_kept_tensors_that_are_damaged_are_told_by_name(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     for content in (b"", pickle.dumps(Evil(tmp_path / "ran")), b"\xff" * 64):
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"state\.safetensors is damaged .*: remove it"), files.open_tensors(path):
+        with pytest.raises(ConfigError, match=r"state\.safetensors is damaged .*: remove it"), open_tensors(path):
             pass
     assert not (tmp_path / "ran").exists()
 
