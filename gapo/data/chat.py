@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from gapo.data.messages import OTHERS, bare, common_length, media_of, text_of
-from gapo.data.rows import require_turns
+from gapo.data.pair_rows import require_turns
 from gapo.pairs import SIDES
 
 # Arguments of `apply_chat_template` that this module sets, or that change the kind of its result.

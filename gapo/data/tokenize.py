@@ -15,7 +15,7 @@ from typing import Any
 from gapo.data.chat import has_turns_of_others, require_text, split_chat, warn_once
 from gapo.data.limits import Cuts, Limits
 from gapo.data.messages import common_length
-from gapo.data.rows import name_of, require_columns, with_prompt
+from gapo.data.pair_rows import name_of, require_columns, with_prompt
 from gapo.pairs import SIDES
 
 IGNORE_INDEX = -100
