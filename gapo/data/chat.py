@@ -29,8 +29,8 @@ def split_chat(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[lis
     whole conversation differs from the prompt.
 
     Raises:
-        ValueError: the template refuses the messages, leaves out a tool call, or renders the prompt differently once
-            an answer follows, so that the answer's first token is undefined.
+        ValueError: the template refuses the messages or leaves out a tool call. Or it renders the prompt differently
+            once an answer follows, so that the answer's first token is undefined.
     """
     if not row["prompt"]:
         raise ValueError("the prompt has no message, and a chat template begins an answer behind one")
@@ -132,7 +132,8 @@ class _Template:
         """Raise ValueError unless the conversation begins with the rendered prompt, up to its generation prompt.
 
         Three differences are allowed: tokens that merge across the border, a generation prompt unlike the head of the
-        answer's turn (an empty block of thoughts, for example), and the text that closes every conversation.
+        answer's turn, and the text that closes every conversation. A generation prompt with an empty block of thoughts
+        is an example of the second.
         """
         opening, text = self._text(prompt, generation=True), self._text([*prompt, *answer])
         shared = common_length(opening, text)
