@@ -41,13 +41,14 @@ def library(x: Array) -> str | None:
 def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
     """The Array-API namespace shared by the named arrays.
 
-    Raises TypeError if one is not an array, if they are of different libraries, or of another than `backend` states,
-    and ValueError if `backend` is not a known name.
+    Raises:
+        TypeError: one is not an array, or they are not all of one library, which is the one that `backend` states.
+        ValueError: `backend` is not a known name.
     """
     if backend is not None and not (isinstance(backend, str) and backend in _ARRAYS):
         raise ValueError(f"backend must be one of {', '.join(map(repr, _ARRAYS))} or None, got {backend!r}")
-    found = {name: library(x) for name, x in arrays.items()}
-    for name, kind in found.items():
+    kinds = {name: library(x) for name, x in arrays.items()}
+    for name, kind in kinds.items():
         if kind is None:
             raise TypeError(
                 f"{name} must be an array of NumPy, PyTorch, JAX, MLX or another Array-API library, "
@@ -55,9 +56,9 @@ def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
             )
         if backend is not None and kind != backend:
             raise TypeError(f"backend={backend!r} was stated, but {name} is an array of {kind} ({type(arrays[name])})")
-    if len(set(found.values())) > 1:
-        raise TypeError(f"all arrays must be of one library; got {found}")
-    if next(iter(found.values())) == "torch":
+    if len(set(kinds.values())) > 1:
+        raise TypeError(f"all arrays must be of one library; got {kinds}")
+    if next(iter(kinds.values())) == "torch":
         import array_api_compat.torch as xp  # as an import statement torch.compile traces it without a graph break
 
         return xp

@@ -89,22 +89,24 @@ class BatchConstants:
         return all(x is not None for x in fields)
 
 
-def require_reference(objective: str, columns: Iterable[str]) -> None:
-    """Raise ValueError, saying what to do, unless `columns`, those of a batch, hold `REFERENCE`."""
+def require_reference(objective: str, columns: Iterable[str], function: str = "gapo.data.with_reference_logps") -> None:
+    """Raise ValueError unless `columns`, those of a batch, hold `REFERENCE`; the error names the `function` to use."""
     if not set(REFERENCE) <= set(columns):
         raise ValueError(
-            f"objective {objective!r} needs {' and '.join(REFERENCE)} in each batch, summed log-probabilities under "
-            "the reference, nats: put them in the rows with gapo.data.with_reference_logps (PyTorch: gapo.adapters.hf."
-            f"with_reference_logps), and the batches have them; got {', '.join(columns) or 'neither'}"
+            f"objective {objective!r} needs {' and '.join(REFERENCE)} in each batch: summed log-probabilities under "
+            f"the reference, nats. {function} adds them to the rows, and batches of such rows have them; "
+            f"got {', '.join(columns) or 'neither'}"
         )
 
 
 class LogProbs:
     """What a batch of N pairs tells an objective. Log-probabilities are SUMMED over the response's tokens, nats.
 
-    It is made of sums, as here, or of length-normalised log-probabilities (`from_averages`); each is computed from the
+    It is made of sums, as here, or of length-normalised log-probabilities (`from_averages`). Each is computed from the
     other, by the lengths, when it is asked for. Reference and anchor carry no gradient, ever. float16 and bfloat16 are
     widened to float32.
+
+    Every argument is an attribute of the same name.
 
     Args:
         chosen: (N,) of each chosen response under the policy.
@@ -116,12 +118,23 @@ class LogProbs:
         anchor_chosen: (N,) of each chosen response under the anchor; None where there is none.
         anchor_rejected: (N,) of each rejected response under the anchor.
 
-    Every argument is an attribute of the same name. Attributes besides: `margins`, `z`, `anchor_gaps`,
-    `anchor_margins`, and `xp`, the arrays' Array-API namespace.
+    Attributes:
+        xp: the Array-API namespace of the arrays.
 
     Raises:
-        TypeError, ValueError: arrays of several libraries, not floating point, or of other shapes than (N,).
+        TypeError, ValueError: arrays of several libraries, not floating point, or of other shapes than (N,). When a
+            value is asked for, ValueError: nothing that it is computed from is known.
     """
+
+    xp: Namespace
+    chosen: Array
+    rejected: Array
+    chosen_lengths: Array
+    rejected_lengths: Array
+    ref_chosen: Array
+    ref_rejected: Array
+    anchor_chosen: Array
+    anchor_rejected: Array
 
     def __init__(
         self,
@@ -135,15 +148,10 @@ class LogProbs:
         anchor_chosen: Array | None = None,
         anchor_rejected: Array | None = None,
     ) -> None:
-        sums = {
-            "chosen": chosen,
-            "rejected": rejected,
-            "ref_chosen": ref_chosen,
-            "ref_rejected": ref_rejected,
-            "anchor_chosen": anchor_chosen,
-            "anchor_rejected": anchor_rejected,
-        }
-        self._fill(sums, {}, {"chosen": chosen_lengths, "rejected": rejected_lengths})
+        arrays = (chosen, rejected, ref_chosen, ref_rejected, anchor_chosen, anchor_rejected)
+        self._fill(
+            dict(zip(_SIDES_UNDER, arrays, strict=True)), {}, {"chosen": chosen_lengths, "rejected": rejected_lengths}
+        )
 
     @classmethod
     def from_averages(
@@ -163,9 +171,12 @@ class LogProbs:
             ref_chosen: (N,) summed, nats, as the columns of a data set hold them; None without a reference.
             ref_rejected: (N,) likewise.
         """
-        by_side = {} if lengths is None else dict(zip(SIDES, halves(lengths), strict=True))
-        return cls._of(
-            {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}, {"chosen": chosen, "rejected": rejected}, by_side
+        by_side = (None, None) if lengths is None else halves(lengths)
+        return cls.of_step(
+            (chosen, rejected),
+            BatchConstants(
+                chosen_lengths=by_side[0], rejected_lengths=by_side[1], ref_chosen=ref_chosen, ref_rejected=ref_rejected
+            ),
         )
 
     @classmethod
@@ -184,18 +195,18 @@ class LogProbs:
             anchor_outputs: the same at the anchor; None for a first-order anchor, which has no log-probabilities.
             anchor_gaps: (N,) as the step measured them; None without an anchor.
         """
-        lengths = {"chosen": constants.chosen_lengths, "rejected": constants.rejected_lengths}
-        sums = {"ref_chosen": constants.ref_chosen, "ref_rejected": constants.ref_rejected}
-        averages = dict(zip(SIDES, outputs, strict=False)) if len(outputs) == 2 else {}
+        averages = dict(zip(SIDES if len(outputs) == 2 else ("margins",), outputs, strict=True))
         if anchor_outputs is not None and len(anchor_outputs) == 2:
             averages |= {f"anchor_{side}": x for side, x in zip(SIDES, anchor_outputs, strict=True)}
-        margins = outputs[0] if len(outputs) == 1 else None
-        return cls._of(sums, averages, lengths, margins, anchor_gaps)
+        lengths = {"chosen": constants.chosen_lengths, "rejected": constants.rejected_lengths}
+        sums = {"ref_chosen": constants.ref_chosen, "ref_rejected": constants.ref_rejected}
+        return cls.of_arrays(sums, averages, lengths, anchor_gaps)
 
     @classmethod
-    def _of(cls, *parts: Any) -> LogProbs:
+    def of_arrays(cls, *arrays: Any) -> LogProbs:
+        """From (sums, averages, lengths by side, anchor gaps), each a mapping by name but the last."""
         logps = cls.__new__(cls)
-        logps._fill(*parts)
+        logps._fill(*arrays)
         return logps
 
     def _fill(
@@ -203,134 +214,70 @@ class LogProbs:
         sums: Mapping[str, Array | None],
         averages: Mapping[str, Array | None],
         lengths: Mapping[str, Array | None],
-        margins: Array | None = None,
         anchor_gaps: Array | None = None,
     ) -> None:
-        policy = {"margins": margins} if margins is not None else {**sums, **averages}
-        first = next(x for name, x in policy.items() if x is not None and not name.startswith("ref_"))
-        self._sums, self._averages = ({k: _like(x, first, k) for k, x in d.items()} for d in (sums, averages))
-        self._lengths = {name: None if x is None else like(x, first) for name, x in lengths.items()}
-        arrays = {name: x for name, x in ({**self._sums, **self._averages}).items() if x is not None}
-        if margins is not None:
-            arrays = {"margins": margins, **arrays}
-        #: The Array-API namespace of the arrays.
-        self.xp: Namespace = namespace(**arrays)
-        check_batches(arrays, self.xp)
-        for store in (self._sums, self._averages):
-            for name, x in store.items():
-                if x is not None:
-                    x = at_least_float32(x, self.xp)
-                    store[name] = stop_gradient(x) if name.startswith(("ref_", "anchor_")) else x
-        self._margins = None if margins is None else at_least_float32(margins, self.xp)
+        policy: Any = next(x for name, x in {**averages, **sums}.items() if name in ("margins", *SIDES))
+        # Reference and lengths come with the batch, which may lie elsewhere than the policy.
+        self._sums, self._averages, self._lengths = (
+            {name: like(x, policy) for name, x in arrays.items() if x is not None}
+            for arrays in (sums, averages, lengths)
+        )
+        self.xp = namespace(**self._averages, **self._sums)
+        check_batches({**self._averages, **self._sums}, self.xp)
+        for arrays in (self._sums, self._averages):
+            for name, x in arrays.items():
+                wide = at_least_float32(x, self.xp)
+                arrays[name] = stop_gradient(wide) if name.startswith(("ref_", "anchor_")) else wide
         self._anchor_gaps = None if anchor_gaps is None else stop_gradient(anchor_gaps)
+        self.shape = tuple(policy.shape)
 
-    def _sum(self, name: str) -> Array | None:
-        x = self._sums.get(name)
-        if x is None and (average := self._averages.get(name)) is not None:
-            x = average * self._length(name, average)
-        return self._known(name, x)
+    def __getattr__(self, name: str) -> Any:
+        if name in _SIDES_UNDER:
+            return self._sum(name)
+        side, _, lengths = name.partition("_")
+        if lengths == "lengths" and side in SIDES:
+            return self._lengths.get(side)
+        raise AttributeError(f"LogProbs has no attribute {name!r}")
 
-    def _average(self, name: str) -> Array | None:
-        x = self._averages.get(name)
-        if x is None and (total := self._sums.get(name)) is not None:
-            x = total / self._length(name, total)
-        return self._known(name, x)
+    def _sum(self, name: str) -> Any:
+        if name in self._averages:
+            return self._averages[name] * self._length(name)
+        return self._stored(self._sums, name)
 
-    def _known(self, name: str, x: Array | None) -> Array | None:
-        if x is None and name in SIDES:
+    def _average(self, name: str) -> Any:
+        return self._sums[name] / self._length(name) if name in self._sums else self._stored(self._averages, name)
+
+    def _stored(self, arrays: Mapping[str, Array], name: str) -> Any:
+        if name in SIDES and name not in arrays:
             raise ValueError(
                 "the objective needs log-probabilities of each response, and margin_fn returned margins alone: let it "
                 "return (chosen_logps, rejected_logps)"
             )
-        return x
+        return arrays.get(name)
 
-    def _length(self, name: str, of: Array) -> Array:
+    def _length(self, name: str) -> Array:
         side = name.rpartition("_")[2]
-        lengths = self._lengths.get(side)
-        if lengths is None:
+        if side not in self._lengths:
             raise ValueError(
-                f"the objective needs the number of tokens of each {side} response, to sum log-probabilities or to "
-                f"average them: let the batch hold {side}_labels (N, seq) or {side}_lengths (N,)"
+                f"the objective needs the number of tokens of each {side} response: let the batch hold {side}_labels "
+                f"(N, seq) or {side}_lengths (N,)"
             )
-        return self.xp.astype(lengths, of.dtype)
-
-    @property
-    def chosen(self) -> Any:
-        """(N,) summed, nats; the other log-probabilities likewise."""
-        return self._sum("chosen")
-
-    @property
-    def rejected(self) -> Any:
-        return self._sum("rejected")
-
-    @property
-    def chosen_lengths(self) -> Any:
-        """(N,) numbers of tokens; None if unknown."""
-        return self._lengths.get("chosen")
-
-    @property
-    def rejected_lengths(self) -> Any:
-        return self._lengths.get("rejected")
-
-    @property
-    def ref_chosen(self) -> Any:
-        return self._sum("ref_chosen")
-
-    @property
-    def ref_rejected(self) -> Any:
-        return self._sum("ref_rejected")
-
-    @property
-    def anchor_chosen(self) -> Any:
-        return self._sum("anchor_chosen")
-
-    @property
-    def anchor_rejected(self) -> Any:
-        return self._sum("anchor_rejected")
+        return self.xp.astype(self._lengths[side], next(iter({**self._averages, **self._sums}.values())).dtype)
 
     @property
     def margins(self) -> Any:
         """M (N,), the chosen minus the rejected response's length-normalised log-probability, nats per token."""
-        return self._margins if self._margins is not None else self._difference(self._average, "")
+        return self._averages["margins"] if self.margins_alone else self._difference(self._average, "")
 
     @property
     def z(self) -> Any:
-        """z (N,), the policy's margin minus the reference's, on summed log-probabilities, nats.
-
-        Raises ValueError without a reference.
-        """
-        return self._log_ratio(self._sum)
+        """z (N,), the policy's margin minus the reference's, on summed log-probabilities, nats."""
+        return self._difference(self._sum, "") - self._difference(self._sum, "ref_")
 
     @property
     def z_per_token(self) -> Any:
         """The same on length-normalised log-probabilities, nats per token."""
-        return self._log_ratio(self._average)
-
-    @property
-    def anchor_margins(self) -> Any:
-        """M at the anchor (N,), nats per token, without gradient. Raises ValueError without an anchor."""
-        return stop_gradient(self.margins - self.anchor_gaps)
-
-    @property
-    def anchor_gaps(self) -> Any:
-        """Anchor gaps (N,), M minus M at the anchor, nats per token; differentiable by way of M.
-
-        Raises ValueError without an anchor.
-        """
-        if self._anchor_gaps is not None:
-            # A first-order gap is far smaller than M: it keeps its digits, and M lends its derivative.
-            return self._anchor_gaps + (self.margins - stop_gradient(self.margins))
-        anchor_margins = self._difference(self._average, "anchor_")
-        if anchor_margins is None:
-            raise ValueError(
-                "the objective looks at the anchor, and there is none: make it an Objective with needs_anchor=True, or "
-                "hand LogProbs anchor_chosen and anchor_rejected"
-            )
-        return self.margins - anchor_margins
-
-    def log_ratio_margins(self) -> Array | None:
-        """`z`, or None without a reference."""
-        return self.z if self.has("ref") else None
+        return self.margins - self._difference(self._average, "ref_")
 
     @property
     def chosen_per_token(self) -> Any:
@@ -338,45 +285,48 @@ class LogProbs:
         return self._average("chosen")
 
     @property
-    def margins_alone(self) -> bool:
-        """Whether nothing but margins is known of the policy."""
-        return self._margins is not None
+    def anchor_gaps(self) -> Any:
+        """Anchor gaps (N,), M minus M at the anchor, nats per token; differentiable by way of M."""
+        if self._anchor_gaps is None:
+            return self.margins - self._difference(self._average, "anchor_")
+        # A first-order gap is far smaller than M: it keeps its digits, and M lends its derivative.
+        return self._anchor_gaps + (self.margins - stop_gradient(self.margins))
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(N,)."""
-        arrays = (self._margins, *self._averages.values(), *self._sums.values())
-        return next(tuple(x.shape) for x in arrays if x is not None)
+    def anchor_margins(self) -> Any:
+        """M at the anchor (N,), nats per token, without gradient."""
+        return stop_gradient(self.margins - self.anchor_gaps)
+
+    @property
+    def margins_alone(self) -> bool:
+        """Whether nothing but margins is known of the policy."""
+        return "margins" in self._averages
 
     def has(self, kind: str) -> bool:
-        """Whether log-probabilities of both sides under the "ref" or the "anchor" are known, or the anchor's gaps."""
-        if kind == "anchor" and self._anchor_gaps is not None:
-            return True
-        return all(
-            self._sums.get(f"{kind}_{s}") is not None or self._averages.get(f"{kind}_{s}") is not None for s in SIDES
-        )
+        """Whether the log-probabilities under the "ref" or the "anchor" are known, or the anchor's gaps."""
+        names = self._sums.keys() | self._averages.keys()
+        return (kind == "anchor" and self._anchor_gaps is not None) or {f"{kind}_{side}" for side in SIDES} <= names
+
+    def log_ratio_margins(self) -> Array | None:
+        """`z`, or None without a reference."""
+        return self.z if self.has("ref") else None
 
     def per_token(self) -> LogProbs:
         """The same with every log-probability divided by its response's length: nats per token."""
-        names = {*self._sums, *self._averages}
-        return self._of({name: self._average(name) for name in names}, {}, self._lengths, None, self._anchor_gaps)
+        averages = {name: self._average(name) for name in (*self._sums, *self._averages)}
+        return self.of_arrays(averages, {}, self._lengths, self._anchor_gaps)
 
-    def _difference(self, read: Callable[[str], Array | None], prefix: str) -> Any:
+    def _difference(self, read: Callable[[str], Any], prefix: str) -> Any:
+        """The chosen minus the rejected side, under the policy, "ref_" or "anchor_"."""
         if prefix and not self.has(prefix.rstrip("_")):
-            return None
-        chosen, rejected = (read(prefix + side) for side in SIDES)
-        return chosen - rejected  # type: ignore[operator]
-
-    def _log_ratio(self, read: Callable[[str], Array | None]) -> Any:
-        reference = self._difference(read, "ref_")
-        if reference is None:
-            raise ValueError(
-                "the objective compares with a reference, and the batch holds none: it needs "
-                f"{' and '.join(REFERENCE)}, which gapo.data.with_reference_logps puts in the rows"
-            )
-        return self._difference(read, "") - reference
+            raise ValueError(_MISSING[prefix])
+        return read(f"{prefix}chosen") - read(f"{prefix}rejected")
 
 
-def _like(x: Array | None, first: Array, name: str) -> Array | None:
-    """A reference or an anchor of a batch in the policy's library and on its device; the policy itself as it is."""
-    return x if x is None or name in SIDES else like(x, first)
+_SIDES_UNDER = [f"{prefix}{side}" for prefix in ("", "ref_", "anchor_") for side in SIDES]
+_MISSING = {
+    "ref_": "the objective compares with a reference, and the batch holds none: it needs "
+    f"{' and '.join(REFERENCE)}, which gapo.data.with_reference_logps puts in the rows",
+    "anchor_": "the objective looks at the anchor, and there is none: make it an Objective with needs_anchor=True, or "
+    "hand LogProbs anchor_chosen and anchor_rejected",
+}

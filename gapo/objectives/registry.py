@@ -180,7 +180,7 @@ def _of_arrays(entry: Objective, lengths: bool) -> Callable[..., Array]:
             check_objective(settings["beta"], settings["gamma"], "sigmoid", 0.0, n=arrays[names[0]].shape[0])
         by_side = dict(zip(sides, arrays.values(), strict=True))
         sums, averages = ({}, by_side) if entry.average else (by_side, {})
-        logps = LogProbs._of(sums, averages, {"chosen": counts.get("chosen_lengths")})
+        logps = LogProbs.of_arrays(sums, averages, {"chosen": counts.get("chosen_lengths")})
         return reduce(entry.losses(logps, **settings), reduction, xp)
 
     P = inspect.Parameter
@@ -291,8 +291,9 @@ class Loss:
         if gamma is None:
             return self
         if "gamma" not in self.settings:
+            holders = " and ".join(repr(name) for name, entry in OBJECTIVES.items() if "gamma" in entry.defaults)
             takes = ", ".join(self.settings) or "no settings"
-            raise ValueError(f"gamma is of objectives that have it, such as 'gapo'; {self.name!r} takes {takes}")
+            raise ValueError(f"gamma is of objectives {holders}; {self.name!r} takes {takes}")
         return replace(self, settings={**self.settings, "gamma": gamma})
 
     def losses(self, logps: LogProbs) -> Array:

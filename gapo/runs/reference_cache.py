@@ -12,7 +12,7 @@ import numpy as np
 
 from gapo.data import with_reference_logps
 from gapo.data.collate import REFERENCE, TOKENIZED
-from gapo.data.reference import Measure
+from gapo.data.reference_columns import Measure
 from gapo.runs.output.tensors import kept_arrays
 
 Rows = list[dict[str, Any]]

@@ -14,9 +14,9 @@ from frameworks import LIBRARIES, Library, require
 
 import gapo
 from gapo import objectives
+from gapo.anchor import probe_pull
 from gapo.backends import get_backend
 from gapo.objectives import OBJECTIVES, LogProbs, Objective
-from gapo.step import probe_pull
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*float64.*:UserWarning")
 

@@ -21,7 +21,7 @@ from gapo.backends.base import by_pairs
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.sharded import is_shard
 from gapo.backends.torch.zero3 import Zero3Forward, is_zero3
-from gapo.data.reference import require_reference
+from gapo.data.reference_columns import require_reference
 from gapo.metrics import combine, pair_metrics, reference_metrics, reward_metrics, step_metrics
 from gapo.objectives import LogProbs
 from gapo.step import StepResult, run
@@ -145,7 +145,7 @@ class Attachment:
         """Log-probabilities of a batch, and the loss without an anchor of each pair."""
         objective, settings = self._callback.losses_without_anchor
         if objective.needs_reference:
-            require_reference(objective.name, inputs)
+            require_reference(objective.name, inputs, "gapo.adapters.hf.with_reference_logps")
         logps = log_probs(model, inputs)
         return logps, objective.losses(logps, **settings)
 

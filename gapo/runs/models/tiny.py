@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gapo.data.pairs import text_of
+from gapo.data.messages import text_of
 from gapo.files import cannot_write, partial_of, sweep, write_errors
 from gapo.runs import ranks
 from gapo.runs.config_bases import TrainingConfig
