@@ -59,9 +59,12 @@ def diagnostics(steps: list[dict[str, Any]]) -> dict[str, float]:
 
 def _pictures(metrics: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[str]:
     pictures = [plots.reward_accuracy(metrics), plots.margins(metrics), plots.logps(metrics)]
-    if steps:
-        pictures.append(plots.spread_over_time(steps, "anchor_gaps", "Anchor gaps of the pairs", "nats per token"))
-        pictures.append(plots.spread_over_time(steps, "weights", "Weights of the pairs", "weight"))
+    spreads = {
+        "anchor_gaps": ("Anchor gaps of the pairs", "nats per token"),
+        "weights": ("Weights of the pairs", "weight"),
+    }
+    columns = steps[0] if steps else {}
+    pictures += [plots.spread_over_time(steps, name, *text) for name, text in spreads.items() if name in columns]
     if diagnostics(steps):
         pictures += [plots.flipped_weights(steps), plots.flipped_histogram(steps)]
     return pictures

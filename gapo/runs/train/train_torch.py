@@ -27,11 +27,11 @@ from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.reference import summed_logps
 from gapo.config import GAPOConfig
 from gapo.files import cannot_write, write_errors
-from gapo.objectives import without_anchor
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, load_tokenizer, require_fit, require_model
 from gapo.runs.reference_cache import with_kept_reference
+from gapo.runs.train.loss_option import loss_of, objective_of
 from gapo.runs.train.recorder import Recorder
 from gapo.runs.train.run_data import RunData, tokenize_rows
 from gapo.runs.train.schedule import steps_between_evaluations, steps_per_epoch, total_steps
@@ -52,7 +52,7 @@ def run(
     settings = require_model(model_name, tokenizer=config.tokenizer)
     require_fit(settings, model_name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
     model, _ = _load_model(config, model_name)
-    if without_anchor(config.loss, step, config.loss_settings)[0].needs_reference:
+    if loss_of(config.loss, step, config.loss_settings).needs_reference:
         with ranks.first_ahead():
             train_rows, held_out = with_kept_reference(
                 train_rows,
@@ -74,7 +74,10 @@ def run(
         steps_per_epoch=steps_per_epoch(config, len(train_rows), ranks.count()),
     )
     callback = GAPOCallback(
-        step, objective=config.loss, objective_settings=config.loss_settings, on_step=recorder.on_step
+        step,
+        objective=objective_of(config.loss),
+        objective_settings=config.loss_settings,
+        on_step=recorder.on_step,
     )
     trainer = _TrainerWithFlips(
         model,
