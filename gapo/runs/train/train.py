@@ -137,9 +137,7 @@ def _require_same_pairs(folder: Path, run: TrainConfig, data: RunData) -> dict[s
             f"began: {remedy}, or end it with the code of then"
         )
     if old != identity:
-        which = " and ".join(
-            name.replace("_", "-") for name in ("train", "held_out") if old.get(name) != identity[name]
-        )
+        which = " and ".join(name.replace("_", "-") for name in rows if old.get(name) != identity[name])
         raise ConfigError(
             f"{run.output_dir} holds an unfinished run of other {which} pairs: the data have changed since it began; "
             f"{remedy}"
