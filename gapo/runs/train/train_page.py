@@ -22,6 +22,10 @@ _MEASURES = {
     "eval_logps/chosen": "log-probability of chosen, nats per token",
     "eval_logps/rejected": "log-probability of rejected, nats per token",
 }
+_SPREADS = (
+    ("anchor_gaps", "Anchor gaps of the pairs", "nats per token"),
+    ("weights", "Weights of the pairs", "weight"),
+)
 
 
 def write_report(folder: Path, summary: dict[str, Any]) -> Path:
@@ -59,12 +63,10 @@ def diagnostics(steps: list[dict[str, Any]]) -> dict[str, float]:
 
 def _pictures(metrics: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[str]:
     pictures = [plots.reward_accuracy(metrics), plots.margins(metrics), plots.logps(metrics)]
-    spreads = {
-        "anchor_gaps": ("Anchor gaps of the pairs", "nats per token"),
-        "weights": ("Weights of the pairs", "weight"),
-    }
     columns = steps[0] if steps else {}
-    pictures += [plots.spread_over_time(steps, name, *text) for name, text in spreads.items() if name in columns]
+    for name, title, unit in _SPREADS:
+        if name in columns:
+            pictures.append(plots.spread_over_time(steps, name, title, unit))
     if diagnostics(steps):
         pictures += [plots.flipped_weights(steps), plots.flipped_histogram(steps)]
     return pictures
