@@ -18,11 +18,11 @@ def require_split(source: str, split: str, option: str = "split") -> None:
     Parts and sums of splits ("train[:10%]", "train+test") are judged by the names in them.
     """
     try:
-        known = splits_of(source)
+        splits = splits_of(source)
     except Exception:  # the library raises many kinds; reading the rows tells the reason
         return
-    if known is not None and not {part.split("[")[0].strip() for part in split.split("+")} <= set(known):
-        raise ConfigError(f"{source!r} has no split {split!r}; it has {', '.join(known)}: give {option}")
+    if splits is not None and not {part.split("[")[0].strip() for part in split.split("+")} <= set(splits):
+        raise ConfigError(f"{source!r} has no split {split!r}; it has {', '.join(splits)}: give {option}")
 
 
 def evaluation_split(source: str, wanted: str | None) -> str:
@@ -37,20 +37,20 @@ def evaluation_split(source: str, wanted: str | None) -> str:
         require_split(source, wanted, "eval_split")
         return wanted
     try:
-        known = splits_of(source)
+        splits = splits_of(source)
     except Exception as error:  # the library raises many kinds; all mean that the splits are not known
         raise ConfigError(
             f"{source!r} is neither a file nor a data set whose splits could be listed "
             f"({type(error).__name__}: {error})"
         ) from error
-    if known is None:
+    if splits is None:
         return "train"  # means nothing there
-    found = [name for name in known if names_evaluation(name)]
-    if len(found) != 1:
+    evaluated = [name for name in splits if names_evaluation(name)]
+    if len(evaluated) != 1:
         raise ConfigError(
-            f"which split of {source!r} to evaluate on is not clear; it has {', '.join(known)}: give eval_split"
+            f"which split of {source!r} to evaluate on is not clear; it has {', '.join(splits)}: give eval_split"
         )
-    return found[0]
+    return evaluated[0]
 
 
 def splits_of(source: str) -> list[str] | None:

@@ -191,9 +191,9 @@ def _value(material: Material, config: StudyConfig, cell: Cell) -> dict[str, Any
     ranked = seen[np.argsort(gaps[seen], kind="stable")]
     count = round(config.valuation_share * len(ranked))
     shuffled = np.random.default_rng([cell.seed, 2]).permutation(seen)
-    kept = {"lowest": ranked[:count], "random": shuffled[:count], "highest": ranked[-count:]}
+    parts = {"lowest": ranked[:count], "random": shuffled[:count], "highest": ranked[-count:]}
     record: dict[str, Any] = {"pairs": count}
-    for name, rows in kept.items():
+    for name, rows in parts.items():
         rng = np.random.default_rng([cell.seed, 3])
         lengths = np.array([length(material.tokens["pool"][i]) for i in drawn.rows[rows]])
         order = [rows[batch] for _ in range(config.epochs) for batch in bucketed(lengths, config.batch_size, rng)]

@@ -71,15 +71,15 @@ class Grid:
         missing = [cell for cell in cells if not self.path(cell).exists()]
         with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=title, smoothing=0.05) as bar:
             for cell, record in self._made(missing):
-                made = {"cell": asdict(cell), "record": record, "made_by": self._made_by}
-                write_text(self.path(cell), json.dumps(made) + "\n")
+                entry = {"cell": asdict(cell), "record": record, "made_by": self._made_by}
+                write_text(self.path(cell), json.dumps(entry) + "\n")
                 bar.update()
-        kept = {cell: json.loads(self.path(cell).read_text(encoding="utf-8")) for cell in cells}
-        for cell, made in kept.items():
-            if (by := made.get("made_by")) != self._made_by:
+        entries = {cell: json.loads(self.path(cell).read_text(encoding="utf-8")) for cell in cells}
+        for cell, entry in entries.items():
+            if (by := entry.get("made_by")) != self._made_by:
                 name = "an earlier version" if by is None else f"gapo {by['gapo']}, torch {by['torch']}, {by['code']}"
                 self._others[self.path(cell)] = name
-        return {cell: made["record"] for cell, made in kept.items()}
+        return {cell: entry["record"] for cell, entry in entries.items()}
 
     def others(self) -> str | None:
         """What is to be said of runs that were kept from other code or another PyTorch than the present one."""
@@ -109,10 +109,10 @@ class Grid:
 
 def _code() -> str:
     """A digest of gapo's source."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(Path(gapo.__file__).parent.rglob("*.py")):
-        found.update(path.read_bytes())
-    return f"code {found.hexdigest()[:8]}"
+        digest.update(path.read_bytes())
+    return f"code {digest.hexdigest()[:8]}"
 
 
 _worker: dict[str, Any] = {}  # of a worker process: what every run needs, loaded once

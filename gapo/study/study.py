@@ -109,11 +109,11 @@ def plan(config: StudyConfig, chosen: dict[str, Settings], noises: list[tuple[st
     seeds = range(config.seeds)
     fewer_seeds = seeds[: config.control_seeds or config.seeds]
 
-    def cells(names: list[str], at: list[tuple[str, float]], seeds: Sequence[int]) -> list[Cell]:
+    def cells(names: list[str], noises: list[tuple[str, float]], seeds: Sequence[int]) -> list[Cell]:
         return [
             Cell(name, settings_key(chosen[name]), mode, rate, seed)
             for seed in seeds
-            for mode, rate in at
+            for mode, rate in noises
             for name in names
         ]
 
@@ -142,7 +142,7 @@ def plan(config: StudyConfig, chosen: dict[str, Settings], noises: list[tuple[st
 def _commit() -> str | None:
     """The commit of the code, where it stands in a git repository."""
     try:
-        found = subprocess.run(
+        done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -152,4 +152,4 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return done.stdout.strip()

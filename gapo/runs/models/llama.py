@@ -42,7 +42,7 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
             f"backend jax reads a local folder with config.json and model.safetensors; {str(folder)!r} is none. Use "
             'backend torch for Hub names, or model "tiny"'
         )
-    config = json.loads((path / "config.json").read_text())
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
     ropes = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]  # the latter before transformers 5
     rope = next((rope for rope in ropes if rope.get("rope_type", rope.get("type", "default")) != "default"), {})
     if config.get("model_type") != "llama" or rope:
@@ -56,8 +56,7 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
                 f"backend jax trains plain Llama models, got {name} {config[name]!r}: use backend torch, or "
                 "gapo.adapters.flax with your own model"
             )
-    found: dict[str, Any] = config
-    return found
+    return config
 
 
 def _names(config: dict[str, Any]) -> set[str]:

@@ -27,7 +27,7 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
 
     for source in (name, adapter):
         _require_safetensors(Path(source or name))
-    found = load_tokenizer(tokenizer or name)
+    loaded = load_tokenizer(tokenizer or name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         if adapter is not None:
@@ -37,21 +37,21 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
     except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         what = f"model {name!r}" if adapter is None else f"model {name!r} with adapter {adapter!r}"
         raise ConfigError(_not_loaded(what, error)) from error
-    return model, found
+    return model, loaded
 
 
-def require_same_ids(given: Any, source: str, model: str) -> None:
+def require_same_ids(tokenizer: Any, source: str, model: str) -> None:
     """Raise ConfigError for a tokenizer with other ids than the model's own: the model would read other text."""
     try:
         own = load_tokenizer(model)
     except ConfigError:
         return  # the model has none, and only its user can know
     ids = own.get_vocab()
-    other = next((token for token, i in given.get_vocab().items() if ids.get(token, i) != i), None)
+    other = next((token for token, i in tokenizer.get_vocab().items() if ids.get(token, i) != i), None)
     if other is not None:
         raise ConfigError(
-            f"tokenizer {source!r} numbers the token {other!r} {given.get_vocab()[other]}, and that of model {model!r} "
-            f"{ids[other]}: give a tokenizer that the model was trained with"
+            f"tokenizer {source!r} numbers the token {other!r} {tokenizer.get_vocab()[other]}, and that of model "
+            f"{model!r} {ids[other]}: give a tokenizer that the model was trained with"
         )
 
 
@@ -64,9 +64,9 @@ def require_model(name: str, *, tokenizer: str | None = None) -> Any:
     from transformers import AutoConfig
 
     _require_safetensors(Path(name))
-    found = load_tokenizer(tokenizer or name)
+    loaded = load_tokenizer(tokenizer or name)
     if tokenizer is not None:
-        require_same_ids(found, tokenizer, name)
+        require_same_ids(loaded, tokenizer, name)
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").exists():
         return None
     try:

@@ -86,8 +86,8 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
     print(pairs.summary(), flush=True)
     settings = _settings(config, step, pairs.rows, sources)
     if files.finished() and not config.overwrite:
-        kept = files.settings()
-        _require_same({**settings, **_of_measurement(kept)} if reread else settings, kept, files.output)
+        earlier = files.settings()
+        _require_same({**settings, **_of_measurement(earlier)} if reread else settings, earlier, files.output)
         scores = read_table(files.output)
         files.log.unlink(missing_ok=True)  # a kill may have come just before
     else:
@@ -114,8 +114,8 @@ class Files:
     def settings(self) -> Row:
         """The settings of the finished scores. Raises ConfigError if the output is not of `gapo score`."""
         try:
-            found: Row = json.loads(self.sidecar.read_text(encoding="utf-8"))
-            return found
+            settings: Row = json.loads(self.sidecar.read_text(encoding="utf-8"))
+            return settings
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self.output} is there already, without the settings ({self.sidecar.name}) of a gapo score: give "
@@ -148,21 +148,21 @@ def _of_measurement(settings: Row) -> Row:
     return {name: settings.get(name) for name in ("models", "weights_sha256", "tokenizers_sha256", "draws")}
 
 
-def _adopt(config: ScoreConfig, step: GAPOConfig, kept: Row) -> tuple[ScoreConfig, GAPOConfig]:
+def _adopt(config: ScoreConfig, step: GAPOConfig, earlier: Row) -> tuple[ScoreConfig, GAPOConfig]:
     """Both configurations, with the kept value wherever they have the default."""
 
     def adopted(own: Any) -> dict[str, Any]:
-        names = [f.name for f in fields(own) if f.name in kept and f.name not in _FREE]
+        names = [f.name for f in fields(own) if f.name in earlier and f.name not in _FREE]
         defaults = {f.name: f.default for f in fields(own)}
-        return {name: kept[name] for name in names if getattr(own, name) == defaults[name]}
+        return {name: earlier[name] for name in names if getattr(own, name) == defaults[name]}
 
     return replace(config, **adopted(config)), replace(step, **adopted(step))
 
 
-def _require_same(settings: Row, kept: Row, where: Path) -> None:
-    changed = [name for name in settings if name != "pairs" and settings[name] != kept.get(name)]
+def _require_same(settings: Row, earlier: Row, where: Path) -> None:
+    changed = [name for name in settings if name != "pairs" and settings[name] != earlier.get(name)]
     if changed:
-        changes = ", ".join(f"{name}: {kept.get(name)!r} -> {settings[name]!r}" for name in changed)
+        changes = ", ".join(f"{name}: {earlier.get(name)!r} -> {settings[name]!r}" for name in changed)
         raise ConfigError(f"{where} holds scores of other settings ({changes}): give another output, or overwrite")
 
 

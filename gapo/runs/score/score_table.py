@@ -11,7 +11,7 @@ from gapo.runs.output.tables import Row
 
 # A pair's columns, and the field of `gapo.StepResult` that each comes from.
 MEASURES = {"margin": "margins", "anchor_margin": "anchor_margins", "gap": "anchor_gaps", "weight": "weights"}
-_KEPT = ("id", "is_flipped")  # columns of the pairs that stand in their scores too
+_OWN_COLUMNS = ("id", "is_flipped")  # columns of the pairs that stand in their scores too
 
 
 def plan(pairs: int, batch_size: int, repeats: int, seed: int) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -50,9 +50,9 @@ def score_rows(pairs: Sequence[Row], lines: Sequence[Row], checkpoints: Sequence
     for line in lines:
         measured[line["checkpoint"]][line["repeat"], line["rows"]] = np.stack([line[f] for f in MEASURES.values()], -1)
         batches[line["repeat"], line["rows"]] = line["batch"]
-    kept = [name for name in _KEPT if any(name in pair for pair in pairs)]
+    columns = [name for name in _OWN_COLUMNS if any(name in pair for pair in pairs)]
     return [
-        {"row": i, **{k: pair.get(k) for k in kept}, "checkpoint": name, **_measures(measured[name][:, i])}
+        {"row": i, **{k: pair.get(k) for k in columns}, "checkpoint": name, **_measures(measured[name][:, i])}
         | {"batches": batches[:, i].tolist()}
         for name in checkpoints
         for i, pair in enumerate(pairs)

@@ -69,7 +69,7 @@ def _of_checkpoint(folder: Path, config: ScoreConfig) -> Source:
 
 def _checkpoint_folders(name: str) -> list[Path]:
     for folder in (Path(name), Path(name) / "checkpoints"):
-        numbered = {int(found[1]): path for path in folder.glob("*") if (found := _numbered(path))}
+        numbered = {int(match[1]): path for path in folder.glob("*") if (match := _numbered(path))}
         if numbered:
             return [numbered[step] for step in sorted(numbered)]
     raise ConfigError(f"no checkpoint-* folder in {name!r}: give the folder that holds a training's checkpoints")

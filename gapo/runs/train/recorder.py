@@ -56,8 +56,8 @@ class Recorder(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if ranks.count() > 1 and ranks.is_first():
-            began = state.global_step // self._steps_per_epoch * self._steps_per_epoch
-            rows = [row for row in read_lines(self._folder / "steps.jsonl") if row["step"] > began]
+            start = state.global_step // self._steps_per_epoch * self._steps_per_epoch
+            rows = [row for row in read_lines(self._folder / "steps.jsonl") if row["step"] > start]
             self._seen = {pair for row in rows for pair in row["pair"]}
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -88,11 +88,11 @@ class Recorder(TrainerCallback):
 
 def joined(rows: tuple[Row, ...], seen: set[int]) -> Row:
     """The lines of all processes on a micro-batch as one, without the pairs in `seen`; the others are added there."""
-    found: Row = {name: [] for name in rows[0]} | {"step": rows[0]["step"]}
+    line: Row = {name: [] for name in rows[0]} | {"step": rows[0]["step"]}
     for row in rows:
-        for at, pair in enumerate(row["pair"]):
+        for place, pair in enumerate(row["pair"]):
             if pair not in seen:
                 seen.add(pair)
                 for name in row.keys() - {"step"}:
-                    found[name].append(row[name][at])
-    return found
+                    line[name].append(row[name][place])
+    return line

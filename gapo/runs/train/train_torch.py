@@ -192,10 +192,11 @@ def require(config: TrainConfig) -> None:
         ConfigError: a setting cannot be used here; names it.
         ModuleNotFoundError: a library that a setting needs is not installed.
     """
-    known = get_available_reporting_integrations()
+    trackers = get_available_reporting_integrations()
     for name in _trackers(config):
-        if name not in ("none", "all", *known):
-            raise ConfigError(f"report_to={name!r} is no tracker of transformers that is installed: {', '.join(known)}")
+        if name not in ("none", "all", *trackers):
+            listed = ", ".join(trackers)
+            raise ConfigError(f"report_to={name!r} is no tracker of transformers that is installed: {listed}")
     try:
         arguments = _arguments(config, Path(config.output_dir, "checkpoints"), 1)
         arguments.device  # noqa: B018  # set up now, with the processes
