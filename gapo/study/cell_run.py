@@ -1,4 +1,8 @@
-"""One run of a study: a policy trained on noisy pairs with one objective, and what was measured on the way."""
+"""One run of a study: a policy trained on noisy pairs with one objective, and its measurements.
+
+The order of batches (pairs of like length together) and the schedule are the study's own, not those of `gapo train`:
+the published numbers depend on both, bit for bit for a seed.
+"""
 
 from __future__ import annotations
 

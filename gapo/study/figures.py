@@ -13,7 +13,7 @@ from gapo.study.frames import NAMES
 from gapo.study.statistics import intervals
 from gapo.study.weight_log import SPANS
 
-# Arms in colour; others stand as thin grey lines behind them. Colours of Okabe and Ito, as in `plots`.
+# Arms in colour; the others are thin grey lines behind them. Colours of Okabe and Ito, as in `plots`.
 _COLOURS = {"gapo": ORANGE, "simpo": BLUE, "dpo": GREEN, "dr_dpo": "#cc79a7", "ropo": "#a08000"}
 _CONTROL_COLOURS = {
     "gapo": ORANGE, "gapo-rho0": BLUE, "gapo-gaussian": GREEN, "gapo-margin": "#cc79a7", "gapo-l2": "#a08000",
@@ -141,7 +141,7 @@ def bars(values: dict[str, Any], title: str, label: str) -> str:
 
 
 def curve(table: pd.DataFrame, x: str, title: str, xlabel: str, notes: dict[float, str] | None = None) -> str:
-    """Accuracy against a setting with its band; `notes` {x: text} stand at the points."""
+    """Accuracy against a setting with its band; `notes` {x: text} label the points."""
 
     def draw(axes: Any) -> None:
         places = np.arange(len(table))

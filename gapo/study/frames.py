@@ -35,7 +35,7 @@ def frame(records: dict[Cell, dict[str, Any]], cells: Iterable[Cell]) -> pd.Data
 
 
 def every_mode(runs: pd.DataFrame, modes: Iterable[str]) -> pd.DataFrame:
-    """`runs` with those of rate 0 standing in each mode: without flips the modes are one."""
+    """`runs` with those of rate 0 repeated in each mode: without flips the modes are one."""
     noisy = [runs[(runs["mode"] == mode) & (runs["rate"] > 0)] for mode in modes]
     clean = [runs[runs["rate"] == 0].assign(mode=mode) for mode in modes]
     return pd.concat([part for part in (*clean, *noisy) if len(part)], ignore_index=True)

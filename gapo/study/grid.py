@@ -1,4 +1,8 @@
-"""The grid: cells, each finished one a file of its own, run in parallel processes and resumed."""
+"""The grid: cells of the study, run in parallel processes, each finished one in a file of its own.
+
+The file's name is a hash of everything that decides the cell's result. So a study that is stopped, or extended by arms
+or seeds, runs only the cells whose files are missing.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +35,11 @@ _FORMATS = {"gapo-gaussian": 2}  # of arms whose runs alone have changed
 
 
 class Grid:
-    """Runs cells and keeps their records under `folder`; what is there already is not run again.
+    """Runs cells and writes their records under `folder`; a cell with a record is not run again.
 
     Args:
         config: the study.
-        folder: where the records are kept, one JSON file for each.
+        folder: of the records, one JSON file for each.
         material: the policy and the pairs, which also decide a result. With one worker runs are made on it, in this
             process.
     """
@@ -82,7 +86,7 @@ class Grid:
         return {cell: entry["record"] for cell, entry in entries.items()}
 
     def others(self) -> str | None:
-        """What is to be said of runs that were kept from other code or another PyTorch than the present one."""
+        """A line on runs whose files were written by other code or another PyTorch than the present; None without."""
         if not self._others:
             return None
         by = "; ".join(f"{count} by {name}" for name, count in Counter(self._others.values()).items())

@@ -1,4 +1,9 @@
-"""What every run of a study starts from: the warmed-up policy, tokenised pairs, and the policy's own log-probs."""
+"""What every run of a study starts from: the warmed-up policy, tokenised pairs, and the policy's own log-probs.
+
+The study has a batch and a forward of its own, beside those of `gapo.adapters.hf`: pairs are padded on the right, and
+the model computes under the causal mask alone. A study is a thousand runs of seconds, which this makes shorter, and its
+published numbers depend on it bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +69,7 @@ def load_split(config: StudyConfig) -> Split:
 
 
 def _warnings(rows: list[Row], validation: list[Row], test: list[Row]) -> list[str]:
-    """Lines on labels that came flipped, and on test pairs that are trained or tuned on."""
+    """Lines on labels that are flipped in their file, and on test pairs that are trained or tuned on."""
     every = [*rows, *validation, *test]
     lines = []
     if came_flipped := sum(bool(row.get("is_flipped")) for row in every):

@@ -1,4 +1,4 @@
-"""What a study leaves: `study.html` (one self-contained page), `study.md` (tables), all numbers as CSV and Parquet."""
+"""The report of a study: `study.html` (one self-contained page), `study.md` (tables), numbers as CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ _DETECTORS = ("gapo", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-ord
 
 
 def write_report(folder: Path, study: Study) -> None:
-    """Write study.html, study.md, results.csv, results.parquet, valuation.csv and tries.csv, each whole or not at all,
-    and the figures as SVG files under figures/."""
+    """Write study.html, study.md, results.csv, results.parquet, valuation.csv and tries.csv, each atomically.
+
+    The figures are SVG files under figures/.
+    """
     values = content(study)
     for name, table in values.pop("files").items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))

@@ -1,4 +1,4 @@
-"""What a run says of its weights: flipped against clean pairs over time, and how well they tell the two apart."""
+"""The weights of a run: flipped against clean pairs over time, and how well weights tell the two apart."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class WeightLog:
     def add(
         self, share: float, index: np.ndarray, margins: np.ndarray, weights: np.ndarray, gaps: np.ndarray | None
     ) -> None:
-        """One micro-batch at the share `at` of the run, its pairs in the order of `index`; gaps where there are."""
+        """One micro-batch, at this share of the run, of the pairs `index`; no gaps for an objective without an anchor."""
         self._index.append(index)
         self._shares.append(np.full(len(index), share))
         for name, values in (("margin", margins), ("weight", weights), ("gap", gaps)):

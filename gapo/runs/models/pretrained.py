@@ -1,4 +1,7 @@
-"""Models and tokenizers from folders and the Hub, of which no file can run code: safetensors alone, no custom code."""
+"""Models and tokenizers from folders and the Hub, loaded so that no file of theirs can run code.
+
+Weights are read from safetensors alone, never from pickles, and code that comes with a model is never run.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def require_same_ids(tokenizer: Any, source: str, model: str) -> None:
     try:
         own = load_tokenizer(model)
     except ConfigError:
-        return  # the model has none, and only its user can know
+        return  # the model has no tokenizer to compare with
     ids = own.get_vocab()
     other = next((token for token, i in tokenizer.get_vocab().items() if ids.get(token, i) != i), None)
     if other is not None:
@@ -59,7 +62,7 @@ def require_model(name: str, *, tokenizer: str | None = None) -> Any:
     """The configuration of a model that `load_model` could load, None of an adapter; no weights are read.
 
     Raises:
-        ConfigError: like `load_model`, as far as small files tell.
+        ConfigError: like `load_model`, as far as its small files show.
     """
     from transformers import AutoConfig
 
@@ -79,7 +82,7 @@ def require_fit(settings: Any, name: str, *, highest: int, longest: int) -> None
     """Raise ConfigError where token ids, or sequences, go beyond what a model has.
 
     Args:
-        settings: the model's configuration; what it does not say is not checked.
+        settings: the model's configuration; values that it lacks are not checked.
         name: of the model.
         highest: greatest token id.
         longest: most tokens of prompt and answer.

@@ -1,4 +1,8 @@
-"""The pictures of a run, as SVG text that follows the page's colour (light or dark)."""
+"""The pictures of a run, as SVG text in the page's own text colour, light or dark.
+
+Matplotlib knows no `currentColor`. So everything that is ink is drawn in a colour that nothing else has, which is then
+replaced in the SVG.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from gapo.runs.output.noise import pair_columns
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, on light and on dark.
 BLUE, ORANGE, GREEN = "#3b8fd0", "#d55e00", "#009e73"
-_INK = "#010203"  # stands for the page's own text colour, and is replaced by it
+_INK = "#010203"  # replaced by the page's own text colour
 _BINS = 40
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

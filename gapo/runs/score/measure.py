@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Measure:
-    """One model, loaded, and what it says of a batch.
+    """One loaded model, and its measurement of a batch.
 
     Args:
         source: the model to load.

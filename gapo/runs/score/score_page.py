@@ -1,4 +1,4 @@
-"""The page of `gapo score`: how gaps and weights are distributed, which pairs stand out, what they say of flips."""
+"""The page of `gapo score`: the distribution of gaps and weights, the extreme pairs, and how well they detect flips."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_page(path: Path, pairs: Sequence[Row], scores: Sequence[Row], settings
 
 
 def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: str) -> str:
-    """The page as text. All that came from users is escaped, long texts are cut."""
+    """The page as text. Texts of users are escaped, long ones cut."""
     values = {name: by_pair(scores, name) for name in _MEASURES}
     labelled = np.array([pair.get("is_flipped") is not None for pair in pairs])
     flipped = np.array([bool(pair.get("is_flipped")) for pair in pairs])
@@ -59,7 +59,7 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
 
 
 def flips(measures: dict[str, np.ndarray], is_flipped: np.ndarray) -> dict[str, Any]:
-    """What the measures say of the flips; empty where no pair, or every pair, is flipped.
+    """How well each measure detects the flips; empty where no pair, or every pair, is flipped.
 
     Args:
         measures: "gap", "weight" and "margin", each (n,).
@@ -119,7 +119,7 @@ def _cut(text: str) -> str:
 
 
 def _groups(is_flipped: np.ndarray | None, n: int) -> list[tuple[np.ndarray, str, str]]:
-    """(which pairs, their name, their colour): clean and flipped ones, or all where that is not known."""
+    """(which pairs, their name, their colour): clean and flipped ones, or all of them without labels."""
     if is_flipped is None:
         return [(np.ones(n, dtype=bool), "", plots.BLUE)]
     return [(is_flipped == value, label, colour) for value, label, colour in _GROUPS]

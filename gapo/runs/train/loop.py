@@ -1,6 +1,8 @@
-"""The training loop of `gapo train` where no library's own is at hand: JAX and MLX.
+"""The training loop of `gapo train` on JAX and MLX, which have no Trainer of their own.
 
-Pairs, their order, schedule, evaluation, logs and checkpoints stand here once; a framework brings a `Trainee`.
+Order of the pairs, schedule, evaluation, logs and checkpoints are written here once. A framework adds a `Trainee`: a
+model, its optimiser, and one micro-batch. A checkpoint is one file that replaces the one before; after an interruption
+the logs are cut back to it, and the stream of batches, which is seeded, skips those that it has seen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the PyTorch loop of `gapo train` writes while it goes on: metrics.jsonl and steps.jsonl, in one process."""
+"""The logs that the PyTorch loop of `gapo train` writes during a run: metrics.jsonl and steps.jsonl."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ Row = dict[str, Any]
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl (each log) and steps.jsonl (each micro-batch's gaps and weights) while the run goes on.
+    """Writes metrics.jsonl (each log) and steps.jsonl (each micro-batch's gaps and weights) during a run.
 
-    In several processes the first one writes, a micro-batch of all of them in one line. There the last micro-batch of
-    an epoch may be filled up with pairs of its beginning, so that all have equally many; these are left out.
+    In several processes the first one writes, with a micro-batch of all processes in one line. Accelerate may fill up
+    the last micro-batch of an epoch with pairs of its beginning, so that all processes have equally many. Those pairs
+    are left out.
 
     Args:
         folder: of the run.
-        until_step: what stands there of later steps is dropped.
+        until_step: lines of later steps are dropped.
         steps_per_epoch: optimiser steps of one pass.
     """
 
@@ -64,7 +65,7 @@ class Recorder(TrainerCallback):
         self._gather()
 
     def _gather(self) -> None:
-        """Write what all processes have waiting."""
+        """Write the lines that wait in all processes."""
         if ranks.count() == 1:
             return
         of_each: list[list[Row]] = gather_object([self._waiting])

@@ -28,7 +28,7 @@ class RunData:
         train: training pairs with "is_flipped", labels as trained on.
         held_out: held-out pairs, labels true.
         summary: the source of the pairs, and what was done to them.
-        held_out_flipped: number of held-out pairs whose label came flipped, and was turned back.
+        held_out_flipped: number of held-out pairs whose label was flipped in their file, and was turned back.
         in_both: number of held-out pairs that are training pairs too.
     """
 

@@ -27,7 +27,7 @@ _FILES = (
     *("summary.json", "report.html", "metrics.jsonl", "steps.jsonl", "config.json", "reference.safetensors"),
     *("pairs.json", "data.txt"),
 )
-# Of held-out pairs and batches: raised when other ones are drawn, so that no run goes on with them.
+# Version of the drawing of held-out pairs and batches: a run of another version is not resumed.
 _DRAWS = 2
 
 
@@ -45,7 +45,7 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
     loop = _loop(run.backend)
     folder = Path(run.output_dir)
     _require_folder(folder, run, step)
-    getattr(loop, "require", require_supported)(run)  # what would else be found out after minutes of reading
+    getattr(loop, "require", require_supported)(run)  # before minutes of reading
     data = load_data(run)
     identity = _require_same_pairs(folder, run, data)
     ranks.meet()  # nobody writes before everybody has looked
@@ -82,7 +82,7 @@ def _warmup_answers(run: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _loop(backend: str) -> Any:
-    """The training loop of a backend, imported first of all: no file is touched where it is not installed."""
+    """The training loop of a backend. It is imported before any file is touched, since it may not be installed."""
     with named_extra(f"gapo train with backend {backend}", {"torch": "hf", "jax": "flax", "mlx": "mlx-lm"}[backend]):
         return importlib.import_module(f"gapo.runs.train.train_{backend}")
 

@@ -24,7 +24,7 @@ _NOT_NEGATIVE = ("eval_steps", "save_steps", "weight_decay", "max_grad_norm", "l
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainingConfig):
-    """The run: data, model and training loop. The fields of `gapo.GAPOConfig` stand beside these.
+    """The run: data, model and training loop. The fields of `gapo.GAPOConfig` are set beside these.
 
     Args:
         eval_fraction: share of the training pairs held out when eval_pairs is not given.
@@ -47,7 +47,7 @@ class TrainConfig(TrainingConfig):
         trust_code: let a YAML file name a loss of its own code. It is accepted on the command line alone.
         backend: framework that trains.
         output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
-        resume: go on from the last checkpoint in output_dir, if there is one.
+        resume: resume from the last checkpoint in output_dir, if there is one.
         seed: of the shuffling, the initial weights and the held-out split.
         epochs: passes over the training pairs.
         max_steps: stop after so many steps; -1 for all epochs.

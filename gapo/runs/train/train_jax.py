@@ -76,7 +76,7 @@ class JaxTrainee:
 
 
 def require(config: TrainConfig) -> None:
-    """Raise ConfigError for what settings and the model's small files tell, before pairs and weights are read."""
+    """Raise ConfigError for settings or a model that cannot be used, before pairs and weights are read."""
     loop.require_supported(config)
     if config.model != "tiny":
         tokenizer = load_tokenizer(config.tokenizer or config.model)

@@ -36,7 +36,7 @@ def write_report(folder: Path, summary: dict[str, Any]) -> Path:
 
 
 def render(folder: Path, summary: dict[str, Any]) -> str:
-    """The page as text. All that came from users (names, data, settings) is escaped."""
+    """The page as text. Texts of users (names, data, settings) are escaped."""
     steps, metrics = read_lines(folder / "steps.jsonl"), read_lines(folder / "metrics.jsonl")
     drifts = [row for row in metrics if "drift/held_out_margin" in row]
     return render_page(
