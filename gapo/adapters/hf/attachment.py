@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from gapo.adapters.hf.batches import stack_pairs
-from gapo.adapters.hf.causal import require_causal
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import log_probs, pair_logps
-from gapo.adapters.hf.models import forward_parameters
-from gapo.adapters.hf.prepared import PreparedModel, require_graph
+from gapo.adapters.hf.models.architecture import forward_parameters
+from gapo.adapters.hf.models.causal import require_causal
+from gapo.adapters.hf.models.prepared import PreparedModel, require_graph
 from gapo.adapters.hf.supported import left_out, require_supported
 from gapo.backends.base import by_pairs
 from gapo.backends.torch import TorchBackend, TorchForward

@@ -11,8 +11,8 @@ from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from gapo.adapters.hf.batches import KEYS
 from gapo.adapters.hf.collator import PreferenceCollator
-from gapo.adapters.hf.models import text_config
-from gapo.adapters.hf.prepared import REENTRANT
+from gapo.adapters.hf.models.architecture import text_config
+from gapo.adapters.hf.models.prepared import REENTRANT
 
 # Of TRL's, those whose batches are pairs. Others train on unpaired rows, triplets, or what they generate themselves.
 _TRL_TRAINERS = ("DPOTrainer", "CPOTrainer", "ORPOTrainer")

@@ -18,10 +18,10 @@ from transformers import Trainer, TrainerCallback
 import gapo
 from gapo.adapters.hf.batches import further_inputs, stack_pairs
 from gapo.adapters.hf.callback import calling_trainer
-from gapo.adapters.hf.models import forward_parameters
-from gapo.adapters.hf.quantised import stay_differentiable
-from gapo.adapters.hf.responses import Responses, prompt_of
-from gapo.adapters.hf.starting import Rows, StartingPolicy, adapters_change_nothing, answer_logits
+from gapo.adapters.hf.drift.responses import Responses, prompt_of
+from gapo.adapters.hf.drift.starting import Rows, StartingPolicy, adapters_change_nothing, answer_logits
+from gapo.adapters.hf.models.architecture import forward_parameters
+from gapo.adapters.hf.models.quantised import stay_differentiable
 from gapo.backends.torch.random_state import RandomState
 from gapo.data.tokenize import IGNORE_INDEX
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gapo.adapters.hf.models import forward_parameters, has_virtual_tokens, innermost, placeholders
+from gapo.adapters.hf.models.architecture import forward_parameters, has_virtual_tokens, innermost, placeholders
 from gapo.backends.torch.random_state import RandomState
 from gapo.data.tokenize import IGNORE_INDEX
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gapo.adapters.hf.causal import require_decoder
-from gapo.adapters.hf.models import prefix_is_cached
-from gapo.adapters.hf.quantised import stay_differentiable
+from gapo.adapters.hf.models.architecture import prefix_is_cached
+from gapo.adapters.hf.models.causal import require_decoder
+from gapo.adapters.hf.models.quantised import stay_differentiable
 
 # What transformers' models call the probability of a dropout or of a skipped layer that is no `nn.Dropout`.
 _CHANCES = ("dropout", "dropout_p", "dropout_prob", "dropout_rate", "pdrop", "layerdrop")
