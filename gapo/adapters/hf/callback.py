@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from gapo.adapters.hf.attachment import Attachment
+from gapo.adapters.hf.attachment import Attachment, Settings
 from gapo.config import GAPOConfig, step_settings
 from gapo.objectives import without_anchor
 from gapo.step import StepResult
@@ -79,7 +79,8 @@ class GAPOCallback(TrainerCallback):
             )
         if Attachment.of(trainer) is not None:
             raise ValueError("another GAPOCallback is attached to this trainer already: give it one only")
-        self._attachment, self._left = Attachment(trainer, self), None
+        settings = Settings(self.config, self.objective, self.losses_without_anchor, self._report, self.disable_dropout)
+        self._attachment, self._left = Attachment(trainer, settings), None
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         return self
@@ -115,6 +116,10 @@ class GAPOCallback(TrainerCallback):
     ) -> None:
         if self._attachment is not None and model is not None:
             self._attachment.require_finite_gradients(model)
+
+    def _report(self, result: StepResult | None, batch: dict[str, Any]) -> None:
+        if self.on_step is not None:
+            self.on_step(result, batch)
 
     def _compare_settings(self, state: TrainerState) -> None:
         """Say which settings differ from the resumed checkpoint's; put these into the checkpoints to come."""

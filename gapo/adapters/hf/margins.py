@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gapo
 from gapo.adapters.hf.batches import KEYS, TRL_KEYS, further_inputs, stack_pairs, to_the_right
-from gapo.adapters.hf.models.architecture import (
+from gapo.adapters.hf.models import (
     forward_parameters,
     has_virtual_tokens,
     learned_positions,

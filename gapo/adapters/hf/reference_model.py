@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gapo import data
 from gapo.adapters.hf.margins import log_probs, stack_pairs
-from gapo.adapters.hf.models.causal import require_causal, require_decoder
+from gapo.adapters.hf.models import require_causal, require_decoder
 
 
 def with_reference_logps(

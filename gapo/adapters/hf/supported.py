@@ -11,8 +11,7 @@ from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from gapo.adapters.hf.batches import KEYS
 from gapo.adapters.hf.collator import PreferenceCollator
-from gapo.adapters.hf.models.architecture import text_config
-from gapo.adapters.hf.models.prepared import REENTRANT
+from gapo.adapters.hf.models import REENTRANT, peft_model, text_config
 
 # Of TRL's, those whose batches are pairs. Others train on unpaired rows, triplets, or what they generate themselves.
 _TRL_TRAINERS = ("DPOTrainer", "CPOTrainer", "ORPOTrainer")
@@ -48,7 +47,7 @@ def left_out(trainer: Trainer) -> Iterator[str]:
             f"router_aux_loss_coef={text.router_aux_loss_coef}: the experts' auxiliary loss is left out. GAPO weighs "
             "pairs, and it is no sum over pairs. Freeze the routers, or watch their load"
         )
-    adapters: Any = getattr(trainer.model, "active_peft_config", None)
+    adapters: Any = getattr(peft_model(trainer.model), "active_peft_config", None)
     if getattr(adapters, "orth_reg_weight", 0) and hasattr(adapters, "target_r"):
         yield f"orth_reg_weight={adapters.orth_reg_weight}: AdaLoRA's orthogonality loss is left out"
 

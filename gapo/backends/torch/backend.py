@@ -16,7 +16,7 @@ from gapo.backends.torch.forward import TorchForward
 from gapo.backends.torch.onepass import OnePassForward
 from gapo.backends.torch.sharded import ShardedForward, by_rank, fsdp_units, is_shard, like_shard
 from gapo.backends.torch.token_logps import token_logps  # noqa: F401  (takes its place in gapo.logps)
-from gapo.backends.torch.zero3 import is_zero3
+from gapo.backends.torch.zero3 import Zero3Forward, is_engine, is_zero3
 from gapo.config import GAPOConfig
 
 
@@ -31,16 +31,30 @@ class TorchBackend:
     def __init__(self, one_pass: bool = True) -> None:
         self._one_pass = one_pass
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> TorchForward:
+    def forward(
+        self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig, wrapper: nn.Module | None = None
+    ) -> TorchForward:
+        """The clean forward by the way that fits the module: ZeRO-3, FSDP2, one pass or two.
+
+        Args:
+            margin_fn, params, batch, config: as the protocol has them.
+            wrapper: the module around `params` whose forward prepares the update's backward, such as
+                `DistributedDataParallel` or DeepSpeed's engine. The update's forward goes through it, every other one
+                through `params` alone. None where `params` is not wrapped.
+        """
         if not isinstance(params, nn.Module):
             raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(params).__name__}')
-        if is_zero3(params):
+        if is_zero3(params) and wrapper is None:
             raise ValueError(
                 "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
                 "Trainer, or shard with FSDP2 in a loop of your own"
             )
+        if is_zero3(params):
+            return Zero3Forward(margin_fn, wrapper, batch, config)
+        if is_engine(wrapper):  # up to ZeRO-2 it would take the probe's backward for the update's
+            wrapper = None
         if fsdp_units(params):
-            return ShardedForward(margin_fn, params, batch, config)
+            return ShardedForward(margin_fn, params, batch, config, wrapper)
         # The SFT term weighs the rows of a pair differently, and float16's gradient scaler must see the backward. Where
         # autocast is within the model's forward, as accelerate puts it, whoever made it says one_pass=False.
         float16 = any(
@@ -48,8 +62,8 @@ class TorchBackend:
             for kind in ("cuda", "cpu")
         )
         if self._one_pass and not config.sft_weight and not float16:
-            return OnePassForward(margin_fn, params, batch, config)
-        return TorchForward(margin_fn, params, batch, config)
+            return OnePassForward(margin_fn, params, batch, config, wrapper)
+        return TorchForward(margin_fn, params, batch, config, wrapper)
 
     def norm(self, x: Tensor) -> Tensor:
         if is_shard(x):

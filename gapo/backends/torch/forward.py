@@ -38,7 +38,9 @@ class TorchForward:
     found out at the first step, by pulling it back twice; the update then gets a second clean forward.
     """
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
+    def __init__(
+        self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig, wrapper: nn.Module | None = None
+    ) -> None:
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         require_real({name: p.is_complex() for name, p in self.parameters.items()})
@@ -50,7 +52,7 @@ class TorchForward:
         moved = () if config.anchor == "first_order" else select(self.parameters, self.head, config)
         self._cut = cut_below(module, moved) if moved else None
         with torch.enable_grad(), self._cut.kept(self._basis) if self._cut else nullcontext():
-            self.outputs = self._run()
+            self.outputs = self._run(wrapper)  # DDP prepares its reduction in it
         for output in self.outputs:
             if self.parameters and not output.requires_grad:
                 raise ValueError(
@@ -62,8 +64,10 @@ class TorchForward:
     def _prepare(self) -> None:
         """What is to be done before the clean forward."""
 
-    def _run(self) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = outputs_of(self._margin_fn(self._module, self._batch))
+    def _run(self, wrapper: nn.Module | None = None) -> tuple[Tensor, ...]:
+        """A forward through `wrapper`, or through the module alone."""
+        module = self._module if wrapper is None else wrapper
+        outputs: tuple[Tensor, ...] = outputs_of(self._margin_fn(module, self._batch))
         return outputs
 
     def _run_again(self) -> None:

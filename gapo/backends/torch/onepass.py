@@ -57,7 +57,9 @@ class OnePassForward(TorchForward):
     It is a `TorchForward` all the same: where the one pass does not apply, autograd does the work.
     """
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
+    def __init__(
+        self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig, wrapper: nn.Module | None = None
+    ) -> None:
         self._parts: dict[str, list[PairGrads]] = defaultdict(list)
         self._collecting = self._collected = False
         # Types of layers, and the shape of what they received; None where that is not one positional input.
@@ -69,7 +71,7 @@ class OnePassForward(TorchForward):
         self._handles: list[RemovableHandle] = []
         self.one_pass = True
         try:
-            super().__init__(margin_fn, module, batch, config)
+            super().__init__(margin_fn, module, batch, config, wrapper)
         except BaseException:
             self._untap()
             raise

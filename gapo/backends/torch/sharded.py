@@ -24,10 +24,12 @@ from gapo.config import GAPOConfig
 class ShardedForward(TorchForward):
     """A clean forward through `torch.distributed.fsdp.fully_shard`; its gradients are the ranks' average, as shards."""
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
+    def __init__(
+        self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig, wrapper: nn.Module | None = None
+    ) -> None:
         self._units = fsdp_units(module)  # the root first
         self._reshard()  # after a forward without backward some parameters are still the gathered ones
-        super().__init__(margin_fn, module, batch, config)
+        super().__init__(margin_fn, module, batch, config, wrapper)
 
     def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
         with grads_aside(self.parameters):

@@ -9,7 +9,7 @@ import torch
 
 from gapo.adapters.hf import PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps, stack_pairs
-from gapo.adapters.hf.models.causal import require_causal
+from gapo.adapters.hf.models import require_causal
 from gapo.backends.torch import TorchBackend
 from gapo.config import GAPOConfig
 from gapo.data.streams import stream
