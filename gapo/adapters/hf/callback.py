@@ -20,7 +20,8 @@ from gapo.step import StepResult
 
 logger = logging.getLogger(__name__)
 
-# Where trainer_state.json keeps the settings. No callback has this name, so that none is made anew of it.
+# The key under which trainer_state.json keeps the settings. A Trainer restores callbacks by their class's name, and no
+# callback has this one.
 _STATE = "gapo"
 
 
@@ -122,10 +123,10 @@ class GAPOCallback(TrainerCallback):
             self.on_step(result, batch)
 
     def _compare_settings(self, state: TrainerState) -> None:
-        """Say which settings differ from the resumed checkpoint's; put these into the checkpoints to come."""
+        """Warn of settings that differ from the resumed checkpoint's; write the present ones to later checkpoints."""
         settings = {"objective": self.objective, **self.losses_without_anchor[1], **asdict(self.config)}
-        kept = state.stateful_callbacks.get(_STATE, {}).get("attributes", settings)
-        changes = [f"{name}: {kept.get(name)!r} -> {new!r}" for name, new in settings.items() if kept.get(name) != new]
+        old = state.stateful_callbacks.get(_STATE, {}).get("attributes", settings)
+        changes = [f"{name}: {old.get(name)!r} -> {new!r}" for name, new in settings.items() if old.get(name) != new]
         if changes:
             logger.warning("the checkpoint was trained with other settings of GAPO: %s", ", ".join(changes))
         state.stateful_callbacks[_STATE] = {"args": {}, "attributes": settings}
@@ -139,7 +140,8 @@ class GAPOCallback(TrainerCallback):
 def calling_trainer(callback: TrainerCallback) -> Trainer:
     """The trainer that is calling `callback` now.
 
-    A callback is never handed its trainer, but the trainer calls it: one of the frames above is its method.
+    A Trainer never hands itself to a callback. It calls the callback, though, so that one of the frames above is a
+    method of the trainer.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
