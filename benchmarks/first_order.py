@@ -16,7 +16,7 @@ import gapo
 from gapo.adapters.hf import PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
 from gapo.data import generate_pairs, read_pairs
-from gapo.experiments import plots
+from gapo.runs.output import plots
 
 RADII = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
 

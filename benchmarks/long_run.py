@@ -31,8 +31,8 @@ import gapo
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.margins import pair_logps
 from gapo.data import generate_pairs
-from gapo.experiments.config import TrainConfig
-from gapo.experiments.tiny import tiny_model
+from gapo.runs.models.tiny import tiny_model
+from gapo.runs.train.train_config import TrainConfig
 
 FIELDS = ("step", "resident_mib", "cuda_mib", "cpu_seconds", "wall_seconds", "yardstick_cpu_seconds")
 YARDSTICK_EVERY = 5

@@ -222,9 +222,16 @@ class Copy:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.known = folder / "known.json"
-        leave_out = shutil.ignore_patterns("__pycache__", ".*", "runs", "site", "docs")
-        shutil.copytree(ROOT, folder, ignore=leave_out, dirs_exist_ok=True, symlinks=True)
-        sys.path[:0] = [str(folder), str(folder / "tests")]
+        hidden = shutil.ignore_patterns("__pycache__", ".*")
+        outputs = shutil.ignore_patterns("__pycache__", ".*", "runs", "site", "docs")  # at the top: gapo/runs is code
+        shutil.copytree(
+            ROOT,
+            folder,
+            ignore=lambda path, names: (outputs if Path(path) == ROOT else hidden)(path, names),
+            dirs_exist_ok=True,
+            symlinks=True,
+        )
+        sys.path[:0] = [str(folder), str(folder / "tests" / "support")]
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -238,7 +245,7 @@ class Copy:
             outcome, seconds = self.outcome(arguments, limit=600)
             if outcome != "survived":
                 raise SystemExit(f"the tests fail without a mutant:\n{(self.folder / 'output.txt').read_text()}")
-            theirs = {path.stem for path in (self.folder / "tests").iterdir()} | {"gapo"}
+            theirs = {path.stem for path in (self.folder / "tests").rglob("*.py")} | {"gapo", "tests"}
             environment, modules = json.loads(self.known.with_suffix(".warm").read_text())
             os.environ |= environment | dict(os.environ)  # frameworks read it when they are imported
             for name in modules:
@@ -285,8 +292,10 @@ class Copy:
 
 def pytest_arguments(module: str) -> list[str]:
     files, expression = TESTS[module]
-    options = ["-x", "-q", "--assert=plain", "--tb=line", "-p", "no:cacheprovider", "-o", "addopts=", "-k", expression]
-    return [*(f"tests/test_{name}.py" for name in files.split()), *options]
+    options = ["-x", "-q", "--assert=plain", "--tb=line", "-p", "no:cacheprovider"]
+    options += ["-o", "addopts=--import-mode=importlib", "-k", expression]
+    paths = [path for name in files.split() for path in (ROOT / "tests").rglob(f"test_{name}.py")]
+    return [*(str(path.relative_to(ROOT)) for path in paths), *options]
 
 
 def check(copy: Copy, chosen: list[Mutant], results: Path) -> None:

@@ -199,7 +199,7 @@ def peak_memory(model: torch.nn.Module, batch: dict[str, torch.Tensor], way: Ste
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Ratios to SimPO's step as bars, with their quartiles, beside the ratios of flops."""
-    from gapo.experiments import plots
+    from gapo.runs.output import plots
 
     def bars(axes: Any) -> None:
         at = np.arange(len(rows))

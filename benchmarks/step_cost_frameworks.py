@@ -51,7 +51,7 @@ def jax_ways(folder: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[]
     import jax.numpy as jnp
 
     from gapo.adapters.flax import pair_logps
-    from gapo.experiments import llama
+    from gapo.runs.models import llama
 
     settings, params = llama.load(folder)
     data = {name: jnp.asarray(x) for name, x in batch.items()}

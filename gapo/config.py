@@ -80,7 +80,7 @@ class GAPOConfig:
             ) from None
 
 
-def step_settings(config: Any, objective: str = "gapo", objective_settings: Any = None) -> GAPOConfig:
+def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any = None) -> GAPOConfig:
     """The settings of the step in what a caller handed over as `config`: one place for all that take one.
 
     Args:
@@ -98,12 +98,12 @@ def step_settings(config: Any, objective: str = "gapo", objective_settings: Any 
         return config
     if isinstance(config, type) or not callable(getattr(config, "step_config", None)):
         raise TypeError(f"config must be a gapo.GAPOConfig, got {named(config)}")
-    for name, given in (("objective", objective), ("objective_settings", objective_settings)):
-        own = getattr(config, name, given)
-        if own is not None and own != given:
+    for name, beside in (("objective", objective), ("objective_settings", objective_settings)):
+        own = getattr(config, name, beside)
+        if own is not None and own != beside:
             raise ValueError(
                 f"config has {name}={own!r}, but only the settings of the step are taken from it, and {name} here is "
-                f"{given!r}: give it beside config where that is accepted, or set it to {given!r} in config"
+                f"{beside!r}: give it beside config where that is accepted, or set it to {beside!r} in config"
             )
     settings: GAPOConfig = config.step_config()
     return settings

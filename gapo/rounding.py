@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from gapo._namespace import Array, is_half
-from gapo.backends.base import Backend, Forward
+from gapo.backends.base import AnchorForward, Backend
 from gapo.config import GAPOConfig
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Choice(NamedTuple):
     compute: bool
 
 
-def choose_anchor(forward: Forward, names: Iterable[str], config: GAPOConfig, backend: Backend) -> Choice:
+def choose_anchor(forward: AnchorForward, names: Iterable[str], config: GAPOConfig, backend: Backend) -> Choice:
     """The anchor that `config` names; for "auto" the one that is right on this forward, which is logged once."""
     weights = any(is_half(forward.parameters[name].dtype, backend.xp) for name in names)
     if config.anchor != "auto":
@@ -66,7 +66,7 @@ def choose_anchor(forward: Forward, names: Iterable[str], config: GAPOConfig, ba
 
 
 def check_gaps(
-    forward: Forward,
+    forward: AnchorForward,
     choice: Choice,
     config: GAPOConfig,
     backend: Backend,
@@ -91,9 +91,9 @@ def check_gaps(
     """
     if config.rho == 0:
         return
-    told = scaled_norm > _NOISE * (2.0**-52 if scaled_norm.dtype == backend.xp.float64 else 2.0**-23)
+    measurable = scaled_norm > _NOISE * (2.0**-52 if scaled_norm.dtype == backend.xp.float64 else 2.0**-23)
     if choice.anchor == "first_order":
-        if ratio is not None and concrete and bool(told):
+        if ratio is not None and concrete and bool(measurable):
             _check_first_order(
                 float(ratio), lambda: choice.weights or choice.compute or forward.half_compute(), backend
             )
@@ -108,22 +108,22 @@ def check_gaps(
         # Asked again: under jax.vmap a branch runs either way.
         if (choice.compute or lost(float(radius), float(ratio))) and _first_time(backend, "lost"):
             text = _text(config, choice, float(radius), float(changed), float(ratio))
-            warnings.warn(text, RuntimeWarning, stacklevel=5)
+            warnings.warn(text, RuntimeWarning, stacklevel=6)
 
     if concrete:
-        if bool(told):  # a fresh LoRA's first step has no gradient, and shows nothing
+        if bool(measurable):  # a fresh LoRA's first step has no gradient, and shows nothing
             _first_time(backend, "looked")
             if choice.compute or bool(lost(radius, ratio)):
                 tell(radius, changed, ratio)
         return
-    can = backend.call_back(told & lost(radius, ratio), tell, radius, changed, ratio)
+    can = backend.call_back(measurable & lost(radius, ratio), tell, radius, changed, ratio)
     if (choice.compute or (choice.weights and not can)) and _first_time(backend, "lost"):
         what = "a forward in 16 bits rounds" if choice.compute else "16-bit weights round"
         warnings.warn(
             f"{what} the perturbation of an exact anchor, and this compiled step cannot measure how much: look at "
             f"first_order_ratio, far from 1 where it is lost; {_WAY_OUT}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -172,7 +172,7 @@ def _check_first_order(ratio: float, half: Callable[[], bool], backend: Backend)
             "or they overflow or underflow in 16 bits, or a gradient is wrong (a layer that mixes the pairs, a custom "
             'backward): compare with anchor="exact" in float32',
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

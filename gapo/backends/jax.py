@@ -14,8 +14,8 @@ from gapo import geometry
 from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of, require_real
 from gapo.backends.jax_head import Reading, Readings, read, signature
 from gapo.config import GAPOConfig
+from gapo.result import StepResult
 from gapo.selection import HEAD_NAME, NO_NUMBERS
-from gapo.step import StepResult
 
 jax.tree_util.register_dataclass(StepResult)  # so that it can leave a jitted function
 
@@ -136,8 +136,24 @@ class JaxBackend:
         self._axis_name = axis_name
         self._readings = Readings()
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> JaxForward:
+    def forward(
+        self,
+        margin_fn: MarginFn,
+        params: Any,
+        batch: Any,
+        config: GAPOConfig,
+        *,
+        anchor: bool = True,
+        by_side: bool = False,
+    ) -> JaxForward:
         return JaxForward(margin_fn, params, batch, self._axis_name, config=config, readings=self._readings)
+
+    def differentiate(
+        self, losses: Callable[[tuple[Array, ...]], Array], values: Sequence[Array]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        by_pair, pull = jax.vjp(losses, tuple(values))
+        (slopes,) = pull(jnp.full_like(by_pair, 1 / by_pair.shape[0]))
+        return by_pair, slopes
 
     def norm(self, x: Array) -> Array:
         return geometry.norm(x, jnp)

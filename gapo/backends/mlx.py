@@ -168,8 +168,24 @@ class MlxBackend:
     def __init__(self, group: Any = None) -> None:
         self._group = mx.distributed.init() if group is None else group
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> MlxForward:
+    def forward(
+        self,
+        margin_fn: MarginFn,
+        params: Any,
+        batch: Any,
+        config: GAPOConfig,
+        *,
+        anchor: bool = True,
+        by_side: bool = False,
+    ) -> MlxForward:
         return MlxForward(margin_fn, params, batch)
+
+    def differentiate(
+        self, losses: Callable[[tuple[mx.array, ...]], mx.array], values: Sequence[mx.array]
+    ) -> tuple[mx.array, tuple[mx.array, ...]]:
+        share = mx.full(values[0].shape, 1 / values[0].shape[0])
+        (by_pair,), slopes = mx.vjp(lambda *outputs: losses(outputs), list(values), [share])
+        return by_pair, tuple(slopes)
 
     def norm(self, x: mx.array) -> mx.array:
         return geometry.norm(x, mx)

@@ -10,6 +10,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from gapo import geometry
+from gapo._namespace import holding
 from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of
 from gapo.config import GAPOConfig
 from gapo.selection import HEAD_NAME
@@ -81,8 +82,35 @@ class NumpyBackend:
 
     xp = xp
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> NumpyForward:
+    def forward(
+        self,
+        margin_fn: MarginFn,
+        params: Any,
+        batch: Any,
+        config: GAPOConfig,
+        *,
+        anchor: bool = True,
+        by_side: bool = False,
+    ) -> NumpyForward:
         return NumpyForward(margin_fn, params, batch)
+
+    def differentiate(
+        self, losses: Callable[[tuple[np.ndarray, ...]], np.ndarray], values: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        constants: list[np.ndarray] = []
+        with holding(constants, again=False):
+            by_pair = losses(tuple(values))
+        slopes = tuple(np.zeros_like(x) for x in values)
+        for output, slope in zip(values, slopes, strict=True):
+            for i in range(len(output)):
+                h = _STEP * max(1.0, abs(output[i]))
+                for steps, coefficient in _STENCIL.items():
+                    moved = output.copy()
+                    moved[i] += steps * h
+                    with holding(constants, again=True):
+                        by_moved = losses(tuple(moved if x is output else x for x in values))
+                    slope[i] += coefficient / h * np.mean(by_moved)
+        return by_pair, slopes
 
     def norm(self, x: np.ndarray) -> np.ndarray:
         return geometry.norm(x, xp)

@@ -7,7 +7,7 @@ from gapo.data.pairs import Pairs, Problem, read_pairs
 from gapo.data.reference import with_reference_logps
 from gapo.data.sources import PairError
 from gapo.data.tokenize import tokenize_pair, tokenize_pairs
-from gapo.data.writing import write_rows
+from gapo.files import write_rows
 
 __all__ = [
     "PairError",

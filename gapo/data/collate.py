@@ -11,10 +11,8 @@ import numpy as np
 from gapo.data.limits import whole_number
 from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.pairs import PARTS, REFERENCE  # noqa: F401
 
-PARTS = ("input_ids", "attention_mask", "labels")
-# TRL's names for reference log-probabilities: sums over the response's tokens, nats.
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _PAD_TO = 32
 TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gapo.data.collate import REFERENCE, TOKENIZED, collate_pairs
+from gapo.data.collate import TOKENIZED, collate_pairs
+from gapo.pairs import REFERENCE, require_reference  # noqa: F401
 
 Measure = Callable[[Mapping[str, np.ndarray]], tuple[Any, Any]]
 
@@ -60,13 +61,3 @@ def with_reference_logps(
         {**row, **dict(zip(REFERENCE, map(float, pair), strict=True))}
         for row, pair in zip(tokenized, found, strict=True)
     ]
-
-
-def require_reference(objective: str, given: Iterable[str]) -> None:
-    """Raise ValueError, saying what to do, unless `given`, the columns of a batch, hold `REFERENCE`."""
-    if not set(REFERENCE) <= set(given):
-        raise ValueError(
-            f"objective {objective!r} needs {' and '.join(REFERENCE)} in each batch, summed log-probabilities under "
-            "the reference, nats: put them in the rows with gapo.data.with_reference_logps (PyTorch: gapo.adapters.hf."
-            f"with_reference_logps), and the batches have them; got {', '.join(given)}"
-        )

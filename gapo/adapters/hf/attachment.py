@@ -4,16 +4,18 @@ The life of one batch of training:
 
 1. `Trainer.training_step` moves the collator's batch to the device and calls `compute_loss(model, batch)`. `model` is
    what accelerate made of it: bare, in DDP, in DeepSpeed's engine, or sharded by FSDP2.
-2. `TorchBackend.forward` runs the clean forward (`margins.pair_logps`) in the way that fits the model.
-3. `gapo.step.run` takes the step on it: the probe's backward, the perturbation, the anchor's forward, and the loss's
-   derivative by each log-probability. The weights are back as they were.
-4. `forward.as_loss` makes a scalar of it: its value is the loss, its backward gives the gradient of the step. The
+2. `stack_pairs` puts the rejected rows below the chosen ones, so that one forward serves both.
+3. `TorchBackend.forward` runs the clean forward (`rows_logps`) in the way that fits the model and the objective.
+4. `gapo.step.run` takes the step. Where the objective needs an anchor: the probe's backward, the perturbation, and the
+   anchor's forward, after which the weights are restored bit for bit. Then, for every objective, the losses and their
+   derivative by each log-probability.
+5. `forward.as_loss` makes a scalar whose value is the loss, and whose backward gives the gradient of the step. The
    Trainer divides it by the number of accumulated batches, propagates it, and clips, steps and zeroes as always.
-5. The batch's metrics join a window. When the Trainer logs, `log` closes the window: one mean over its batches and
-   all ranks, with the Trainer's own figures.
+6. The batch's metrics join a window. When the Trainer logs, `log` closes the window: one value of each metric over its
+   batches and all ranks joins the Trainer's own figures.
 
 An evaluation takes no anchor: `prediction_step` gives the loss and the log-probabilities of a batch, and
-`evaluation_loop` the metrics of all its pairs.
+`evaluation_loop` the metrics over all pairs.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ from transformers import Trainer
 
 from gapo.adapters.hf.batches import stack_pairs
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
-from gapo.adapters.hf.margins import log_probs, pair_logps
+from gapo.adapters.hf.margins import constants_of, rows_logps
 from gapo.adapters.hf.models import PreparedModel, forward_parameters, has_wide_weights, require_causal, require_graph
 from gapo.adapters.hf.supported import left_out, require_supported
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.sharded import is_shard
 from gapo.config import GAPOConfig
-from gapo.data.reference import require_reference
-from gapo.metrics import combine, pair_metrics, reference_metrics, reward_metrics, step_metrics
-from gapo.objectives import LogProbs, Objective
+from gapo.metrics import combine, evaluation_columns, evaluation_metrics, step_metrics
+from gapo.objectives import Loss
+from gapo.pairs import LogProbs, require_reference
 from gapo.step import StepResult, run
 
 logger = logging.getLogger(__name__)
@@ -55,16 +57,14 @@ class Settings:
 
     Attributes:
         config: of the step.
-        objective: name of the training's objective.
-        losses: the objective of evaluations, and of trainings without an anchor, with its settings.
+        loss: what the training minimises.
         on_step: called with the result and the batch after each training micro-batch.
         disable_dropout: whether dropout is 0 while attached.
     """
 
     config: GAPOConfig
-    objective: str
-    losses: tuple[Objective, dict[str, Any]]
-    on_step: Callable[[StepResult | None, dict[str, Any]], None]
+    loss: Loss
+    on_step: Callable[[StepResult, dict[str, Any]], None]
     disable_dropout: bool
 
 
@@ -76,7 +76,7 @@ class Attachment:
         # float16's gradient scaler must see the update's backward, which the one-pass step replaces.
         self._backend = TorchBackend(one_pass=trainer.accelerator.mixed_precision != "fp16")
         self._window: dict[str, list[Tensor]] = defaultdict(list)
-        self._evaluated: list[Tensor] = []
+        self._evaluated: dict[str, list[Tensor]] = defaultdict(list)
         require_supported(trainer)
         self._prepared = PreparedModel(settings.disable_dropout)
         self._prepared.prepare(trainer.model)
@@ -157,42 +157,36 @@ class Attachment:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The training loss of a micro-batch: its value, and through its backward the gradient of the step."""
-        result, self._gave_loss = None, True
-        if self._settings.objective != "gapo":
-            logps, losses = self._losses(model, inputs)
-            loss, metrics, pairs = losses.mean(), pair_metrics(logps, self._config), len(losses)
-        else:
-            loss, result = self._step(model, inputs)
-            pairs = len(result.margins)
-            metrics = step_metrics(result, self._config)
+        self._gave_loss = True
+        loss, config = self._settings.loss, self._config
+        if loss.needs_reference:
+            require_reference(loss.name, inputs)
+        bare = self.trainer.accelerator.unwrap_model(model)
+        rows = stack_pairs(inputs, forward_parameters(bare))
+        forward = self._backend.forward(
+            rows_logps, bare, rows, config, anchor=loss.needs_anchor, by_side=loss.by_side, wrapper=model
+        )
+        result, cotangents = run(forward, config, self._backend, loss=loss, constants=constants_of(inputs, rows))
+        scalar = forward.as_loss(result.loss, cotangents)
+        self._require_causal(model, rows)
+        metrics = step_metrics(result, config)
+        metrics[_PAIRS] = torch.tensor(float(len(result.margins)))
+        if result.radius is not None:
             metrics["gapo/anchor_pairs"] = torch.tensor(float(self._anchor_pairs(result)))
-        self._require_causal(model, inputs)
-        metrics[_PAIRS] = torch.tensor(float(pairs))
+            self._warn_of_no_perturbation(result)
         for name, value in metrics.items():
             self._window[name].append(value.detach().float())
         self._settings.on_step(result, inputs)
-        return (loss, {}) if return_outputs else loss
+        return (scalar, {}) if return_outputs else scalar
 
-    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LogProbs, Tensor]:
-        """Log-probabilities of a batch, and the loss without an anchor of each pair."""
-        objective, settings = self._settings.losses
-        if objective.needs_reference:
-            require_reference(objective.name, inputs)
-        logps = log_probs(model, inputs)
-        return logps, objective.losses(logps, **settings)
-
-    def _step(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, StepResult]:
-        bare = self.trainer.accelerator.unwrap_model(model)
-        forward = self._backend.forward(pair_logps, bare, inputs, self._config, wrapper=model)
-        result, cotangents = run(forward, self._config, self._backend)
+    def _warn_of_no_perturbation(self, result: StepResult) -> None:
         if float(result.radius) == 0 and self._config.rho > 0:
             self._warn(
                 "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is "
                 "0); it ends with the first update. With adaptive=False it does not happen"
             )
-        return forward.as_loss(result.loss, cotangents), result
 
-    def _require_causal(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def _require_causal(self, model: nn.Module, rows: dict[str, Tensor]) -> None:
         """Ask the model once in a training, on its first batch.
 
         It is asked after the step, which has clearer messages for what is wrong with the batch.
@@ -200,7 +194,7 @@ class Attachment:
         bare = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
         if self._causal is not bare:
             in_16_bits = self.trainer.accelerator.mixed_precision != "no"
-            require_causal(bare, stack_pairs(inputs, forward_parameters(bare)), in_16_bits)
+            require_causal(bare, rows, in_16_bits)
             self._causal = bare
 
     def _anchor_pairs(self, result: StepResult) -> int:
@@ -222,35 +216,36 @@ class Attachment:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss of a batch without an anchor, its log-probabilities (N, 2) as predictions, and labels of 1."""
         inputs = self.trainer._prepare_inputs(inputs)
+        loss = self._settings.loss
+        if loss.evaluated.needs_reference:
+            require_reference(loss.name, inputs)
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
-            sums, losses = self._losses(model, inputs)
-        self._require_causal(model, inputs)
-        averages = sums.per_token()
-        logps = torch.stack([averages.chosen, averages.rejected], dim=-1)
-        margins = sums.log_ratio_margins()
-        columns = torch.stack([losses.to(logps), *logps.unbind(-1), *([] if margins is None else [margins])], dim=-1)
-        self._evaluated.append(self.trainer.accelerator.gather_for_metrics(columns))
+            rows = stack_pairs(inputs, forward_parameters(model))
+            logps = LogProbs.of_step(rows_logps(model, rows), constants_of(inputs, rows))
+            columns = evaluation_columns(loss, logps)
+        self._require_causal(model, rows)
+        gathered = self.trainer.accelerator.gather_for_metrics(torch.stack(list(columns.values()), dim=-1))
+        for name, column in zip(columns, gathered.unbind(-1), strict=True):
+            self._evaluated[name].append(column)
         if prediction_loss_only:
-            return losses.mean(), None, None
-        return losses.mean(), logps, torch.ones_like(averages.chosen)
+            return columns["loss"].mean(), None, None
+        predictions = torch.stack([columns["chosen"], columns["rejected"]], dim=-1)
+        return columns["loss"].mean(), predictions, torch.ones_like(columns["chosen"])
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop, with the reward metrics of all its pairs added."""
-        self._evaluated = []
+        self._evaluated.clear()
         wide = has_wide_weights(self.trainer.model)
         output = self._replaced["evaluation_loop"](*args, **kwargs)
         self._rounded |= wide and not has_wide_weights(self.trainer.model)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         if not self._evaluated:
             raise ValueError("the data set to evaluate on holds no pairs: give at least one, or set eval_strategy='no'")
-        losses, chosen, rejected, *log_ratio_margins = torch.cat(self._evaluated).unbind(-1)
+        columns = {name: torch.cat(parts) for name, parts in self._evaluated.items()}
         # Over every pair. The trainer's own metrics leave out what is not finite, and count a stacked batch's rows.
-        metrics = {"loss": losses.mean(), **reward_metrics(chosen, rejected, self._config)}
-        if log_ratio_margins:
-            metrics |= reference_metrics(log_ratio_margins[0])
-        for name, value in metrics.items():
+        for name, value in evaluation_metrics(columns, self._config).items():
             output.metrics[f"{prefix}_{name}"] = float(value)
-        self._evaluated = []
+        self._evaluated.clear()
         return output
 
     def require_finite_gradients(self, model: nn.Module) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
-from gapo.adapters.hf.batches import KEYS
 from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.adapters.hf.models import REENTRANT, peft_model, text_config
+from gapo.pairs import COLUMNS
 
 # The trainers of TRL whose batches are pairs. The others train on unpaired rows, triplets, or their own generations.
 _TRL_TRAINERS = ("DPOTrainer", "CPOTrainer", "ORPOTrainer")
@@ -127,7 +127,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
     columns = _columns(trainer.train_dataset) or _columns(trainer.eval_dataset)
     collator = trainer.data_collator
     defaults = collator is default_data_collator or isinstance(collator, DataCollatorWithPadding)
-    if defaults and columns and not set(KEYS) <= set(columns):
+    if defaults and columns and not set(COLUMNS) <= set(columns):
         yield (
             "the trainer has transformers' own collator, which makes no batches of pairs: give it "
             "data_collator=gapo.adapters.hf.PreferenceCollator(tokenizer)"

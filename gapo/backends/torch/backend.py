@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -14,6 +14,7 @@ from gapo import geometry
 from gapo.backends.base import MarginFn
 from gapo.backends.torch.forward import TorchForward
 from gapo.backends.torch.onepass import OnePassForward
+from gapo.backends.torch.plain import PlainForward
 from gapo.backends.torch.sharded import ShardedForward, by_rank, fsdp_units, is_shard, like_shard
 from gapo.backends.torch.token_logps import token_logps  # noqa: F401  (takes its place in gapo.logps)
 from gapo.backends.torch.zero3 import Zero3Forward, is_engine, is_zero3
@@ -32,38 +33,63 @@ class TorchBackend:
         self._one_pass = one_pass
 
     def forward(
-        self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig, wrapper: nn.Module | None = None
-    ) -> TorchForward:
-        """The clean forward by the way that fits the module: ZeRO-3, FSDP2, one pass or two.
+        self,
+        margin_fn: MarginFn,
+        params: Any,
+        batch: Any,
+        config: GAPOConfig,
+        *,
+        anchor: bool = True,
+        by_side: bool = False,
+        wrapper: nn.Module | None = None,
+    ) -> TorchForward | PlainForward:
+        """The clean forward by the way that fits the module: without an anchor; ZeRO-3; FSDP2; one pass or two.
 
         Args:
-            margin_fn, params, batch, config: as the protocol has them.
+            margin_fn, params, batch, config, anchor, by_side: as the protocol has them.
             wrapper: the module around `params` whose forward prepares the update's backward, such as
-                `DistributedDataParallel` or DeepSpeed's engine. The update's forward goes through it, every other one
-                through `params` alone. None where `params` is not wrapped.
+                `DistributedDataParallel` or DeepSpeed's engine; `params` itself where nothing wraps it. The update's
+                forward goes through it, every other one through `params`. Its caller takes the update by `as_loss`.
         """
         if not isinstance(params, nn.Module):
             raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(params).__name__}')
-        if is_zero3(params) and wrapper is None:
-            raise ValueError(
-                "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
-                "Trainer, or shard with FSDP2 in a loop of your own"
-            )
+        if not anchor and wrapper is not None:
+            return PlainForward(margin_fn, params, batch, wrapper)
         if is_zero3(params):
+            if wrapper is None:
+                raise ValueError(
+                    "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
+                    "Trainer, or shard with FSDP2 in a loop of your own"
+                )
             return Zero3Forward(margin_fn, wrapper, batch, config)
         if is_engine(wrapper):  # up to ZeRO-2 it would take the probe's backward for the update's
             wrapper = None
         if fsdp_units(params):
             return ShardedForward(margin_fn, params, batch, config, wrapper)
-        # The SFT term weighs the rows of a pair differently, and float16's gradient scaler must see the backward. Where
-        # autocast is within the model's forward, as accelerate puts it, whoever made it says one_pass=False.
+        if not anchor:
+            return PlainForward(margin_fn, params, batch)
+        # The one pass keeps gradients pair by pair, not row by row. float16's gradient scaler must see the backward.
+        # Where autocast is within the model's forward, as accelerate puts it, its maker says one_pass=False.
         float16 = any(
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
             for kind in ("cuda", "cpu")
         )
-        if self._one_pass and not config.sft_weight and not float16:
+        if self._one_pass and not by_side and not float16:
             return OnePassForward(margin_fn, params, batch, config, wrapper)
         return TorchForward(margin_fn, params, batch, config, wrapper)
+
+    def differentiate(
+        self, losses: Callable[[tuple[Tensor, ...]], Tensor], values: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_() for x in values)
+            by_pair = losses(leaves)
+            if not by_pair.requires_grad:
+                raise ValueError(
+                    "the losses carry no gradient: the objective must not detach them, nor use torch.no_grad"
+                )
+            slopes = torch.autograd.grad(by_pair.mean(), leaves, materialize_grads=True, allow_unused=True)
+        return by_pair.detach(), slopes
 
     def norm(self, x: Tensor) -> Tensor:
         if is_shard(x):

@@ -53,11 +53,7 @@ class TorchForward:
         self._cut = cut_below(module, moved) if moved else None
         with torch.enable_grad(), self._cut.kept(self._basis) if self._cut else nullcontext():
             self.outputs = self._run(wrapper)  # DDP prepares its reduction in it
-        for output in self.outputs:
-            if self.parameters and not output.requires_grad:
-                raise ValueError(
-                    "the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad"
-                )
+        require_graph(self.outputs, bool(self.parameters))
         if self._cut:
             self._cut.see(self.outputs)
 
@@ -188,6 +184,14 @@ class TorchForward:
             grads = self.pullback(on_outputs(one, self.outputs, xp), names).values()
             along.append(sum(torch.sum(g * d) for g, d in zip(grads, deltas, strict=True)))
         return torch.stack(along)
+
+
+def require_graph(outputs: Iterable[Tensor], trains: bool) -> None:
+    """Raise ValueError for outputs of a model that `trains` without a graph behind them."""
+    if trains and not all(output.requires_grad for output in outputs):
+        raise ValueError(
+            "the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad"
+        )
 
 
 @contextmanager
