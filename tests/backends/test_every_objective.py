@@ -76,7 +76,7 @@ def moved(averages: Any) -> Any:
 
 
 def margin_fn(library: Library) -> Any:
-    return lambda params, batch: tuple(models.flat(library, params)[side] for side in LOGPS)
+    return lambda params, batch: tuple(1.0 * models.flat(library, params)[side] for side in LOGPS)
 
 
 NAMES = [name for name in objectives.OBJECTIVES if "+" not in name] + ["own", "own with anchor"]
