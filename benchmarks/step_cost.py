@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
 
 import gapo
 from gapo import objectives
@@ -67,19 +67,39 @@ WAYS: dict[str, Step] = {
 }
 
 
+_OLD = ("falcon", "opt")  # families that name their sizes otherwise
+
+# Configuration class and what its family calls differently; families of one name for all sizes need nothing more.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "gemma": ("GemmaConfig", {"head_dim": 64}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 64}),
+    "cohere": ("CohereConfig", {}),
+    "falcon": ("FalconConfig", {"new_decoder_architecture": True}),
+    "opt": ("OPTConfig", {"dropout": 0.0}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 8}),
+    "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}),
+}
+
+
 def make_model(options: argparse.Namespace) -> torch.nn.Module:
-    """A Llama of random weights; with --lora adapters on attention, whose B is not 0."""
+    """A model of random weights; with --lora adapters on attention, whose B is not 0."""
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=options.vocab,
-            hidden_size=options.width,
-            intermediate_size=round(8 / 3 * options.width / 32) * 32,
-            num_hidden_layers=options.depth,
-            num_attention_heads=options.width // 64,
-            tie_word_embeddings=False,
-        )
+    name, special = FAMILIES[options.family]
+    inner = round(8 / 3 * options.width / 32) * 32
+    config = getattr(transformers, name)(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        num_hidden_layers=options.depth,
+        num_attention_heads=options.width // 64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **({"intermediate_size": inner, "num_key_value_heads": options.width // 64} if options.family not in _OLD else {}),
+        **({"ffn_dim": inner, "word_embed_proj_dim": options.width} if options.family == "opt" else {}),
+        **special,
     )
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
     if options.lora:
         from peft import LoraConfig, get_peft_model
 
@@ -122,6 +142,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "commit": commit(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "parameters": size,
+        "family": options.family,
         "pairs": options.pairs,
         "tokens": options.tokens,
         "dtype": options.dtype,
@@ -235,6 +256,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=8, help="layers")
     parser.add_argument("--vocab", type=int, default=8192, help="size of the vocabulary")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="llama", help="architecture of the model")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     parser.add_argument("--seconds", type=float, default=120, help="how long to measure")
