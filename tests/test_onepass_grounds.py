@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import gapo
 from gapo.backends.base import by_pairs
 from gapo.backends.torch import onepass
-from gapo.backends.torch.agreement import compared
-from gapo.backends.torch.verdicts import identity
+from gapo.backends.torch.pairgrads.agreement import compared
+from gapo.backends.torch.pairgrads.verdicts import identity
 
 VOCAB, WIDTH = 20, 8
 Pairs = Sequence[tuple[Tensor, Tensor]]

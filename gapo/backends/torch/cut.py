@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gapo.backends.torch.pairgrads.rows import walk
+from gapo.backends.torch.pairgrads.verdicts import Verdicts
 from gapo.backends.torch.random_state import RandomState
-from gapo.backends.torch.rows import walk
-from gapo.backends.torch.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of, require_real
-from gapo.backends.torch.agreement import compared
 from gapo.backends.torch.cut import cut_below
 from gapo.backends.torch.half import coarse_products, quantises, rounds
 from gapo.backends.torch.head import head_parameters
+from gapo.backends.torch.pairgrads.agreement import compared
+from gapo.backends.torch.pairgrads.verdicts import Verdicts, basis
 from gapo.backends.torch.replay import Replay
-from gapo.backends.torch.verdicts import Verdicts, basis
 from gapo.config import GAPOConfig
 from gapo.selection import select
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gapo.backends.torch.rows import walk
+from gapo.backends.torch.pairgrads.rows import walk
 
 # What may multiply float32 matrices faster and coarser, by device.
 _backends: Any = torch.backends

@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gapo.backends.base import LeafRule, MarginFn, on_outputs
-from gapo.backends.torch.agreement import compared
 from gapo.backends.torch.forward import HALVES, TorchForward, no_grads_left
-from gapo.backends.torch.rows import odd_rows, uses
-from gapo.backends.torch.rules import PairGrads, Rule, is_affine, rule_for, trained, unfit
-from gapo.backends.torch.verdicts import Verdicts
+from gapo.backends.torch.pairgrads.agreement import compared
+from gapo.backends.torch.pairgrads.parts import PairGrads
+from gapo.backends.torch.pairgrads.rows import odd_rows, uses
+from gapo.backends.torch.pairgrads.rules import Rule, rule_for, trained, unfit
+from gapo.backends.torch.pairgrads.verdicts import Verdicts
 from gapo.config import GAPOConfig
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class OnePassForward(TorchForward):
                 return None
             shape = tuple(args[0].shape)
             alive._seen.add((kind, (*shape, 1) if isinstance(layer, nn.Embedding) else shape))
-            if not is_affine(layer, args[0], output):
+            if rule.confirms is not None and not rule.confirms(layer, args[0], output):
                 alive._odd = f"{kind} is not linear in its weight, token by token"
 
             def collect(a: Tensor | None, g: Tensor) -> None:
@@ -145,9 +146,11 @@ class OnePassForward(TorchForward):
     def _collect(self, layer: nn.Module, rule: Rule, own: dict[str, str], a: Tensor | None, g: Tensor) -> None:
         """Keep what the rule makes of one layer's A and G; rows are (blocks, N): chosen ones, then rejected."""
         if a is not None:
-            a = self._by_pairs(a.detach()[..., None] if isinstance(layer, nn.Embedding) else a.detach())
+            ids = not a.is_floating_point()
+            a = self._by_pairs(a.detach()[..., None] if ids else a.detach())
+            a = a[..., 0] if ids else a
         with torch.no_grad():
-            for part, grads in rule(layer, a, self._by_pairs(g)):
+            for part, grads in rule.grads(layer, a, self._by_pairs(g)):
                 self._parts[own[part]].append(grads)
 
     def _by_pairs(self, x: Tensor) -> Tensor:
