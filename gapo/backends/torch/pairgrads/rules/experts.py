@@ -21,6 +21,12 @@ import torch
 from torch import Tensor
 
 from gapo.backends.torch.pairgrads.parts import Parts
+from gapo.backends.torch.pairgrads.rules.library import from_transformers
+from gapo.backends.torch.pairgrads.rules.registry import Rule, owns, register_family
+
+
+# What transformers' decorator `use_experts_implementation` says of a class, and what every class has.
+_SAID = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel", "num_experts")
 
 
 @dataclass
@@ -89,19 +95,6 @@ class Routed:
         return total
 
 
-def is_experts(module: Any) -> bool:
-    """Whether `module` is a mixture's experts by transformers' convention, which its decorator writes on the module."""
-    names = {"gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"}
-    names |= {f"{name}_bias" for name in names} if getattr(module, "has_bias", False) else set()
-    return (
-        type(module).__name__.endswith("Experts")
-        and set(module._parameters) == names
-        and all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "num_experts"))
-        and not module.has_post_expert_norm
-        and not module._is_expert_parallel
-    )
-
-
 def experts(module: Any, inputs: tuple[Tensor, Tensor, Tensor], g: Tensor) -> Parts:
     """`inputs`: x (tokens, in), index and scores (tokens, k); `g`: (blocks, N, tokens of an answer, in)."""
     x, index, scores = inputs
@@ -128,9 +121,13 @@ def experts(module: Any, inputs: tuple[Tensor, Tensor, Tensor], g: Tensor) -> Pa
 
 
 @torch.no_grad()
-def are_as_understood(module: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> bool:
+def are_as_understood(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> bool:
     """Whether the formula at the top of this file gives what the layer gave."""
+    if len(inputs) != 3 or any(x.ndim != 2 for x in inputs) or inputs[1].shape != inputs[2].shape:
+        return False
     x, index, scores = inputs
+    if index.is_floating_point() or not scores.is_floating_point():
+        return False
     routing = _Routing.of(index, module.num_experts)
     hidden = _activated(module, _product(module, _first(module), _Slots(x, routing.tokens), routing))
     y = _product(module, "down_proj", _Slots(hidden), routing) * scores.flatten()[routing.order, None]
@@ -138,6 +135,24 @@ def are_as_understood(module: Any, inputs: tuple[Tensor, Tensor, Tensor], output
     half = output.dtype in (torch.float16, torch.bfloat16)
     error, size = (again - output).double().norm(), output.double().norm()
     return bool(error <= (3e-2 if half else 1e-4) * size)
+
+
+def _reads(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    # By any name: `are_as_understood` sees it where their order is another.
+    return tuple(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+
+
+def _belongs(layer: Any) -> bool:
+    """Whether `layer` follows transformers' convention for experts, whose decorator says on the layer how."""
+    if not type(layer).__name__.endswith("Experts") or not all(hasattr(layer, name) for name in _SAID):
+        return False
+    names = {"gate_up_proj" if layer.has_gate else "up_proj", "down_proj"}
+    names |= {f"{name}_bias" for name in names} if layer.has_bias else set()
+    elsewhere = layer._is_expert_parallel or layer.has_post_expert_norm
+    return owns(layer) == names and not elsewhere and from_transformers(layer)
+
+
+register_family(_belongs, Rule(experts, reads=_reads, confirms=are_as_understood))
 
 
 def _first(module: Any) -> str:
