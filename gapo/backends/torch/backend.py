@@ -14,6 +14,7 @@ from gapo import geometry
 from gapo.backends.base import MarginFn
 from gapo.backends.torch.forward import TorchForward
 from gapo.backends.torch.onepass import OnePassForward
+from gapo.backends.torch.pairgrads import Verdicts
 from gapo.backends.torch.sharded import ShardedForward, by_rank, fsdp_units, is_shard, like_shard
 from gapo.backends.torch.token_logps import token_logps  # noqa: F401  (takes its place in gapo.logps)
 from gapo.backends.torch.zero3 import is_zero3
@@ -24,12 +25,15 @@ class TorchBackend:
     """The `Backend` verbs on PyTorch. Ranks are those of `torch.distributed`'s default group, if initialised.
 
     With `one_pass` the backward runs once, where a model's layers allow it (`onepass`); else it runs twice.
+
+    What is proved about a model at its first step is proved for this object. Another backend proves it anew.
     """
 
     xp = xp
 
     def __init__(self, one_pass: bool = True) -> None:
         self._one_pass = one_pass
+        self._verdicts = Verdicts()
 
     def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> TorchForward:
         if not isinstance(params, nn.Module):
@@ -40,16 +44,18 @@ class TorchBackend:
                 "Trainer, or shard with FSDP2 in a loop of your own"
             )
         if fsdp_units(params):
-            return ShardedForward(margin_fn, params, batch, config)
-        # The SFT term weighs the rows of a pair differently, and float16's gradient scaler must see the backward. Where
-        # autocast is within the model's forward, as accelerate puts it, whoever made it says one_pass=False.
+            return ShardedForward(margin_fn, params, batch, config, self._verdicts)
+        # float16's gradient scaler must see the backward. Where autocast is within the model's forward, as accelerate
+        # puts it, whoever made it says one_pass=False.
         float16 = any(
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
             for kind in ("cuda", "cpu")
         )
-        if self._one_pass and not config.sft_weight and not float16:
-            return OnePassForward(margin_fn, params, batch, config)
-        return TorchForward(margin_fn, params, batch, config)
+        if self._one_pass and not float16:
+            # The SFT term is of the chosen answer alone, so the rows of a pair get different weights.
+            by_row = config.sft_weight != 0
+            return OnePassForward(margin_fn, params, batch, config, self._verdicts, by_row=by_row)
+        return TorchForward(margin_fn, params, batch, config, self._verdicts)
 
     def norm(self, x: Tensor) -> Tensor:
         if is_shard(x):

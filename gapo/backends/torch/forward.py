@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -15,42 +15,48 @@ from torch import Tensor, nn
 
 from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of, require_real
 from gapo.backends.torch.cut import cut_below
-from gapo.backends.torch.half import coarse_products, quantises, rounds
+from gapo.backends.torch.half import quantises, rounds
 from gapo.backends.torch.head import head_parameters
-from gapo.backends.torch.pairgrads.agreement import compared
-from gapo.backends.torch.pairgrads.verdicts import Verdicts, basis
+from gapo.backends.torch.pairgrads import Verdicts
+from gapo.backends.torch.pairgrads.agreement import coarse_arithmetic, compared
+from gapo.backends.torch.pairgrads.graph import no_grads_left
+from gapo.backends.torch.pairgrads.verdicts import basis
 from gapo.backends.torch.replay import Replay
 from gapo.config import GAPOConfig
 from gapo.selection import select
 
 logger = logging.getLogger(__name__)
 
-HALVES = (torch.float16, torch.bfloat16)
-
-# Whether a graph gives the same gradients when it is pulled back again. Kernels that write over what they saved do not.
-_lasting = Verdicts()
-
 
 class TorchForward:
     """The clean forward of a module and its autograd graph.
 
-    A graph whose backward spends it (a kernel stores results over its saved tensors; a compiled one donates them) is
-    found out at the first step, by pulling it back twice; the update then gets a second clean forward.
+    Some graphs can be pulled back once only: a kernel stores results over its saved tensors, or a compiled graph
+    donates them. The first step finds that out by pulling back twice. The update then gets a second clean forward.
+
+    `verdicts` hold what earlier steps found out about this module; without them nothing is taken as known.
     """
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
+    def __init__(
+        self,
+        margin_fn: MarginFn,
+        module: nn.Module,
+        batch: Any,
+        config: GAPOConfig,
+        verdicts: Verdicts | None = None,
+    ) -> None:
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
+        self._verdicts = Verdicts() if verdicts is None else verdicts
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         require_real({name: p.is_complex() for name, p in self.parameters.items()})
         self.head = head_parameters(module, self.parameters)
         self._basis = basis(margin_fn, module)
-        self._replay = Replay(module)
+        self._replay = Replay(module, self._verdicts)
         self._spent = False  # whether the graph behind `outputs` can be pulled back no more
-        self._prepare()
         moved = () if config.anchor == "first_order" else select(self.parameters, self.head, config)
-        self._cut = cut_below(module, moved) if moved else None
-        with torch.enable_grad(), self._cut.kept(self._basis) if self._cut else nullcontext():
-            self.outputs = self._run()
+        self._cut = cut_below(module, moved, self._verdicts) if moved else None
+        with torch.enable_grad():
+            self.outputs = self._run_clean()
         for output in self.outputs:
             if self.parameters and not output.requires_grad:
                 raise ValueError(
@@ -59,8 +65,9 @@ class TorchForward:
         if self._cut:
             self._cut.see(self.outputs)
 
-    def _prepare(self) -> None:
-        """What is to be done before the clean forward."""
+    def _run_clean(self) -> tuple[Tensor, ...]:
+        with self._cut.kept(self._basis) if self._cut else nullcontext():
+            return self._run()
 
     def _run(self) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = outputs_of(self._margin_fn(self._module, self._batch))
@@ -81,7 +88,7 @@ class TorchForward:
         wanted = list(self.parameters if names is None else names)
         if self._spent:
             self._run_again()
-        lasts = _lasting.get(self._module, self._basis)
+        lasts = self._verdicts.get("lasts", self._module, self._basis)
         if names is None or lasts is False:
             self._spent = True
             return self._gradients(cotangents, wanted, keep=False)
@@ -94,17 +101,12 @@ class TorchForward:
             if same is False:
                 self._do_not_keep(why)
             elif same:
-                _lasting.keep(self._module, self._basis, True)
+                self._verdicts.keep("lasts", self._module, self._basis, True)
         return grads
 
     def _coarse(self) -> bool:
         """Whether gradients are of 16-bit arithmetic, or of products as coarse."""
-        device = self.outputs[0].device.type
-        return (
-            torch.is_autocast_enabled(device)
-            or coarse_products(device)
-            or any(x.dtype in HALVES for x in (*self.parameters.values(), *self.outputs))
-        )
+        return coarse_arithmetic((*self.parameters.values(), *self.outputs), self.outputs[0].device.type)
 
     def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
         """The gradients by the parameters `wanted`; with `keep` the graph lives on, if it can."""
@@ -123,7 +125,7 @@ class TorchForward:
 
     def _do_not_keep(self, reason: str) -> None:
         self._spent = True
-        _lasting.keep(self._module, self._basis, False)
+        self._verdicts.keep("lasts", self._module, self._basis, False)
         logger.warning(
             "the graph of this model can be pulled back once only (%s): each step runs a second clean forward for its "
             "update, which costs one forward more",
@@ -184,36 +186,6 @@ class TorchForward:
             grads = self.pullback(on_outputs(one, self.outputs, xp), names).values()
             along.append(sum(torch.sum(g * d) for g, d in zip(grads, deltas, strict=True)))
         return torch.stack(along)
-
-
-@contextmanager
-def grads_aside(parameters: dict[str, Any]) -> Iterator[None]:
-    """Set every `.grad` aside; afterwards all are as they were, whatever a backward wrote there meanwhile."""
-    aside = {name: p.grad for name, p in parameters.items()}
-    try:
-        for p in parameters.values():
-            p.grad = None
-        yield
-    finally:
-        for name, p in parameters.items():
-            p.grad = aside[name]
-
-
-@contextmanager
-def no_grads_left(parameters: dict[str, Any]) -> Iterator[None]:
-    """The same for a backward that is to write to no `.grad`.
-
-    Raises:
-        RuntimeError: it wrote to one.
-    """
-    with grads_aside(parameters):
-        yield
-        for name, p in parameters.items():
-            if p.grad is not None:
-                raise RuntimeError(
-                    f"a backward within the backward wrote to the .grad of {name!r}, which would add to every update, "
-                    "as re-entrant checkpoints do: use torch.utils.checkpoint with use_reentrant=False"
-                )
 
 
 def is_shard(x: Any) -> bool:

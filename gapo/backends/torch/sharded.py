@@ -17,17 +17,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gapo.backends.base import LeafRule, MarginFn, on_outputs
-from gapo.backends.torch.forward import TorchForward, grads_aside, is_shard
+from gapo.backends.torch.forward import TorchForward, is_shard
+from gapo.backends.torch.pairgrads import Verdicts
+from gapo.backends.torch.pairgrads.graph import grads_aside
 from gapo.config import GAPOConfig
 
 
 class ShardedForward(TorchForward):
     """A clean forward through `torch.distributed.fsdp.fully_shard`; its gradients are the ranks' average, as shards."""
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig) -> None:
+    def __init__(
+        self,
+        margin_fn: MarginFn,
+        module: nn.Module,
+        batch: Any,
+        config: GAPOConfig,
+        verdicts: Verdicts | None = None,
+    ) -> None:
         self._units = fsdp_units(module)  # the root first
         self._reshard()  # after a forward without backward some parameters are still the gathered ones
-        super().__init__(margin_fn, module, batch, config)
+        super().__init__(margin_fn, module, batch, config, verdicts)
 
     def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
         with grads_aside(self.parameters):

@@ -1,4 +1,8 @@
-"""The gradients of every pair by one parameter, explicit or implied: what a rule makes of one layer."""
+"""The gradients of every group by one parameter, as one layer contributes them: what a rule makes.
+
+Each part is a way to hold N gradients without writing more numbers than needed. Both questions that are asked of it
+are linear in the gradients: a weighted sum over groups, and an inner product with a direction.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,19 @@ import torch
 from torch import Tensor
 
 
-class PairGrads(Protocol):
-    """The gradient of every pair's margin by one parameter, theta, explicit or implied."""
+class Part(Protocol):
+    """The gradient of every group's output by one parameter theta, explicit or implied."""
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """`sum_i weights[i] * grad M_i`, shape of theta; `weights` (N,)."""
+        """`sum_i weights[i] * grad_i`, shape of theta; `weights` (N,)."""
 
     def along(self, delta: Tensor) -> Tensor:
-        """`<grad M_i, delta>`, (N,)."""
+        """`<grad_i, delta>`, (N,); `delta` has the shape of theta."""
 
 
 @dataclass
 class Explicit:
-    """(N, *theta.shape) numbers: cheapest where a pair has more tokens than theta has rows and columns."""
+    """(N, *theta.shape) numbers: cheapest where a group has more tokens than theta has rows and columns."""
 
     grads: Tensor
 
@@ -35,7 +39,10 @@ class Explicit:
 
 @dataclass
 class Outer:
-    """A (blocks, N, tokens, in) and G (blocks, N, tokens, out) of theta (out, in), or (in, out) if transposed."""
+    """A (blocks, N, tokens, in) and G (blocks, N, tokens, out) of theta (out, in), or (in, out) if transposed.
+
+    `grad_i = sum_t G[i, t] A[i, t]^T` is never formed: its product with delta is that of `A delta^T` with G.
+    """
 
     a: Tensor
     g: Tensor
@@ -52,8 +59,8 @@ class Outer:
 
 
 @dataclass
-class Looked:
-    """Token ids (blocks, N, tokens) and G (blocks, N, tokens, width) of an embedding (vocab, width)."""
+class Lookup:
+    """Ids (blocks, N, tokens) and G (blocks, N, tokens, width) of a table (entries, width)."""
 
     ids: Tensor
     g: Tensor
@@ -67,4 +74,4 @@ class Looked:
         return (delta[self.ids] * self.g.to(delta.dtype)).sum((0, 2, 3))
 
 
-Parts = Iterator[tuple[str, PairGrads]]
+Parts = Iterator[tuple[str, Part]]

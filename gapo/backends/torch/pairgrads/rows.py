@@ -1,84 +1,72 @@
-"""What autograd's graph tells of the rows of a forward: whose margins they enter, and where parameters are used."""
+"""Whether row r of a batch belongs to group r mod N, asked of the outputs at every step."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gapo.backends.base import on_outputs
-
-# The first nodes behind the margins whose rows are answers: token log-probabilities, or what the last layer gave.
-_WITH_ROWS = ("_TokenLogpsBackward", "_TapBackward")
+from gapo.backends.torch.pairgrads.graph import walk
 
 
-def odd_rows(outputs: Sequence[Tensor], coarse: bool) -> str | None:
-    """What is wrong where row r of what the model gave does not belong to pair r mod N alone; None where all do.
+def odd_rows(outputs: Sequence[Tensor], seeds: Sequence[Tensor], blocks: int, by_row: bool, coarse: bool) -> str | None:
+    """What is wrong where row r of what the module returned does not belong to group r mod N alone; None where all do.
 
-    The margins are differentiated by those rows alone, through what the margin function does with them, once with equal
-    weights and once with another weight for each pair: the latter must be the former, times the weight of its pair.
+    The outputs are differentiated by those rows, through the few operations between them: once with equal weights and
+    once with another weight for each group. The second must be the first, times the weight of the row's group.
+
+    `by_row`: output j is that of block j, and each row must enter the output of its own block.
     """
-    pairs = outputs[0].shape[0]
-    if pairs == 1:  # all rows are the only pair's
+    groups = outputs[0].shape[0]
+    if groups * (blocks if by_row else 1) == 1:  # all rows are the only group's
         return None
-    edges = [GradientEdge(node, 0) for node in _nodes_with_rows(outputs)]
-    if not edges:
+    nodes = [node for node in walk(outputs, _tells_rows) if _tells_rows(node)]
+    if not nodes:
         return None
-    weights = 0.5 + torch.rand(pairs, generator=torch.Generator().manual_seed(1)).to(outputs[0].device)
-    equal, unequal = (_by_rows(outputs, edges, w) for w in (torch.ones_like(weights), weights))
+    # In the order of the forwards: one forward for each block comes in the order of the blocks.
+    nodes.sort(key=lambda node: node._sequence_nr())
+    edges = [GradientEdge(node, 0) for node in nodes]
+    weights = unequal(outputs, by_row, seed=1)
+    equal, scaled = (_by_rows(outputs, edges, w, seeds) for w in (torch.ones_like(weights), weights))
     wrong = []
-    for one, other in zip(equal, unequal, strict=True):
-        if one.shape[0] not in (pairs, 2 * pairs):
-            return f"the model gives {one.shape[0]} rows for {pairs} pairs"
-        meant = one.flatten(1) * weights.repeat(one.shape[0] // pairs)[:, None].to(one.dtype)
-        error, size = (meant - other.flatten(1)).norm(dim=1), other.flatten(1).norm(dim=1)
+    for i, (plain, other) in enumerate(zip(equal, scaled, strict=True)):
+        rows = plain.shape[0]
+        if rows % groups or rows // groups > blocks:
+            return f"the model gives {rows} rows for {groups} groups"
+        by_block = weights.expand(blocks, groups)
+        if rows == groups:
+            by_block = by_block[i * blocks // len(nodes)]
+        expected = plain.flatten(1) * by_block.flatten()[:rows, None].to(plain.dtype)
+        error, size = (expected - other.flatten(1)).norm(dim=1), other.flatten(1).norm(dim=1)
         wrong.append((error > (3e-2 if coarse else 1e-3) * size + 1e-6 * size.max()).any())
     if bool(torch.stack(wrong).any()):
-        return "the rows of its answers do not stand in the order of the pairs, chosen ones first"
+        return "the rows of its outputs do not stand in the order of the groups"
     return None
 
 
-def _by_rows(outputs: Sequence[Tensor], edges: list[GradientEdge], weights: Tensor) -> list[Tensor]:
-    cotangents = on_outputs(weights, outputs, xp)
-    found = torch.autograd.grad(outputs, edges, cotangents, retain_graph=True)
-    return [x if x.dtype == torch.float64 else x.float() for x in found]
+def unequal(outputs: Sequence[Tensor], by_row: bool, seed: int) -> Tensor:
+    """A weight for each group, (1, N), or for each row's, (outputs, N): under equal ones a wrong order is unseen."""
+    shape = len(outputs) if by_row else 1, outputs[0].shape[0]
+    return 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(outputs[0].device)
 
 
-def _nodes_with_rows(outputs: Sequence[Tensor]) -> list[Any]:
-    return [node for node in walk(outputs, _has_rows) if _has_rows(node)]
+def scaled_by(weights: Tensor, seeds: Sequence[Tensor]) -> list[Tensor]:
+    """The seeds times weights (1, N), or (outputs, N)."""
+    rows = weights.expand(len(seeds), -1)
+    return [w.to(seed.dtype) * seed for w, seed in zip(rows, seeds, strict=True)]
 
 
-def _has_rows(node: Any) -> bool:
-    return node.name() in _WITH_ROWS
+def _by_rows(
+    outputs: Sequence[Tensor], edges: list[GradientEdge], weights: Tensor, seeds: Sequence[Tensor]
+) -> list[Tensor]:
+    grads = torch.autograd.grad(outputs, edges, scaled_by(weights, seeds), retain_graph=True)
+    return [x if x.dtype == torch.float64 else x.float() for x in grads]
 
 
-def uses(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> Counter[str]:
-    """How often each parameter enters the graph behind `outputs`."""
-    names = {id(p): name for name, p in parameters.items()}
-    found: Counter[str] = Counter()
-    for node in walk(outputs):
-        for parent, _ in node.next_functions:
-            name = names.get(id(getattr(parent, "variable", None)))
-            if name is not None:
-                found[name] += 1
-    return found
-
-
-def walk(outputs: Sequence[Tensor], stop: Callable[[Any], bool] | None = None) -> Iterator[Any]:
-    """Every node of the graph behind `outputs`, once; not what lies behind a node at which `stop` is true."""
-    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        yield node
-        if stop is not None and stop(node):
-            continue
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
+def _tells_rows(node: Any) -> bool:
+    """Whether the node's first output has an axis of rows: a tap's, or that of a function that says `rows_first`."""
+    function = getattr(type(node), "_forward_cls", None)
+    return getattr(function, "rows_first", False)

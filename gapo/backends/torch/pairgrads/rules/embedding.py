@@ -1,4 +1,4 @@
-"""Embeddings."""
+"""Tables that are looked up by ids: `nn.Embedding`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gapo.backends.torch.pairgrads.parts import Looked, Parts
+from gapo.backends.torch.pairgrads.parts import Lookup, Parts
 from gapo.backends.torch.pairgrads.rules.registry import owns, register_rule
 
 
 def embedding(module: Any, a: Tensor, g: Tensor) -> Parts:
+    """`y = W[ids]`; the entry for padding gets no gradient."""
     if module.padding_idx is not None:
         g = g * (a != module.padding_idx)[..., None]
-    yield "weight", Looked(a, g, module.weight.shape)
+    yield "weight", Lookup(a, g, module.weight.shape)
 
 
 def _plain(layer: Any) -> bool:

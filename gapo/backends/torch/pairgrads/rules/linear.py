@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from gapo.backends.torch.pairgrads.parts import Explicit, Outer, PairGrads, Parts
+from gapo.backends.torch.pairgrads.parts import Explicit, Outer, Part, Parts
 from gapo.backends.torch.pairgrads.rules.registry import owns, register_rule
 
 
-def _matrix(a: Tensor, g: Tensor, transposed: bool) -> PairGrads:
-    """The gradient of a matrix product: per pair, or A and G kept.
+def _matrix(a: Tensor, g: Tensor, transposed: bool) -> Part:
+    """The gradient of a matrix product: N explicit ones, or A and G kept.
 
     R rows of A and G take `4 R in out` flops and twice the reading of `R (in + out)` numbers for probe and update; N
     gradients take `2 R in out + 4 N in out` flops, and are `N in out` numbers, written once and read twice. So where
@@ -21,8 +21,8 @@ def _matrix(a: Tensor, g: Tensor, transposed: bool) -> PairGrads:
     that they save are paid with memory, which is what runs out first.
     """
     a = a.to(g.dtype)
-    pairs, (inputs, outputs) = a.shape[1], (a.shape[-1], g.shape[-1])
-    if pairs * inputs * outputs > a.numel() + g.numel():
+    groups, inputs, outputs = a.shape[1], a.shape[-1], g.shape[-1]
+    if groups * inputs * outputs > a.numel() + g.numel():
         return Outer(a, g, transposed)
     left, right = (a, g) if transposed else (g, a)
     grads = torch.bmm(left[0].mT, right[0])
@@ -39,10 +39,12 @@ def _affine(module: Any, a: Any, g: Tensor, transposed: bool) -> Parts:
 
 
 def linear(module: nn.Module, a: Any, g: Tensor) -> Parts:
+    """`y = W x + b`."""
     return _affine(module, a, g, transposed=False)
 
 
 def conv1d(module: nn.Module, a: Any, g: Tensor) -> Parts:
+    """`y = W^T x + b`."""
     return _affine(module, a, g, transposed=True)
 
 
