@@ -95,7 +95,11 @@ def make_model(options: argparse.Namespace) -> torch.nn.Module:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **({"intermediate_size": inner, "num_key_value_heads": options.width // 64} if options.family not in _OLD else {}),
+        **(
+            {"intermediate_size": inner, "num_key_value_heads": options.width // 64}
+            if options.family not in _OLD
+            else {}
+        ),
         **({"ffn_dim": inner, "word_embed_proj_dim": options.width} if options.family == "opt" else {}),
         **special,
     )
