@@ -67,9 +67,7 @@ WAYS: dict[str, Step] = {
 }
 
 
-_OLD = ("falcon", "opt")  # families that name their sizes otherwise
-
-# Configuration class and what its family calls differently; families of one name for all sizes need nothing more.
+# Class of the configuration, and what a family calls by other names or has beside.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": False}),
     "gemma": ("GemmaConfig", {"head_dim": 64}),
@@ -86,21 +84,21 @@ def make_model(options: argparse.Namespace) -> torch.nn.Module:
     """A model of random weights; with --lora adapters on attention, whose B is not 0."""
     torch.manual_seed(0)
     name, special = FAMILIES[options.family]
-    inner = round(8 / 3 * options.width / 32) * 32
+    heads, inner = options.width // 64, round(8 / 3 * options.width / 32) * 32
+    sizes: dict[str, Any] = {"intermediate_size": inner, "num_key_value_heads": heads}
+    if options.family == "falcon":
+        sizes = {"num_kv_heads": heads, "ffn_hidden_size": inner}
+    if options.family == "opt":
+        sizes = {"ffn_dim": inner, "word_embed_proj_dim": options.width}
     config = getattr(transformers, name)(
         vocab_size=options.vocab,
         hidden_size=options.width,
         num_hidden_layers=options.depth,
-        num_attention_heads=options.width // 64,
+        num_attention_heads=heads,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **(
-            {"intermediate_size": inner, "num_key_value_heads": options.width // 64}
-            if options.family not in _OLD
-            else {}
-        ),
-        **({"ffn_dim": inner, "word_embed_proj_dim": options.width} if options.family == "opt" else {}),
+        **sizes,
         **special,
     )
     model: Any = transformers.AutoModelForCausalLM.from_config(config)

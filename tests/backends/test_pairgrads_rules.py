@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -125,7 +124,7 @@ def margins(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def rerun(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+def rerun(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Types of the layers that were run again for want of a rule."""
     kinds: set[str] = set()
     run = tape.local_vjp
@@ -135,7 +134,7 @@ def rerun(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         return run(call, *args)
 
     monkeypatch.setattr(tape, "local_vjp", noted)
-    yield kinds
+    return kinds
 
 
 def assert_autograds(model: Any, side: str, tol: float) -> None:
@@ -150,7 +149,7 @@ def assert_autograds(model: Any, side: str, tol: float) -> None:
         outputs = margins(model, ids, mask)
     grads = recorder.backward(outputs)
     direction = {name: torch.randn_like(p) for name, p in parameters.items()}
-    for j, (name, p) in enumerate(parameters.items()):
+    for j, name in enumerate(parameters):
         size = 1e-3 + max(float(row[j].norm()) for row in expected)
         for i in range(PAIRS):
             weights = torch.eye(PAIRS, dtype=torch.float64)[i]

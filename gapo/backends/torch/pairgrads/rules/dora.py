@@ -34,8 +34,8 @@ def _taken(
     layer: Any,
     x: Tensor,
     *,
-    lora_A: Any,  # noqa: N803  (peft's names)
-    lora_B: Any,  # noqa: N803
+    lora_A: Any,
+    lora_B: Any,
     scaling: float,
     base_layer: Any,
     base_result: Tensor | None = None,

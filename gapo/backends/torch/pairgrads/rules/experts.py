@@ -24,7 +24,6 @@ from gapo.backends.torch.pairgrads.parts import Parts
 from gapo.backends.torch.pairgrads.rules.library import from_transformers
 from gapo.backends.torch.pairgrads.rules.registry import Rule, owns, register_family
 
-
 # What transformers' decorator `use_experts_implementation` says of a class, and what every class has.
 _SAID = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel", "num_experts")
 
