@@ -7,12 +7,18 @@ of it exists.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import array_api_compat
 
 Array = Any
 Namespace = Any
+
+# What `stop_gradient` does with a NumPy array, within `holding`.
+_held: ContextVar[Callable[[Array], Array] | None] = ContextVar("gapo_constants", default=None)
 
 # The array types of each library, and where they stand.
 _ARRAYS = {
@@ -35,13 +41,14 @@ def library(x: Array) -> str | None:
 def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
     """The Array-API namespace shared by the named arrays.
 
-    Raises TypeError if one is not an array, if they are of different libraries, or of another than `backend` states,
-    and ValueError if `backend` is not a known name.
+    Raises:
+        TypeError: one is not an array, or they are not all of one library, which is the one that `backend` states.
+        ValueError: `backend` is not a known name.
     """
     if backend is not None and not (isinstance(backend, str) and backend in _ARRAYS):
         raise ValueError(f"backend must be one of {', '.join(map(repr, _ARRAYS))} or None, got {backend!r}")
-    found = {name: library(x) for name, x in arrays.items()}
-    for name, kind in found.items():
+    kinds = {name: library(x) for name, x in arrays.items()}
+    for name, kind in kinds.items():
         if kind is None:
             raise TypeError(
                 f"{name} must be an array of NumPy, PyTorch, JAX, MLX or another Array-API library, "
@@ -49,13 +56,23 @@ def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
             )
         if backend is not None and kind != backend:
             raise TypeError(f"backend={backend!r} was stated, but {name} is an array of {kind} ({type(arrays[name])})")
-    if len(set(found.values())) > 1:
-        raise TypeError(f"all arrays must be of one library; got {found}")
-    if next(iter(found.values())) == "torch":
+    if len(set(kinds.values())) > 1:
+        raise TypeError(f"all arrays must be of one library; got {kinds}")
+    if next(iter(kinds.values())) == "torch":
         import array_api_compat.torch as xp  # as an import statement torch.compile traces it without a graph break
 
         return xp
     return array_api_compat.array_namespace(*arrays.values())
+
+
+def like(x: Array, of: Array) -> Array:
+    """`x` as an array of the library of `of`, and on its device, where it is one of NumPy or of another device."""
+    kind = library(of)
+    if kind == "torch" and library(x) in ("numpy", "torch"):
+        return sys.modules["torch"].as_tensor(x, device=of.device)
+    if library(x) == "numpy" and kind in ("jax", "mlx"):
+        return sys.modules["jax"].numpy.asarray(x) if kind == "jax" else sys.modules["mlx.core"].array(x)
+    return x
 
 
 def stop_gradient(x: Array) -> Array:
@@ -67,7 +84,28 @@ def stop_gradient(x: Array) -> Array:
         return sys.modules["jax"].lax.stop_gradient(x)
     if kind == "mlx":
         return sys.modules["mlx.core"].stop_gradient(x)
-    return x
+    constants = _held.get()
+    return x if constants is None else constants(x)
+
+
+@contextmanager
+def holding(constants: list[Array], again: bool) -> Iterator[None]:
+    """Let finite differences, which NumPy is differentiated by, know constants.
+
+    NumPy has no stop-gradient: a constant that is computed from what is moved would move along. So a first run, with
+    `again` False, writes down what passes `stop_gradient`; a run at a moved point gets the same values, in this order.
+    """
+    values = iter(constants)
+
+    def write(x: Array) -> Array:
+        constants.append(x)
+        return x
+
+    token = _held.set((lambda x: next(values)) if again else write)
+    try:
+        yield
+    finally:
+        _held.reset(token)
 
 
 def is_concrete(x: Array) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import array_api_compat
 
 from gapo._namespace import Array
 from gapo.config import GAPOConfig
-from gapo.objectives import LogProbs
-from gapo.step import StepResult
+from gapo.objectives import Loss
+from gapo.pairs import LogProbs
+from gapo.result import StepResult
 
 
 def reward_metrics(chosen_logps: Array, rejected_logps: Array, config: GAPOConfig) -> dict[str, Array]:
@@ -45,9 +46,9 @@ def reference_metrics(log_ratio_margins: Array) -> dict[str, Array]:
         log_ratio_margins: (N,) z, the policy's margin minus the reference's on summed log-probabilities, nats.
 
     Returns:
-        Scalars: "reference/accuracies", the share of pairs with z > 0 (says nothing at the start, where the policy
-        is the reference and z is rounding), and "reference/margins", the mean of z. DPO's reward margin is its beta
-        times the latter.
+        Scalars: "reference/accuracies", the share of pairs with z > 0, and "reference/margins", the mean of z. The
+        first says nothing at the start, where the policy is the reference and z is rounding. DPO's reward margin is
+        its beta times the second.
     """
     xp = array_api_compat.array_namespace(log_ratio_margins)
     right = xp.astype(log_ratio_margins > 0, log_ratio_margins.dtype)
@@ -55,7 +56,7 @@ def reference_metrics(log_ratio_margins: Array) -> dict[str, Array]:
 
 
 def pair_metrics(logps: LogProbs, config: GAPOConfig) -> dict[str, Array]:
-    """`reward_metrics` of a batch, and `reference_metrics` where it has reference log-probabilities."""
+    """Leaves with the last caller: `step_metrics`."""
     averages = logps.per_token()
     metrics = reward_metrics(averages.chosen, averages.rejected, config)
     margins = logps.log_ratio_margins()
@@ -63,24 +64,58 @@ def pair_metrics(logps: LogProbs, config: GAPOConfig) -> dict[str, Array]:
 
 
 def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:
-    """Scalars of one step: `reward_metrics` where the log-probabilities are known, and GAPO's own under "gapo/"."""
+    """Scalars of one step of any objective.
+
+    The weights and the anchor's figures stand under "gapo/"; the latter only where the objective has an anchor.
+    `reward_metrics` needs a `margin_fn` that returns log-probabilities, `reference_metrics` a reference in the batch.
+    """
     xp = array_api_compat.array_namespace(result.margins)
     metrics: dict[str, Array] = {}
     if result.chosen_logps is not None and result.rejected_logps is not None:
         metrics |= reward_metrics(result.chosen_logps, result.rejected_logps, config)
+    if result.log_ratio_margins is not None:
+        metrics |= reference_metrics(result.log_ratio_margins)
     metrics |= {
-        "gapo/anchor_gap_mean": xp.mean(result.anchor_gaps),
-        "gapo/anchor_gap_std": xp.std(result.anchor_gaps),
         "gapo/weight_mean": xp.mean(result.weights),
         "gapo/weight_min": xp.min(result.weights),
         "gapo/weight_max": xp.max(result.weights),
-        "gapo/radius": result.radius,
-        "gapo/changed_fraction": result.changed_fraction,
-        "gapo/grad_norm": result.grad_norm,
     }
-    if result.first_order_ratio is not None:
-        metrics["gapo/first_order_ratio"] = result.first_order_ratio
+    if result.anchor_gaps is not None:
+        metrics |= {
+            "gapo/anchor_gap_mean": xp.mean(result.anchor_gaps),
+            "gapo/anchor_gap_std": xp.std(result.anchor_gaps),
+        }
+    for name in ("radius", "changed_fraction", "grad_norm", "first_order_ratio"):
+        if (value := getattr(result, name)) is not None:
+            metrics[f"gapo/{name}"] = value
     return metrics
+
+
+def evaluation_columns(loss: Loss, logps: LogProbs) -> dict[str, Array]:
+    """What an evaluation keeps of each pair of a batch, (N,) each: `evaluation_metrics` takes them of all batches.
+
+    Args:
+        loss: of the training; it is evaluated without an anchor (method document, step 6).
+        logps: of the batch, with its reference where `loss` needs one.
+
+    Returns:
+        "loss", "chosen" and "rejected" (nats per token), and "z" where the batch has a reference.
+    """
+    averages = logps.per_token()
+    columns = {"loss": loss.evaluated.losses(logps), "chosen": averages.chosen, "rejected": averages.rejected}
+    return columns if (z := logps.log_ratio_margins()) is None else {**columns, "z": z}
+
+
+def evaluation_metrics(columns: Mapping[str, Array], config: GAPOConfig) -> dict[str, Array]:
+    """Means over pairs: "loss", `reward_metrics`, and `reference_metrics` where there is a reference.
+
+    Args:
+        columns: of `evaluation_columns`, those of several batches one behind the other.
+        config: its `beta`.
+    """
+    xp = array_api_compat.array_namespace(columns["loss"])
+    metrics = {"loss": xp.mean(columns["loss"]), **reward_metrics(columns["chosen"], columns["rejected"], config)}
+    return metrics | reference_metrics(columns["z"]) if "z" in columns else metrics
 
 
 def combine(name: str, values: Iterable[float], pairs: Iterable[float] | None = None) -> Any:

@@ -57,8 +57,8 @@ def select(names: Iterable[str], head: Iterable[str], config: GAPOConfig) -> lis
 
 def layer_index(name: str) -> int | None:
     """Index of the layer of a parameter: the first whole number among the parts of its name, None without one."""
-    found = _LAYER_INDEX.search(name)
-    return int(found.group()) if found else None
+    index = _LAYER_INDEX.search(name)
+    return int(index.group()) if index else None
 
 
 def _last_layers(names: list[str], k: int) -> set[int]:

@@ -26,6 +26,8 @@ from frameworks import LIBRARIES, Library, require
 from hypothesis import settings
 from models import BACKENDS
 
+collect_ignore_glob = ["support/*", "fuzz/fuzz*.py"]  # no doctests there, and one import of each is enough
+
 settings.register_profile("default", deadline=None, max_examples=25, print_blob=True)
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

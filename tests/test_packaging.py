@@ -50,7 +50,7 @@ def test_the_wheel_holds_the_package_and_no_more(built: Path, wheel: zipfile.Zip
     inside = {str(path.relative_to(ROOT)) for path in (ROOT / "gapo").rglob("*") if path.is_file()}
     wanted = {name for name in inside if "__pycache__" not in name}
     assert {name for name in names if name.startswith("gapo/")} == wanted
-    assert {"gapo/py.typed", "gapo/experiments/page.html.jinja"} <= wanted
+    assert {"gapo/py.typed", "gapo/runs/output/page.html.jinja"} <= wanted
 
 
 def test_the_source_archive_builds_the_same(built: Path, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_the_source_archive_builds_the_same(built: Path, wheel: zipfile.ZipFile,
 
 
 def test_every_extra_is_declared(metadata: Message) -> None:
-    extras = {"torch", "jax", "mlx", "hf", "flax", "mlx-lm", "cli", "all", "fuzz", "dev"}
+    extras = {"torch", "jax", "mlx", "hf", "flax", "mlx-lm", "cli", "study", "all", "fuzz", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     plain = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert [Requirement(line).name for line in plain] == ["array-api-compat", "numpy"]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import griffe
 import hf_models
 import pytest
 from transformers import Trainer, TrainingArguments
@@ -30,10 +31,10 @@ def examples() -> dict[str, str]:
 def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the example under `heading` takes for given."""
     if heading == "devices.md":
-        import test_backend_jax
+        import jax_problem
 
-        params, batch = test_backend_jax.problem()
-        jax_names = {"params": params, "jax_batch": batch, "margin_fn": test_backend_jax.margin_fn}
+        params, batch = jax_problem.problem()
+        jax_names = {"params": params, "jax_batch": batch, "margin_fn": jax_problem.margin_fn}
         torch_names = {"sharded": hf_models.make("llama"), "batch": hf_models.batch()}
         return {**given("Trainer", folder, monkeypatch), **torch_names, **jax_names}
     if "Trainer" in heading:
@@ -47,7 +48,7 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     if "Flax" in heading:
         import optax
         from flax import nnx
-        from test_flax import batch, nnx_problem
+        from flax_problem import batch, nnx_problem
 
         model, optimizer = nnx_problem(optax.adam(1e-3))
         return {"model": model, "optimizer": optimizer, "batches": [batch(0), batch(1)], "nnx": nnx}
@@ -67,18 +68,16 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         return {"model": model, "tokenizer": tokenizer, "train": train, "args": args, "optimizer": optim.SGD(0.1)}
     if "(more)" in heading:
         import jax
-        import test_backend_jax
-        import test_backend_mlx
+        import jax_problem
+        import mlx_problem
 
         import gapo
 
-        params, batch = test_backend_jax.problem()
-        mlx_names = {"mlx_model": test_backend_mlx.mixer(), "mlx_batch": test_backend_mlx.BATCH}
+        params, batch = jax_problem.problem()
+        mlx_names = {"mlx_model": mlx_problem.mixer(), "mlx_batch": mlx_problem.BATCH}
         names = {"gapo": gapo, "jax": jax, "params": params, "batch": batch, **mlx_names}
-        return {**names, "margin_fn": test_backend_jax.margin_fn, "mlx_margin_fn": test_backend_mlx.margin_fn}
+        return {**names, "margin_fn": jax_problem.margin_fn, "mlx_margin_fn": mlx_problem.margin_fn}
     if heading in ("drift.md", "quantised.md"):
-        from test_quantised import save_wide_llama
-
         arguments = TrainingArguments(str(folder), max_steps=2, save_steps=2, report_to="none", use_cpu=True)
         names = {
             "Trainer": Trainer,
@@ -86,7 +85,7 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
             "pairs": hf_models.pairs(8),
             "held_out": hf_models.pairs(9, seed=1),
         }
-        save_wide_llama(folder / "model")
+        hf_models.save_wide_llama(folder / "model")
         names |= {"path": folder / "model", "tokenizer": hf_models.tokenizer(), "model": hf_models.make("llama")}
         return names
     if heading == "score.md":
@@ -118,6 +117,16 @@ def test_page_of_the_docs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     names = {"folder": tmp_path, **given(subject.get(page, page), tmp_path, monkeypatch)}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+def test_the_reference_shows_the_functions_that_users_call() -> None:
+    extensions = griffe.load_extensions(str(ROOT / "docs" / "public_signatures.py"))
+    modules = griffe.load("gapo.objectives", search_paths=[ROOT], extensions=extensions, resolve_aliases=True)
+    function = modules["dpo"]
+    arrays = ["chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"]
+    assert [p.name for p in function.parameters] == [*arrays, "beta", "reduction", "backend"]
+    assert all(f"{name}: (N,)" in function.docstring.value for name in arrays)
+    assert [p.name for p in modules["LogProbs"].parameters][:2] == ["self", "chosen"]  # others as they are written
 
 
 def test_the_readme_says_which_gapo_it_is() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 import gapo
 from gapo import geometry
-from gapo.experiments import plots
+from gapo.runs.output import plots
 
 CONFIG = gapo.GAPOConfig(rho=0.9, adaptive=False, probe="margin", perturb="all")
 THETA = np.array([0.5, 0.4])

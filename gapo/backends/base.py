@@ -15,7 +15,7 @@ LeafRule = Callable[[str, Array], Array]
 
 
 class Forward(Protocol):
-    """One clean forward of a batch, and what can be asked of it afterwards. The parameters stay as they are."""
+    """One clean forward of a batch, and its pullback. The parameters stay as they are."""
 
     @property
     def outputs(self) -> tuple[Array, ...]:
@@ -24,6 +24,17 @@ class Forward(Protocol):
     @property
     def parameters(self) -> dict[str, Array]:
         """Every trainable parameter by name."""
+
+    def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
+        """Gradients of `sum_j <cotangents[j], outputs[j]>` by the named parameters; 0 for one that was not used.
+
+        Called once, without `names`, for all parameters, after which the forward is spent. On an `AnchorForward` the
+        probe calls it before, with `names`; a backend may make the second call cheap.
+        """
+
+
+class AnchorForward(Forward, Protocol):
+    """A clean forward of which an anchor can be asked."""
 
     @property
     def head(self) -> Iterable[str]:
@@ -34,13 +45,6 @@ class Forward(Protocol):
 
         There a perturbation that is added to the weights is rounded, whatever their own dtype, which is not asked about
         here. False also where it cannot be seen. Asked before the update's pullback.
-        """
-
-    def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
-        """Gradients of `sum_j <cotangents[j], outputs[j]>` by the named parameters; 0 for one that was not used.
-
-        Called twice on one forward: first with `names`, for the probe; then without, for all parameters, after which
-        the forward is spent. A backend may make the second call cheap.
         """
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Array, ...]:
@@ -61,10 +65,36 @@ class Backend(Protocol):
     def xp(self) -> Namespace:
         """The framework's Array-API namespace."""
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> Forward:
+    def forward(
+        self,
+        margin_fn: MarginFn,
+        params: Any,
+        batch: Any,
+        config: GAPOConfig,
+        *,
+        anchor: bool = True,
+        by_side: bool = False,
+    ) -> Forward:
         """Run the clean forward so that it can be pulled back: automatic differentiation is each framework's own.
 
-        `config` tells what will be asked of it, so that a backend can choose its way.
+        The rest tells what will be asked of it, so that a backend can choose its way.
+
+        Args:
+            margin_fn: of (params, batch).
+            params: the framework's own form of parameters.
+            batch: handed to `margin_fn`.
+            config: settings of the step.
+            anchor: whether probe and anchor follow, so that it must be an `AnchorForward`.
+            by_side: whether the update's cotangents on chosen and rejected log-probabilities may differ by more than
+                their sign.
+        """
+
+    def differentiate(
+        self, losses: Callable[[tuple[Array, ...]], Array], values: Sequence[Array]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """`losses(values)`, (N,), and the derivative of their mean by each of `values`, (N,) each; all constants.
+
+        A pair's loss may depend on the others, so the derivative is the framework's own of the whole function.
         """
 
     def norm(self, x: Array) -> Array:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--output must be another file than the pairs, got {options.output!r} for both")
     from gapo.data import flip_pairs, read_pairs, write_rows
     from gapo.data.flip import evaluation_name
-    from gapo.data.writing import require_writable
+    from gapo.files import require_writable
 
     name = evaluation_name(options.pairs, options.split)
     if name is not None and not options.allow_eval:

@@ -10,14 +10,14 @@ from gapo._extras import named_extra
 from gapo.config import GAPOConfig
 
 if TYPE_CHECKING:
-    from gapo.experiments.score.config import ScoreConfig
+    from gapo.runs.score.score_config import ScoreConfig
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo score` with `arguments`; returns the exit status."""
     config, step = parse(arguments)
     with named_extra("gapo score", "cli"):
-        from gapo.experiments.score.flow import Files, score
+        from gapo.runs.score.flow import Files, score
 
     scores = score(config, step)
     files = Files(config.output)
@@ -33,7 +33,8 @@ def make_parser() -> Any:
     with named_extra("gapo score", "cli"):
         from jsonargparse import ArgumentParser
 
-        from gapo.experiments.score.config import ScoreConfig
+        from gapo.runs.options import add_fields
+        from gapo.runs.score.score_config import ScoreConfig
 
     parser = ArgumentParser(
         prog="gapo score",
@@ -42,14 +43,14 @@ def make_parser() -> Any:
         "--select lowest 0.7 --select_output kept.jsonl",
     )
     _add_arguments(parser, ScoreConfig)
-    parser.add_class_arguments(GAPOConfig, skip={"sft_weight"})
+    add_fields(parser, GAPOConfig, skip={"sft_weight"})
     return parser
 
 
 def parse(arguments: Sequence[str]) -> tuple[ScoreConfig, GAPOConfig]:
     """The command line as the two configurations; where it is none, the process ends with status 2, saying why."""
     parser = make_parser()
-    from gapo.experiments.score.config import ScoreConfig
+    from gapo.runs.score.score_config import ScoreConfig
 
     found = parser.parse_args(list(arguments))
     try:

@@ -1,1 +1,1 @@
-"""Runs around the method: `gapo train`, its tiny model, its report."""
+"""The address that `gapo.experiments.score` had before `gapo.runs` and `gapo.study` were rooms of their own."""

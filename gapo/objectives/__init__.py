@@ -1,18 +1,25 @@
-"""The objectives that GAPO is compared with, as functions of log-probabilities on any array library.
+"""The objectives: GAPO's and those that it is compared with, as functions of log-probabilities on any array library.
 
 Each function says what it needs: summed or length-normalised log-probabilities, a reference, lengths, the whole batch.
 `OBJECTIVES` holds them by name in one form for callers: `OBJECTIVES["dpo"].losses(LogProbs(...), beta=0.1)`.
 """
 
-from gapo.objectives.registry import OBJECTIVES, LogProbs, Objective, find, without_anchor
+from gapo.objectives.registry import OBJECTIVES, Loss, Objective, find, resolve, without_anchor
 from gapo.objectives.robust import cdpo, dr_dpo, rdpo, ropo
 from gapo.objectives.symmetric import ramp, sigmoid_loss, unhinged
 from gapo.objectives.with_reference import dpo, hypo, ipo, rpo
 from gapo.objectives.without_reference import amapo, simpo
+from gapo.pairs import LogProbs
+
+# The modules above register their objectives as they are imported. Lists and tables show them in this order.
+_ORDER = "gapo simpo amapo dpo cdpo rdpo dr_dpo ipo ropo hypo rpo sigmoid_loss ramp unhinged"
+for _name in _ORDER.split():
+    OBJECTIVES[_name] = OBJECTIVES.pop(_name)
 
 __all__ = [
     "OBJECTIVES",
     "LogProbs",
+    "Loss",
     "Objective",
     "amapo",
     "cdpo",
@@ -23,6 +30,7 @@ __all__ = [
     "ipo",
     "ramp",
     "rdpo",
+    "resolve",
     "ropo",
     "rpo",
     "sigmoid_loss",

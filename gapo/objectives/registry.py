@@ -1,170 +1,315 @@
-"""One form for all objectives: what a caller hands in, and what each objective takes of it."""
+"""One form for all objectives: a function of `LogProbs`, what it needs, and its settings.
+
+`Objective` is that form. `objective` makes one of a formula and, beside it, the public function of plain arrays.
+`resolve` turns whatever a user names into a `Loss`, which is what the step takes.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import gapo.objective
-from gapo._namespace import Array, namespace
-from gapo.config import GAPOConfig
-from gapo.objective import require_choice
-from gapo.objectives import robust, symmetric, with_reference, without_reference
-from gapo.objectives.checks import check_settings, log_ratio_margins
+from gapo._namespace import Array, library, namespace
+from gapo.config import GAPOConfig, named
+from gapo.objective import (
+    LOSS_TYPES,
+    REDUCTIONS,
+    check_batches,
+    check_objective,
+    reduce,
+    require_choice,
+    require_number,
+)
+from gapo.pairs import LogProbs
 
-_SIDES = ("chosen", "rejected")
-_REFERENCE = ("ref_chosen", "ref_rejected")
-_ANCHOR = ("anchor_chosen", "anchor_rejected")
-_CALL = ("reduction", "backend")  # arguments of how a function is called, not of which loss it is
+OBJECTIVES: dict[str, Objective] = {}
+
+# What a setting accepts, as the message says it and as the check asks it: one meaning for one name, everywhere.
+_ACCEPTED: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "beta": ("> 0", lambda v: v > 0),
+    "beta_prime": ("> 0", lambda v: v > 0),
+    "gamma": ("", lambda v: True),
+    "tau": ("> 0", lambda v: v > 0),
+    "alpha": ("> 0", lambda v: v > 0),
+    "eta": (">= 0", lambda v: v >= 0),
+    "clip": ("> 0", lambda v: v > 0),
+    "label_smoothing": ("in [0, 0.5)", lambda v: 0 <= v < 0.5),
+}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LogProbs:
-    """What a batch of N pairs says to any objective. Log-probabilities are SUMMED over the response's tokens, nats.
-
-    Attributes:
-        chosen: (N,) of each chosen response under the policy.
-        rejected: (N,) of each rejected response under the policy.
-        chosen_lengths: (N,) number of tokens of each chosen response, >= 1; integers or floats.
-        rejected_lengths: (N,) the same of each rejected response.
-        ref_chosen: (N,) of each chosen response under the reference; None where there is none.
-        ref_rejected: (N,) of each rejected response under the reference.
-        anchor_chosen: (N,) of each chosen response under the anchor, which GAPO alone needs.
-        anchor_rejected: (N,) of each rejected response under the anchor.
-    """
-
-    chosen: Array
-    rejected: Array
-    chosen_lengths: Array
-    rejected_lengths: Array
-    ref_chosen: Array | None = None
-    ref_rejected: Array | None = None
-    anchor_chosen: Array | None = None
-    anchor_rejected: Array | None = None
-
-    @classmethod
-    def from_averages(
-        cls,
-        chosen: Array,
-        rejected: Array,
-        lengths: Array,
-        ref_chosen: Array | None = None,
-        ref_rejected: Array | None = None,
-    ) -> LogProbs:
-        """From length-normalised log-probabilities under the policy.
-
-        Args:
-            chosen: (N,) nats per token.
-            rejected: (N,) nats per token.
-            lengths: (2N,) numbers of tokens, those of the chosen responses first.
-            ref_chosen: (N,) summed, nats, as the columns of a data set hold them; None without a reference.
-            ref_rejected: (N,) likewise.
-        """
-        n = chosen.shape[0]
-        xp = namespace(chosen=chosen, lengths=lengths)
-        counts = xp.astype(lengths, chosen.dtype)
-        return cls(
-            chosen=chosen * counts[:n],
-            rejected=rejected * counts[n:],
-            chosen_lengths=lengths[:n],
-            rejected_lengths=lengths[n:],
-            ref_chosen=ref_chosen,
-            ref_rejected=ref_rejected,
-        )
-
-    def log_ratio_margins(self) -> Array | None:
-        """z (N,), the policy's margin minus the reference's, summed, nats; None without a reference."""
-        if self.ref_chosen is None or self.ref_rejected is None:
-            return None
-        return log_ratio_margins(self.chosen, self.rejected, self.ref_chosen, self.ref_rejected, None)[1]
-
-    def per_token(self) -> LogProbs:
-        """The same with every log-probability divided by its response's length: nats per token."""
-        divided = {}
-        for name in (*_SIDES, *_REFERENCE, *_ANCHOR):
-            sums = getattr(self, name)
-            lengths = self.chosen_lengths if name.endswith("chosen") else self.rejected_lengths
-            divided[name] = None if sums is None else _per_token(sums, lengths)
-        return replace(self, **divided)
+def check_settings(**settings: Any) -> None:
+    """Raise ValueError, naming the setting, for one out of its range. `gamma` may also be an array (N,)."""
+    for name, value in settings.items():
+        if name == "loss_type":
+            require_choice("loss_type", value, LOSS_TYPES)
+        elif name in _ACCEPTED and not (name == "gamma" and getattr(value, "shape", ()) != ()):
+            require_number(name, value, *_ACCEPTED[name])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Objective:
-    """One objective, and what it needs.
+    """One objective, and what it needs. A user's own is `Objective(name=..., function=...)`.
 
     Attributes:
         name: its key in `OBJECTIVES`, which is also the `loss` of `gapo train`.
-        function: the function of log-probabilities, of `gapo.objectives` (or `gapo.loss`).
+        function: `function(logps, **settings)`, the loss of each pair (N,) from a `LogProbs`, differentiable in it. Its
+            settings are keyword-only.
         paper: where it comes from.
-        needs_reference: whether it compares with a reference policy: `LogProbs.ref_chosen`, `LogProbs.ref_rejected`.
-        needs_anchor: whether it compares with an anchor (GAPO alone), which the step makes.
-        needs_lengths: whether the function takes the chosen lengths besides summed log-probabilities.
-        average: whether its log-probabilities are length-normalised; otherwise they are sums.
+        needs_reference: whether it compares with a reference policy: `LogProbs.ref_chosen`, `ref_rejected`, `z`.
+        needs_anchor: whether it compares with an anchor, which the step makes: `LogProbs.anchor_gaps`.
+        average: whether the public function of arrays takes length-normalised log-probabilities; otherwise sums.
+        of_margins: whether the policy enters by its margins alone. One backward then serves probe and update with half
+            the memory.
         batch_statistics: whether the loss of a pair depends on the other pairs of its batch.
+        step_settings: the settings that it takes from `GAPOConfig`, and not from its caller.
         defaults: its settings by name, with their defaults.
+
+    Raises:
+        TypeError: `function` cannot be called, or has a setting without a default.
     """
 
     name: str
     function: Callable[..., Array]
-    paper: str
+    paper: str = ""
     needs_reference: bool = False
     needs_anchor: bool = False
-    needs_lengths: bool = False
     average: bool = False
+    of_margins: bool = False
     batch_statistics: bool = False
+    step_settings: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        options = inspect.signature(self.function).parameters.values()
-        found = {p.name: p.default for p in options if p.kind is p.KEYWORD_ONLY and p.name not in _CALL}
-        object.__setattr__(self, "defaults", found)
+        if not callable(self.function):
+            raise TypeError(f"objective {self.name!r}: function must be callable, got {named(self.function)}")
+        options = [p for p in _parameters(self.function) if p.kind is p.KEYWORD_ONLY]
+        if bare := [p.name for p in options if p.default is p.empty]:
+            raise TypeError(f"objective {self.name!r}: give the setting {bare[0]!r} a default")
+        object.__setattr__(self, "defaults", {p.name: p.default for p in options})
 
-    def settings(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """All settings: `given` ones over the defaults.
+    def settings(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """All settings: those of the caller over the defaults.
 
         Raises:
             ValueError: one is not this objective's, or out of its range.
         """
-        given = dict(given or {})
-        for name in given:
+        settings = dict(settings or {})
+        for name in settings:
             if name not in self.defaults:
-                accepted = ", ".join(f"{key} ({value!r})" for key, value in self.defaults.items())
+                accepted = ", ".join(f"{key} ({value!r})" for key, value in self.defaults.items()) or "none"
                 raise ValueError(f"objective {self.name!r} has no setting {name!r}; it takes {accepted}")
-        settings = {**self.defaults, **given}
+        settings = {**self.defaults, **settings}
         check_settings(**settings)
         return settings
 
     def losses(self, logps: LogProbs, **settings: Any) -> Array:
         """Loss of each pair, (N,), float32 or wider; its mean over the batch is what training minimises.
 
-        Differentiable in `logps.chosen` and `logps.rejected` alone.
+        Differentiable in the policy's log-probabilities alone.
 
         Args:
-            logps: the batch; sums, which are divided by the lengths here where the objective is of averages.
+            logps: the batch.
             settings: as `defaults`, whose values stand for those left out.
 
         Raises:
-            TypeError, ValueError: what the objective needs is missing, does not fit, or a setting is not accepted.
+            TypeError, ValueError: the batch lacks what the objective needs, a setting is not accepted, or the function
+                returns anything but (N,) losses.
         """
-        return self.function(*self._arguments(logps), **self.settings(settings), reduction="none")
+        settings = self.settings(settings)
+        for prefix, needed in (("ref", self.needs_reference), ("anchor", self.needs_anchor)):
+            if needed and not logps.has(prefix):
+                raise ValueError(
+                    f"objective {self.name!r} needs LogProbs({prefix}_chosen=..., {prefix}_rejected=...), "
+                    f"got {prefix}_chosen=None"
+                )
+        losses = self.function(logps, **settings)
+        if library(losses) is None or tuple(losses.shape) != logps.shape:
+            came = f"shape {tuple(losses.shape)}" if hasattr(losses, "shape") else named(losses)
+            raise ValueError(
+                f"objective {self.name!r} must return the loss of each pair, an array of shape {logps.shape}, not "
+                f"reduced; got {came}"
+            )
+        return losses
 
-    def _arguments(self, logps: LogProbs) -> list[Array]:
-        names = _SIDES + _REFERENCE * self.needs_reference + _ANCHOR * self.needs_anchor
-        for name in names:
-            if getattr(logps, name) is None:
-                needed = ", ".join(f"{missing}=..." for missing in names[2:])
-                raise ValueError(f"objective {self.name!r} needs LogProbs({needed}), got {name}=None")
-        taken = logps.per_token() if self.average else logps
-        arrays = [getattr(taken, name) for name in names]
-        return [*arrays, logps.chosen_lengths] if self.needs_lengths else arrays
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:  # such as a builtin
+        return []
 
 
-def _per_token(sums: Array, lengths: Array) -> Array:
-    """`sums` divided by `lengths`, in the dtype of `sums`."""
-    xp = namespace(sums=sums, lengths=lengths)
-    return sums / xp.astype(lengths, sums.dtype)
+def objective(**about: Any) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """Register a formula as an `Objective`, and return the public function of plain arrays.
+
+    The formula takes a `LogProbs` and keyword-only settings, and returns (N,) losses. The public function takes arrays
+    in DPO's order: the policy's two, then the reference's or the anchor's.
+
+    Args:
+        about: fields of `Objective`; `lengths=True` when the function of arrays takes `chosen_lengths` too.
+    """
+    lengths = about.pop("lengths", False)
+
+    def register(formula: Callable[..., Array]) -> Callable[..., Array]:
+        entry = Objective(name=formula.__name__, function=formula, **about)
+        OBJECTIVES[entry.name] = entry
+        return _of_arrays(entry, lengths)
+
+    return register
+
+
+def _of_arrays(entry: Objective, lengths: bool) -> Callable[..., Array]:
+    """The public function of an objective: checks, namespace and reduction around its formula."""
+    prefixes = ["", *(["ref_"] if entry.needs_reference else []), *(["anchor_"] if entry.needs_anchor else [])]
+    sides = [prefix + side for prefix in prefixes for side in ("chosen", "rejected")]
+    names = [f"{side}_logps" for side in sides] + (["chosen_lengths"] if lengths else [])
+
+    @functools.wraps(entry.function)
+    def function(*args: Any, reduction: str = "mean", backend: str | None = None, **options: Any) -> Array:
+        arrays = _bound(entry, names, args, options)
+        settings = {**entry.defaults, **options}
+        check_settings(**settings)
+        require_choice("reduction", reduction, REDUCTIONS)
+        counts = {name: arrays.pop(name) for name in ("chosen_lengths",) if name in arrays}
+        xp = namespace(backend, **arrays, **counts)
+        check_batches(arrays | {name: xp.astype(x, arrays[names[0]].dtype) for name, x in counts.items()}, xp)
+        if "gamma" in settings:
+            check_objective(settings["beta"], settings["gamma"], "sigmoid", 0.0, n=arrays[names[0]].shape[0])
+        by_side = dict(zip(sides, arrays.values(), strict=True))
+        sums, averages = ({}, by_side) if entry.average else (by_side, {})
+        logps = LogProbs.of_arrays(sums, averages, {"chosen": counts.get("chosen_lengths")})
+        return reduce(entry.losses(logps, **settings), reduction, xp)
+
+    P = inspect.Parameter
+    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [P(name, P.POSITIONAL_OR_KEYWORD, annotation="Array") for name in names]
+        + [p for p in _parameters(entry.function) if p.kind is p.KEYWORD_ONLY]
+        + [P("reduction", P.KEYWORD_ONLY, default="mean", annotation="str")]
+        + [P("backend", P.KEYWORD_ONLY, default=None, annotation="str | None")],
+        return_annotation="Array",
+    )
+    function.__annotations__ = {p.name: p.annotation for p in function.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    function.__doc__ = _documented(entry, names)
+    return function
+
+
+def _bound(entry: Objective, names: list[str], args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The arrays by name; they leave `options`, in which settings stay. Raises TypeError as Python does."""
+    if len(args) > len(names):
+        raise TypeError(f"{entry.name}() takes {len(names)} positional arguments but {len(args)} were given")
+    arrays = dict(zip(names, args, strict=False))
+    for name in names[len(args) :]:
+        if name not in options:
+            raise TypeError(f"{entry.name}() is missing the argument {name!r}")
+        arrays[name] = options.pop(name)
+    if unknown := [name for name in options if name not in entry.defaults]:
+        raise TypeError(f"{entry.name}() got an unexpected keyword argument {unknown[0]!r}")
+    return arrays
+
+
+_MEANING = {
+    "chosen_logps": "(N,) {kind} log-probability of each chosen response under the policy, {unit}.",
+    "rejected_logps": "(N,) the same of each rejected response.",
+    "ref_chosen_logps": "(N,) the same of each chosen response under the reference. Carries no gradient, ever.",
+    "ref_rejected_logps": "(N,) the same of each rejected response under the reference.",
+    "anchor_chosen_logps": "(N,) the same of each chosen response under the anchor. Carries no gradient, ever.",
+    "anchor_rejected_logps": "(N,) the same of each rejected response under the anchor.",
+    "chosen_lengths": "(N,) number of tokens of each chosen response, >= 1, integers or floats.",
+}
+
+
+def _documented(entry: Objective, names: list[str]) -> str:
+    """The formula's docstring with the arguments that all functions share around those of its settings."""
+    kind, unit = ("length-normalised", "nats per token") if entry.average else ("summed", "nats")
+    arrays = [f"    {name}: {_MEANING[name].format(kind=kind, unit=unit)}" for name in names]
+    shared = [
+        '    reduction: "mean", "sum" or "none".',
+        '    backend: "numpy", "torch", "jax" or "mlx" to state the library; None finds it from the arrays.',
+        "",
+        "Returns:",
+        '    Scalar, or (N,) for reduction="none"; float32 or wider, differentiable in the first two arguments.',
+        "",
+        "Raises:",
+        "    TypeError: an argument is not an array, not floating point, or not of the library of the others.",
+        "    ValueError: shapes differ or are not (N,) with N >= 1, or a setting is out of its range.",
+    ]
+    head, _, rest = inspect.cleandoc(entry.function.__doc__ or "").partition("Args:\n")
+    settings, _, source = rest.partition("\n\n")
+    return "\n".join([head + "Args:", *arrays, settings, *shared, "", source])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loss:
+    """What a step minimises: an objective with its settings, and the SFT term.
+
+    Attributes:
+        objective: the objective.
+        settings: all of its settings.
+        sft_weight: weight of the SFT term, the chosen response's negative log-probability per token.
+        probe: the loss that stands for it where there is no anchor, in evaluation; None for itself.
+    """
+
+    objective: Objective
+    settings: Mapping[str, Any]
+    sft_weight: float = 0.0
+    probe: Loss | None = None
+
+    @property
+    def name(self) -> str:
+        return self.objective.name
+
+    @property
+    def needs_anchor(self) -> bool:
+        return self.objective.needs_anchor
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.objective.needs_reference
+
+    @property
+    def by_side(self) -> bool:
+        """Whether the two sides of a pair may be pulled by other amounts than plus and minus the same."""
+        return bool(self.sft_weight) or not self.objective.of_margins
+
+    @property
+    def evaluated(self) -> Loss:
+        """The loss that an evaluation reports: without an anchor and without the SFT term.
+
+        An objective with an anchor is evaluated by the probe's loss, SimPO's.
+        """
+        return self.probe if self.probe is not None else replace(self, sft_weight=0.0)
+
+    def over(self, gamma: Any) -> Loss:
+        """The same with another `gamma`, a float or (N,); None leaves it.
+
+        Raises:
+            ValueError: the objective has no such setting.
+        """
+        if gamma is None:
+            return self
+        if "gamma" not in self.settings:
+            holders = " and ".join(repr(name) for name, entry in OBJECTIVES.items() if "gamma" in entry.defaults)
+            takes = ", ".join(self.settings) or "no settings"
+            raise ValueError(f"gamma is of objectives {holders}; {self.name!r} takes {takes}")
+        return replace(self, settings={**self.settings, "gamma": gamma})
+
+    def losses(self, logps: LogProbs) -> Array:
+        """Loss of each pair (N,), the SFT term included."""
+        gamma = self.settings.get("gamma")
+        if getattr(gamma, "shape", ()) != ():
+            check_objective(1.0, gamma, "sigmoid", 0.0, n=logps.shape[0])
+        losses = self.objective.losses(logps, **self.settings)
+        if not self.sft_weight:
+            return losses
+        if logps.margins_alone:
+            raise ValueError(
+                f"sft_weight={self.sft_weight} needs the chosen log-probs: let margin_fn return (chosen_logps, "
+                "rejected_logps)"
+            )
+        return losses - self.sft_weight * logps.chosen_per_token
 
 
 def find(name: str) -> Objective:
@@ -173,87 +318,59 @@ def find(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def without_anchor(
-    name: str, config: GAPOConfig, given: Mapping[str, Any] | None = None
-) -> tuple[Objective, dict[str, Any]]:
-    """The loss that objective `name` is evaluated by, and all but "gapo" are trained by, with its settings.
+def as_objective(objective: str | Objective | Callable[..., Array]) -> Objective:
+    """The objective that a caller means by a name, an `Objective`, or a function of `LogProbs`.
 
-    For "gapo" it is the probe's, SimPO's. These two take their settings from `config`, the others `given` ones.
+    A function says by its attributes `needs_anchor` and `needs_reference` that it needs them; without, it does not.
 
     Raises:
-        ValueError: an unknown name, or settings that are not accepted.
+        TypeError: it is none of these.
+        ValueError: no objective has this name.
     """
-    objective = find(name)
-    if name in ("gapo", "simpo"):
-        if given:
-            raise ValueError(
-                f"objective {name!r} takes beta and gamma from gapo.GAPOConfig, not from settings of its own; "
-                f"got {dict(given)}"
-            )
-        return OBJECTIVES["simpo"], {"beta": config.beta, "gamma": config.gamma}
-    return objective, objective.settings(given)
-
-
-_LIST = (
-    Objective(
-        name="gapo",
-        function=gapo.objective.loss,
-        paper="Cho, Kim, Kim, arXiv 2602.04909",
-        needs_anchor=True,
-        average=True,
-    ),
-    Objective(name="simpo", function=without_reference.simpo, paper="Meng, Xia, Chen, arXiv 2405.14734", average=True),
-    Objective(
-        name="amapo",
-        function=without_reference.amapo,
-        paper="Deng, Feng, Lei, arXiv 2511.09385",
-        average=True,
-        batch_statistics=True,
-    ),
-    Objective(name="dpo", function=with_reference.dpo, paper="Rafailov et al., arXiv 2305.18290", needs_reference=True),
-    Objective(
-        name="cdpo",
-        function=robust.cdpo,
-        paper="Mitchell, A note on DPO with noisy preferences (2023)",
-        needs_reference=True,
-    ),
-    Objective(
-        name="rdpo",
-        function=robust.rdpo,
-        paper="Chowdhury, Kini, Natarajan, arXiv 2403.00409",
-        needs_reference=True,
-    ),
-    Objective(
-        name="dr_dpo",
-        function=robust.dr_dpo,
-        paper="Wu et al., arXiv 2407.07880",
-        needs_reference=True,
-        batch_statistics=True,
-    ),
-    Objective(
-        name="ipo",
-        function=with_reference.ipo,
-        paper="Azar et al., arXiv 2310.12036",
-        needs_reference=True,
-        average=True,
-    ),
-    Objective(name="ropo", function=robust.ropo, paper="Liang et al., arXiv 2404.04102", needs_reference=True),
-    Objective(name="hypo", function=with_reference.hypo, paper="Yuan et al., arXiv 2602.11902", needs_reference=True),
-    Objective(
-        name="rpo",
-        function=with_reference.rpo,
-        paper="Liu et al., arXiv 2405.16436",
-        needs_reference=True,
-        needs_lengths=True,
-    ),
-    *(
-        Objective(
-            name=name,
-            function=getattr(symmetric, name),
-            paper="Nishimori et al., arXiv 2505.24709",
-            needs_reference=True,
+    if isinstance(objective, Objective):
+        return objective
+    if callable(objective) and not isinstance(objective, type):
+        return Objective(
+            name=getattr(objective, "__name__", type(objective).__name__),
+            function=objective,
+            needs_anchor=bool(getattr(objective, "needs_anchor", False)),
+            needs_reference=bool(getattr(objective, "needs_reference", False)),
         )
-        for name in ("sigmoid_loss", "ramp", "unhinged")
-    ),
-)
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _LIST}
+    if isinstance(objective, type):
+        raise TypeError(f"objective must be a name, an Objective or a function of LogProbs, got {named(objective)}")
+    return find(objective)
+
+
+def resolve(
+    objective: str | Objective | Callable[..., Array] = "gapo",
+    config: GAPOConfig | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Loss:
+    """The loss of a step.
+
+    Args:
+        objective: a name of `OBJECTIVES`, an `Objective`, or a function of `LogProbs` that returns (N,) losses.
+        config: settings of the step, from which "gapo" and "simpo" take theirs, and the SFT term; None for defaults.
+        settings: of the other objectives; None for their defaults.
+
+    Raises:
+        TypeError, ValueError: the objective is none of these, or a setting is not accepted.
+    """
+    config = GAPOConfig() if config is None else config
+    entry = as_objective(objective)
+    if entry.step_settings and settings:
+        raise ValueError(
+            f"objective {entry.name!r} takes {' and '.join(entry.step_settings[:2])} from gapo.GAPOConfig, not from "
+            f"settings of its own; got {dict(settings)}"
+        )
+    own = {name: getattr(config, name) for name in entry.step_settings} or entry.settings(settings)
+    probe = resolve("simpo", replace(config, sft_weight=0.0)) if entry.needs_anchor else None
+    return Loss(objective=entry, settings=own, sft_weight=config.sft_weight, probe=probe)
+
+
+def without_anchor(
+    name: str, config: GAPOConfig, settings: Mapping[str, Any] | None = None
+) -> tuple[Objective, dict[str, Any]]:
+    """Leaves with the last caller: `resolve(...).evaluated`."""
+    loss = resolve(name, config, settings).evaluated
+    return loss.objective, dict(loss.settings)

@@ -1,41 +1,50 @@
-"""Objectives of the policy alone, on length-normalised log-probabilities.
-
-M = logp(chosen) - logp(rejected), in nats per token.
-"""
+"""Objectives of the policy alone, and GAPO's, on length-normalised log-probabilities."""
 
 from __future__ import annotations
 
-from gapo import objective
 from gapo._namespace import Array, Namespace, stop_gradient
-from gapo.objectives.checks import check_settings, prepare
+from gapo.objective import pair_losses
+from gapo.objectives.registry import objective
+from gapo.pairs import LogProbs
 
 _LARGEST_EXPONENT = 60.0
 
 
-def simpo(
-    chosen_logps: Array,
-    rejected_logps: Array,
+@objective(
+    paper="Cho, Kim, Kim, arXiv 2602.04909",
+    needs_anchor=True,
+    average=True,
+    of_margins=True,
+    step_settings=("beta", "gamma", "loss_type", "label_smoothing"),
+)
+def gapo(
+    logps: LogProbs,
     *,
     beta: float = 2.5,
     gamma: float | Array = 0.25,
-    reduction: str = "mean",
-    backend: str | None = None,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
 ) -> Array:
+    """GAPO: `-log sigmoid(beta * Gamma - gamma)`, with Gamma the anchor gap. The same as `gapo.loss`.
+
+    Args:
+        beta: logistic temperature, > 0.
+        gamma: target gap times beta: a float, or (N,) one for each pair.
+        loss_type: "sigmoid" or "hinge".
+        label_smoothing: in [0, 0.5).
+
+    Source: Cho, Kim, Kim, arXiv 2602.04909; method document, step 5.
+    """
+    return pair_losses(logps.anchor_gaps, beta, gamma, loss_type, label_smoothing, logps.xp)
+
+
+@objective(paper="Meng, Xia, Chen, arXiv 2405.14734", average=True, of_margins=True, step_settings=("beta", "gamma"))
+def simpo(logps: LogProbs, *, beta: float = 2.5, gamma: float | Array = 0.25) -> Array:
     """SimPO: `-log sigmoid(beta * M - gamma)`, with M the margin of length-normalised log-probabilities.
 
     Args:
-        chosen_logps: (N,) length-normalised log-probability of each chosen response, nats per token.
-        rejected_logps: (N,) the same of each rejected response.
         beta: logistic temperature, > 0.
         gamma: target margin times beta (SimPO's code takes `gamma / beta`): a float, or (N,) one for each pair.
-        reduction: "mean", "sum" or "none".
-        backend: "numpy", "torch", "jax" or "mlx" to state the library; None finds it from the arrays.
-
-    Returns:
-        Scalar, or (N,) for reduction="none"; float32 or wider.
-
-    Raises:
-        TypeError, ValueError: as `gapo.loss`.
 
     Source: Meng, Xia, Chen, arXiv 2405.14734; the defaults are its recipe for Mistral-7B-Instruct. It is also the probe
     loss of GAPO (method document, step 2).
@@ -44,38 +53,19 @@ def simpo(
     >>> round(float(simpo(np.array([-1.0]), np.array([-1.1]))), 4)
     0.6931
     """
-    xp, (chosen, rejected) = prepare(backend, chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    objective.check_objective(beta, gamma, "sigmoid", 0.0, n=chosen.shape[0])  # gamma may be one for each pair
-    check_settings(reduction=reduction)
-    return objective.reduce(objective.pair_losses(chosen - rejected, beta, gamma, "sigmoid", 0.0, xp), reduction, xp)
+    return pair_losses(logps.margins, beta, gamma, "sigmoid", 0.0, logps.xp)
 
 
-def amapo(
-    chosen_logps: Array,
-    rejected_logps: Array,
-    *,
-    beta: float = 2.0,
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> Array:
+@objective(paper="Deng, Feng, Lei, arXiv 2511.09385", average=True, of_margins=True, batch_statistics=True)
+def amapo(logps: LogProbs, *, beta: float = 2.0) -> Array:
     """AMaPO: SimPO with a target of each pair's own, larger the further the pair lags behind its batch.
 
     `-log sigmoid(beta * M - m)`, with the constant `m = beta * [M < mu] * exp((mu - M) / s * mu)`, where mu and s are
-    the mean and the sample standard deviation of M over the batch. A pair at or above the mean has the target 0.
+    the mean and the sample standard deviation of M over the batch. A pair at or above the mean has the target 0. The
+    target carries no gradient.
 
     Args:
-        chosen_logps: (N,) length-normalised log-probability of each chosen response, nats per token. The N pairs are
-            the batch whose statistics set the targets.
-        rejected_logps: (N,) the same of each rejected response.
         beta: logistic temperature, > 0.
-        reduction: "mean", "sum" or "none".
-        backend: "numpy", "torch", "jax" or "mlx" to state the library; None finds it from the arrays.
-
-    Returns:
-        Scalar, or (N,) for reduction="none"; float32 or wider. The target carries no gradient.
-
-    Raises:
-        TypeError, ValueError: as `gapo.loss`.
 
     Source: Deng, Feng, Lei, arXiv 2511.09385; beta 2 is its recipe for Mistral-7B, of 2 to 3 overall.
 
@@ -83,11 +73,8 @@ def amapo(
     >>> round(float(amapo(np.array([-1.0]), np.array([-1.0]))), 4)
     0.6931
     """
-    xp, (chosen, rejected) = prepare(backend, chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    check_settings(beta=beta, reduction=reduction)
-    margins = chosen - rejected
-    gamma = beta * _adaptive_targets(stop_gradient(margins), xp)
-    return objective.reduce(objective.pair_losses(margins, beta, gamma, "sigmoid", 0.0, xp), reduction, xp)
+    gamma = beta * _adaptive_targets(stop_gradient(logps.margins), logps.xp)
+    return pair_losses(logps.margins, beta, gamma, "sigmoid", 0.0, logps.xp)
 
 
 def _adaptive_targets(margins: Array, xp: Namespace) -> Array:

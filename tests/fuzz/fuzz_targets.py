@@ -21,11 +21,13 @@ import fuzz_values
 
 from gapo import GAPOConfig, data
 from gapo.commands import score as score_command
-from gapo.experiments import config as train_config
-from gapo.experiments.config import ConfigError, TrainConfig
-from gapo.experiments.score import ScoreConfig
-from gapo.experiments.study import config as study_config
-from gapo.experiments.study.config import StudyConfig
+from gapo.commands import study as study_command
+from gapo.commands import train as train_command
+from gapo.runs import options
+from gapo.runs.errors import ConfigError
+from gapo.runs.score import ScoreConfig
+from gapo.runs.train.train_config import TrainConfig
+from gapo.study.study_config import StudyConfig
 
 # "g" is packed here; "v", below, is made of values
 PAIR_FILES = {
@@ -99,7 +101,7 @@ def config(raw: bytes) -> str:
     """The parsers of `gapo train`, `gapo study` and `gapo score`: a YAML file, or arguments, one a line."""
     kind, rest = _kind(raw, CONFIGS), raw[1:]
     if kind in "yxY":
-        made = fuzz_values.settings(rest, train_config.known_keys(_CLASSES[kind]))
+        made = fuzz_values.settings(rest, options.known_keys(_CLASSES[kind]))
         lines = (f"--{k}={v}" if kind == "Y" else f"{k}: {v}" for k, v in made.items())
         kind, rest = {"y": "t", "x": "s", "Y": "T"}[kind], "\n".join(lines).encode()
     arguments = rest.decode("utf-8", errors="surrogateescape").split("\n")
@@ -126,13 +128,13 @@ def config(raw: bytes) -> str:
 
 @cache
 def _parsers() -> Mapping[str, Callable[[list[str]], tuple[Any, ...]]]:
-    for module in (train_config, study_config, score_command):  # making a parser takes longer than parsing
+    for module in (train_command, study_command, score_command):  # making a parser takes longer than parsing
         module.make_parser = cache(module.make_parser)
     return {
-        "t": train_config.parse,
-        "T": train_config.parse,
-        "s": lambda arguments: (study_config.parse(arguments),),
-        "S": lambda arguments: (study_config.parse(arguments),),
+        "t": train_command.parse,
+        "T": train_command.parse,
+        "s": lambda arguments: (study_command.parse(arguments),),
+        "S": lambda arguments: (study_command.parse(arguments),),
         "C": score_command.parse,
     }
 
@@ -186,7 +188,7 @@ def words(target: str) -> list[str]:
             "1e999",
         ]
         return [*row, *messages, '""', '"\n"', "\ufeff", "\x1f\ufffd", "PAR1", "[[[[", "{{{{", "\\u0000", "\r\n"]
-    keys = train_config.known_keys((TrainConfig, GAPOConfig, StudyConfig, ScoreConfig))
+    keys = options.known_keys((TrainConfig, GAPOConfig, StudyConfig, ScoreConfig))
     values = [
         ".nan",
         ".inf",

@@ -18,10 +18,10 @@ from gapo.adapters.hf.models import forward_parameters
 from gapo.adapters.hf.prepared import PreparedModel, require_graph
 from gapo.adapters.hf.supported import left_out, require_supported
 from gapo.backends.base import by_pairs
-from gapo.backends.torch import TorchBackend, TorchForward
+from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.sharded import is_shard
 from gapo.backends.torch.zero3 import Zero3Forward, is_zero3
-from gapo.data.reference import require_reference
+from gapo.data.reference_columns import require_reference
 from gapo.metrics import combine, pair_metrics, reference_metrics, reward_metrics, step_metrics
 from gapo.objectives import LogProbs
 from gapo.step import StepResult, run
@@ -145,7 +145,7 @@ class Attachment:
         """Log-probabilities of a batch, and the loss without an anchor of each pair."""
         objective, settings = self._callback.losses_without_anchor
         if objective.needs_reference:
-            require_reference(objective.name, inputs)
+            require_reference(objective.name, inputs, "gapo.adapters.hf.with_reference_logps")
         logps = log_probs(model, inputs)
         return logps, objective.losses(logps, **settings)
 
@@ -160,7 +160,7 @@ class Attachment:
         # prepare, and a second clean one (see `TorchForward`) may run on some ranks only. DeepSpeed's engine would take
         # the probe's backward for the update's.
         self._through = bare if self.trainer.is_deepspeed_enabled else model
-        forward: TorchForward
+        forward: Any
         if is_zero3(bare):
             forward = Zero3Forward(pair_logps, model, inputs, self._config)
         else:

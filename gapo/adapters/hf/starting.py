@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gapo.adapters.hf.margins import row_logits
 from gapo.backends.torch.token_kl import token_kl
 from gapo.data.tokenize import IGNORE_INDEX
-from gapo.data.writing import whole
+from gapo.files import whole
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -15,7 +15,8 @@ from gapo.backends.base import MarginFn
 from gapo.backends.torch.forward import TorchForward
 from gapo.backends.torch.onepass import OnePassForward
 from gapo.backends.torch.pairgrads import Verdicts
-from gapo.backends.torch.sharded import ShardedForward, by_rank, fsdp_units, is_shard, like_shard
+from gapo.backends.torch.plain import PlainForward
+from gapo.backends.torch.sharded import PlainShardedForward, ShardedForward, by_rank, fsdp_units, is_shard, like_shard
 from gapo.backends.torch.token_logps import token_logps  # noqa: F401  (takes its place in gapo.logps)
 from gapo.backends.torch.zero3 import is_zero3
 from gapo.config import GAPOConfig
@@ -35,7 +36,16 @@ class TorchBackend:
         self._one_pass = one_pass
         self._verdicts = Verdicts()
 
-    def forward(self, margin_fn: MarginFn, params: Any, batch: Any, config: GAPOConfig) -> TorchForward:
+    def forward(
+        self,
+        margin_fn: MarginFn,
+        params: Any,
+        batch: Any,
+        config: GAPOConfig,
+        *,
+        anchor: bool = True,
+        by_side: bool = False,
+    ) -> PlainForward:
         if not isinstance(params, nn.Module):
             raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(params).__name__}')
         if is_zero3(params):
@@ -43,19 +53,33 @@ class TorchBackend:
                 "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
                 "Trainer, or shard with FSDP2 in a loop of your own"
             )
-        if fsdp_units(params):
+        shards = bool(fsdp_units(params))
+        if not anchor:
+            return (PlainShardedForward if shards else PlainForward)(margin_fn, params, batch)
+        if shards:
             return ShardedForward(margin_fn, params, batch, config, self._verdicts)
         # float16's gradient scaler must see the backward. Where autocast is within the model's forward, as accelerate
-        # puts it, whoever made it says one_pass=False.
+        # puts it, its maker says one_pass=False.
         float16 = any(
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
             for kind in ("cuda", "cpu")
         )
         if self._one_pass and not float16:
-            # The SFT term is of the chosen answer alone, so the rows of a pair get different weights.
-            by_row = config.sft_weight != 0
-            return OnePassForward(margin_fn, params, batch, config, self._verdicts, by_row=by_row)
+            return OnePassForward(margin_fn, params, batch, config, self._verdicts, by_side=by_side)
         return TorchForward(margin_fn, params, batch, config, self._verdicts)
+
+    def differentiate(
+        self, losses: Callable[[tuple[Tensor, ...]], Tensor], values: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_() for x in values)
+            by_pair = losses(leaves)
+            if not by_pair.requires_grad:
+                raise ValueError(
+                    "the losses carry no gradient: the objective must not detach them, nor use torch.no_grad"
+                )
+            slopes = torch.autograd.grad(by_pair.mean(), leaves, materialize_grads=True, allow_unused=True)
+        return by_pair.detach(), slopes
 
     def norm(self, x: Tensor) -> Tensor:
         if is_shard(x):

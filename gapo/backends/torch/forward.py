@@ -13,14 +13,14 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor, nn
 
-from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of, require_real
+from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of
 from gapo.backends.torch.cut import cut_below
 from gapo.backends.torch.half import quantises, rounds
 from gapo.backends.torch.head import head_parameters
 from gapo.backends.torch.pairgrads import Verdicts
 from gapo.backends.torch.pairgrads.agreement import coarse_arithmetic, compared
-from gapo.backends.torch.pairgrads.graph import no_grads_left
 from gapo.backends.torch.pairgrads.verdicts import basis
+from gapo.backends.torch.plain import PlainForward
 from gapo.backends.torch.replay import Replay
 from gapo.config import GAPOConfig
 from gapo.selection import select
@@ -28,8 +28,8 @@ from gapo.selection import select
 logger = logging.getLogger(__name__)
 
 
-class TorchForward:
-    """The clean forward of a module and its autograd graph.
+class TorchForward(PlainForward):
+    """The clean forward of a module and its autograd graph, of which an anchor can be asked.
 
     Some graphs can be pulled back once only: a kernel stores results over its saved tensors, or a compiled graph
     donates them. The first step finds that out by pulling back twice. The update then gets a second clean forward.
@@ -45,33 +45,24 @@ class TorchForward:
         config: GAPOConfig,
         verdicts: Verdicts | None = None,
     ) -> None:
-        self._margin_fn, self._module, self._batch = margin_fn, module, batch
+        self._config = config
         self._verdicts = Verdicts() if verdicts is None else verdicts
-        self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        require_real({name: p.is_complex() for name, p in self.parameters.items()})
-        self.head = head_parameters(module, self.parameters)
-        self._basis = basis(margin_fn, module)
-        self._replay = Replay(module, self._verdicts)
         self._spent = False  # whether the graph behind `outputs` can be pulled back no more
-        moved = () if config.anchor == "first_order" else select(self.parameters, self.head, config)
-        self._cut = cut_below(module, moved, self._verdicts) if moved else None
-        with torch.enable_grad():
-            self.outputs = self._run_clean()
-        for output in self.outputs:
-            if self.parameters and not output.requires_grad:
-                raise ValueError(
-                    "the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad"
-                )
+        super().__init__(margin_fn, module, batch)
         if self._cut:
             self._cut.see(self.outputs)
+
+    def _prepare(self) -> None:
+        self.head = head_parameters(self._module, self.parameters)
+        self._basis = basis(self._margin_fn, self._module)
+        self._replay = Replay(self._module, self._verdicts)
+        exact = self._config.anchor != "first_order"
+        moved = select(self.parameters, self.head, self._config) if exact else ()
+        self._cut = cut_below(self._module, moved, self._verdicts) if moved else None
 
     def _run_clean(self) -> tuple[Tensor, ...]:
         with self._cut.kept(self._basis) if self._cut else nullcontext():
             return self._run()
-
-    def _run(self) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = outputs_of(self._margin_fn(self._module, self._batch))
-        return outputs
 
     def _run_again(self) -> None:
         """A second clean forward: the same numbers, and a graph of its own."""
@@ -110,18 +101,13 @@ class TorchForward:
 
     def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
         """The gradients by the parameters `wanted`; with `keep` the graph lives on, if it can."""
-        inputs = [self.parameters[name] for name in wanted]
-        with no_grads_left(self.parameters):
-            try:
-                grads = torch.autograd.grad(
-                    self.outputs, inputs, list(cotangents), retain_graph=keep, materialize_grads=True
-                )
-            except RuntimeError as error:
-                if not keep or "donated buffer" not in str(error):
-                    raise
-                self._do_not_keep("a compiled graph donates its buffers")
-                grads = torch.autograd.grad(self.outputs, inputs, list(cotangents), materialize_grads=True)
-        return dict(zip(wanted, grads, strict=True))
+        try:
+            return super()._gradients(cotangents, wanted, keep)
+        except RuntimeError as error:
+            if not keep or "donated buffer" not in str(error):
+                raise
+        self._do_not_keep("a compiled graph donates its buffers")
+        return super()._gradients(cotangents, wanted, keep=False)
 
     def _do_not_keep(self, reason: str) -> None:
         self._spent = True
@@ -133,11 +119,9 @@ class TorchForward:
         )
 
     def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
-        """A scalar of this value whose `backward()` gives the pullback of `cotangents`: the way of training loops."""
         if self._spent:
             self._run_again()
-        pull = torch.stack([torch.sum(c * y) for c, y in zip(cotangents, self.outputs, strict=True)]).sum()
-        return value + (pull - pull.detach())
+        return super().as_loss(value, cotangents)
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
         # `.data` is written in place: storages stay where they are (views, buckets, CUDA graphs), and the version

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class OnePassForward(TorchForward):
     """A clean forward that a tape records.
 
-    With `by_row` the two rows of a pair may be weighted apart, as an objective with a term of the chosen answer does.
+    With `by_side` the two rows of a pair may be weighted apart, as an objective with a term of the chosen answer does.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class OnePassForward(TorchForward):
         config: GAPOConfig,
         verdicts: Verdicts | None = None,
         *,
-        by_row: bool = False,
+        by_side: bool = False,
     ) -> None:
         self._tape: Tape | None = None
-        self._by_row = by_row
+        self._by_side = by_side
         self._grads: GroupGradients | None = None
         try:
             super().__init__(margin_fn, module, batch, config, verdicts)
@@ -56,7 +56,7 @@ class OnePassForward(TorchForward):
         return self._tape is not None
 
     def _run_clean(self) -> tuple[Tensor, ...]:
-        tape = Tape(self._module, blocks=2, by_row=self._by_row, verdicts=self._verdicts, key=self._margin_fn)
+        tape = Tape(self._module, blocks=2, by_row=self._by_side, verdicts=self._verdicts, key=self._margin_fn)
         try:
             with tape:
                 outputs = super()._run_clean()
@@ -99,7 +99,7 @@ class OnePassForward(TorchForward):
 
     def _weights(self, cotangents: Sequence[Tensor]) -> Tensor:
         """The weight of each pair, or of each row where the cotangents are not (w, -w)."""
-        if self._by_row and len(cotangents) == 2:
+        if self._by_side and len(cotangents) == 2:
             return torch.stack([cotangents[0], -cotangents[1]])
         return cotangents[0]
 

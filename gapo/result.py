@@ -1,0 +1,47 @@
+"""`StepResult`: what one step measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gapo._namespace import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step measured. Arrays of the backend, float32 or wider, without gradient.
+
+    The fields of the anchor are None for an objective without one.
+
+    Attributes:
+        loss: scalar, the mean over the pairs, with the SFT term if there is one.
+        margins: (N,) M_i at the policy, nats per token.
+        weights: (N,) w_i = -N dL/dM_i, at a fixed log-probability of the chosen response, so that an SFT term does not
+            count. The update of GAPO is `-(1/N) sum_i w_i grad M_i`.
+        anchor_margins: (N,) M_i at the anchor; for a first-order anchor their first-order estimate.
+        anchor_gaps: (N,) margins minus anchor margins.
+        grad_norm: scalar, L2 norm of the probe's gradient over the perturbed parameters.
+        radius: scalar, norm of the applied delta in the chosen geometry: `rho` up to rounding, 0 for a gradient of 0.
+        changed_fraction: scalar, share of the selected weights that the perturbation really changed; 1.0 for a
+            first-order anchor.
+        first_order_ratio: scalar, the measured drop over the predicted one, `sum_i |c_i| gap_i / (rho * ||T g||)` with
+            c the probe's cotangents. Near 1 for a small rho; far from it where rounding ate or enlarged the
+            perturbation. None for direction="gaussian".
+        chosen_logps: (N,) at the policy, nats per token, where `margin_fn` returns them, else None.
+        rejected_logps: (N,) likewise.
+        log_ratio_margins: (N,) z_i, the policy's margin minus the reference's on summed log-probabilities, nats, where
+            the batch holds a reference, else None.
+    """
+
+    loss: Array
+    margins: Array
+    weights: Array
+    anchor_margins: Array = None
+    anchor_gaps: Array = None
+    grad_norm: Array = None
+    radius: Array = None
+    changed_fraction: Array = None
+    first_order_ratio: Array = None
+    chosen_logps: Array = None
+    rejected_logps: Array = None
+    log_ratio_margins: Array = None

@@ -1,0 +1,1 @@
+"""What the command line runs: training and scoring, their settings, models, files and pages."""

@@ -1,0 +1,126 @@
+"""Models and tokenizers from folders and the Hub, of which no file can run code: safetensors alone, no custom code."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gapo.runs.errors import ConfigError
+
+
+def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None = None, dtype: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of the transformers library.
+
+    Args:
+        name: folder or Hub name of a causal language model.
+        tokenizer: another tokenizer than the model's: a folder or Hub name.
+        adapter: folder or Hub name of an adapter (peft) to put on the model; its weights alone are then trainable.
+        dtype: of the weights.
+
+    Raises:
+        ConfigError: they cannot be loaded, or only by unpickling, or only by running code that comes with them.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    for source in (name, adapter):
+        _require_safetensors(Path(source or name))
+    found = load_tokenizer(tokenizer or name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        what = f"model {name!r}" if adapter is None else f"model {name!r} with adapter {adapter!r}"
+        raise ConfigError(_not_loaded(what, error)) from error
+    return model, found
+
+
+def require_same_ids(given: Any, source: str, model: str) -> None:
+    """Raise ConfigError for a tokenizer with other ids than the model's own: the model would read other text."""
+    try:
+        own = load_tokenizer(model)
+    except ConfigError:
+        return  # the model has none, and only its user can know
+    ids = own.get_vocab()
+    other = next((token for token, i in given.get_vocab().items() if ids.get(token, i) != i), None)
+    if other is not None:
+        raise ConfigError(
+            f"tokenizer {source!r} numbers the token {other!r} {given.get_vocab()[other]}, and that of model {model!r} "
+            f"{ids[other]}: give a tokenizer that the model was trained with"
+        )
+
+
+def require_model(name: str, *, tokenizer: str | None = None) -> Any:
+    """The configuration of a model that `load_model` could load, None of an adapter; no weights are read.
+
+    Raises:
+        ConfigError: like `load_model`, as far as small files tell.
+    """
+    from transformers import AutoConfig
+
+    _require_safetensors(Path(name))
+    found = load_tokenizer(tokenizer or name)
+    if tokenizer is not None:
+        require_same_ids(found, tokenizer, name)
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").exists():
+        return None
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded(f"model {name!r}", error)) from error
+
+
+def require_fit(settings: Any, name: str, *, highest: int, longest: int) -> None:
+    """Raise ConfigError where token ids, or sequences, go beyond what a model has.
+
+    Args:
+        settings: the model's configuration; what it does not say is not checked.
+        name: of the model.
+        highest: greatest token id.
+        longest: most tokens of prompt and answer.
+    """
+    inner = settings.get_text_config() if settings is not None else None
+    vocabulary, positions = (getattr(inner, what, None) for what in ("vocab_size", "max_position_embeddings"))
+    if isinstance(vocabulary, int) and highest >= vocabulary > 0:
+        raise ConfigError(
+            f"the tokenizer gives the id {highest}, and model {name!r} has embeddings of {vocabulary} tokens: use the "
+            "model's own tokenizer, or resize its embeddings and save it"
+        )
+    if isinstance(positions, int) and longest > positions > 0:
+        raise ConfigError(
+            f"a pair has {longest} tokens, and model {name!r} has {positions} positions: --max_length {positions}"
+        )
+
+
+def extent(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """(greatest token id, most tokens) of tokenised rows, for `require_fit`."""
+    ids = [row[f"{side}_input_ids"] for row in rows for side in ("chosen", "rejected")]
+    return max(map(max, ids)), max(map(len, ids))
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or Hub name. Raises ConfigError like `load_model`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded(f"tokenizer {name!r}", error)) from error
+
+
+def _not_loaded(what: str, error: Exception) -> str:
+    return f"{what} is not what save_pretrained leaves, nor a Hub name that could be loaded: {error}"
+
+
+def _require_safetensors(folder: Path) -> None:
+    pickles = [path.name for path in folder.glob("*_model*.bin")]
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{folder} has its weights in {pickles[0]}, a pickle, which may run code when read: if you trust it, load "
+            "it yourself and save it anew with save_pretrained, which writes safetensors"
+        )

@@ -1,0 +1,119 @@
+"""The command line and the YAML of `gapo train` and `gapo study`: data classes in, checked instances out."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from gapo._fields import choices_of
+from gapo.runs.errors import ConfigError
+from gapo.runs.yaml_file import require_plain_yaml
+
+
+def parser_of(classes: Sequence[type], **about: str) -> Any:
+    """A parser of the fields of data classes, from YAML and from the command line.
+
+    Types and defaults are the fields', the help is that of their docstrings, and the choices those of their metadata.
+    `about` goes to `argparse.ArgumentParser`: prog, description, epilog.
+    """
+    parser = ArgumentParser(**about, exit_on_error=False)
+    parser.add_argument("--config", action="config", metavar="CONFIG.yaml", help="the same as the first argument")
+    for cls in classes:
+        add_fields(parser, cls)
+    return parser
+
+
+def add_fields(parser: Any, cls: type, skip: Collection[str] = ()) -> None:
+    """Add the fields of a data class to a parser, but those of `skip`."""
+    parser.add_class_arguments(cls, skip=set(skip))
+    for name, choices in choices_of(cls).items():
+        if name not in skip:
+            # The class itself checks the value, and words the error.
+            parser._option_string_actions[f"--{name}"].metavar = f"{{{','.join(choices)}}}"
+
+
+def parse_fields(
+    parser: Any, arguments: Sequence[str], classes: Sequence[type], check: Callable[..., Any] | None = None
+) -> list[Any]:
+    """`[CONFIG.yaml] [--key value ...]` by a parser of the fields of these data classes: one instance of each.
+
+    `check` is called with the instances; the ValueError that it raises is told like any other.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--config")
+    try:
+        for path in _named_files(arguments):
+            require_plain_yaml(path)
+        found = parser.parse_args(_with_values(arguments, classes))
+        made = [kind(**_given(found, kind)) for kind in classes]
+        if check is not None:
+            check(*made)
+        return made
+    except RecursionError as error:
+        raise ConfigError("a value is nested too deeply") from error
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(_with_closest_key(_short(" ".join(str(error).split())), classes)) from error
+
+
+def _named_files(arguments: Sequence[str]) -> list[Path]:
+    """The configuration files of a command line."""
+    named = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    named += [following for a, following in pairwise(arguments) if a == "--config"]
+    for name in named:
+        if not os.path.isfile(name):
+            raise ConfigError(f"there is no configuration file {name!r}")
+    return [Path(name) for name in named]
+
+
+def _given(found: Any, kind: type) -> dict[str, Any]:
+    """The fields of one data class; the parser takes null for everything, and numbers that are none."""
+    given = {f.name: found[f.name] for f in fields(kind)}
+    for f in fields(kind):
+        value = given[f.name]
+        if value is None and "None" not in str(f.type):
+            raise ValueError(f"{f.name} must not be null")
+        values = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+        if not all(math.isfinite(v) for v in values if isinstance(v, float)):
+            raise ValueError(f"{f.name} must be finite, got {value!r}")
+    return given
+
+
+def _short(message: str, most: int = 500) -> str:
+    return message if len(message) <= most else f"{message[: most - 4]} ..."
+
+
+def _with_values(arguments: list[str], classes: Sequence[type]) -> list[str]:
+    """`--strict` alone is `--strict true`; so for every switch."""
+    switches = {f"--{f.name}" for kind in classes for f in fields(kind) if f.type in ("bool", bool)}
+    completed = []
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        completed.append(argument)
+        if argument in switches and following.startswith("--"):
+            completed.append("true")
+    return completed
+
+
+def known_keys(classes: Sequence[type]) -> list[str]:
+    """Every key of these data classes."""
+    return [f.name for kind in classes for f in fields(kind)]
+
+
+def _with_closest_key(message: str, classes: Sequence[type]) -> str:
+    known = known_keys(classes)
+    words = [word.strip("'\"-,.:").split("=")[0] for word in message.split()]
+    for word in words:
+        if word not in known and (close := difflib.get_close_matches(word, known, n=1, cutoff=0.75)):
+            return f"{message}. Did you mean {close[0]!r}?"
+    return message

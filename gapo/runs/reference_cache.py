@@ -1,0 +1,60 @@
+"""Reference log-probabilities of a run: computed from the policy that it starts from, and kept for when it resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gapo.data import with_reference_logps
+from gapo.data.collate import REFERENCE, TOKENIZED
+from gapo.data.reference_columns import Measure
+from gapo.runs.output.tensors import kept_arrays
+
+Rows = list[dict[str, Any]]
+
+
+def with_kept_reference(
+    train: Rows, held_out: Rows, measure: Measure, path: Path, *, pad_token_id: int, batch_size: int
+) -> tuple[Rows, Rows]:
+    """Both lists of rows with the columns `REFERENCE`, read from `path`, or measured now and written there.
+
+    Args:
+        train: tokenised training rows.
+        held_out: tokenised held-out rows.
+        measure: as in `gapo.data.with_reference_logps`; not called when the file exists, so that a resumed run is
+            compared with the policy that it first started from.
+        path: the run's file, written atomically.
+        pad_token_id: as in `with_reference_logps`.
+        batch_size: likewise.
+
+    Raises:
+        ConfigError: the file is damaged, or of other pairs.
+    """
+    rows = [*train, *held_out]
+
+    def columns() -> dict[str, np.ndarray]:
+        measured = with_reference_logps(rows, measure, pad_token_id=pad_token_id, batch_size=batch_size)
+        return {name: np.array([row[name] for row in measured]) for name in REFERENCE}
+
+    arrays = kept_arrays(
+        path,
+        _digest(rows),
+        columns,
+        others="the reference log-probabilities of other pairs, or of another tokenizer: the data of this run have "
+        "changed since it began. Give another output_dir, or --overwrite true",
+    )
+    rows = [{**row, **{name: float(arrays[name][i]) for name in REFERENCE}} for i, row in enumerate(rows)]
+    return rows[: len(train)], rows[len(train) :]
+
+
+def _digest(rows: Sequence[dict[str, Any]]) -> str:
+    """A digest of the rows' tokens and their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row[name] for name in TOKENIZED]).encode())
+    return digest.hexdigest()

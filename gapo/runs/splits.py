@@ -1,0 +1,70 @@
+"""Splits of a data set: the one to train on must be there, and the one to evaluate on must not be the training one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gapo._extras import named_extra
+from gapo.data.flip import names_evaluation
+from gapo.runs.errors import ConfigError
+
+_ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".parquet")
+
+
+def require_split(source: str, split: str, option: str = "split") -> None:
+    """Raise ConfigError, listing the splits, where `source` has some and `split` is none of them.
+
+    Parts and sums of splits ("train[:10%]", "train+test") are judged by the names in them.
+    """
+    try:
+        known = splits_of(source)
+    except Exception:  # the library raises many kinds; reading the rows tells the reason
+        return
+    if known is not None and not {part.split("[")[0].strip() for part in split.split("+")} <= set(known):
+        raise ConfigError(f"{source!r} has no split {split!r}; it has {', '.join(known)}: give {option}")
+
+
+def evaluation_split(source: str, wanted: str | None) -> str:
+    """The split of `source` to evaluate on: `wanted`, or else the only one that its name says is for evaluation.
+
+    Raises:
+        ConfigError: there is no such split, or several; or `wanted` is given for a source without splits.
+    """
+    if wanted is not None and _is_file(Path(source)):
+        raise ConfigError(f"eval_split={wanted!r} is for a data set, but {source!r} is a file: leave it out")
+    if wanted is not None:
+        require_split(source, wanted, "eval_split")
+        return wanted
+    try:
+        known = splits_of(source)
+    except Exception as error:  # the library raises many kinds; all mean that the splits are not known
+        raise ConfigError(
+            f"{source!r} is neither a file nor a data set whose splits could be listed "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if known is None:
+        return "train"  # means nothing there
+    found = [name for name in known if names_evaluation(name)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"which split of {source!r} to evaluate on is not clear; it has {', '.join(known)}: give eval_split"
+        )
+    return found[0]
+
+
+def splits_of(source: str) -> list[str] | None:
+    """Names of the splits of a data set; None for a file, and for a folder that holds one data set as a whole."""
+    path = Path(source)
+    if _is_file(path) or (path / "state.json").is_file():
+        return None
+    if (path / "dataset_dict.json").is_file():
+        return list(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+    with named_extra("reading data sets", "hf"):
+        import datasets
+    return list(datasets.get_dataset_split_names(source))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether `path` is a file, or is named like one that is not there."""
+    return not path.is_dir() and (path.exists() or path.suffix.lower() in _ENDINGS)

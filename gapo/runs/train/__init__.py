@@ -1,0 +1,1 @@
+"""`gapo train`: its settings, its loops on PyTorch, JAX and MLX, its page."""

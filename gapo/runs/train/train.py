@@ -1,0 +1,146 @@
+"""`gapo train`: pairs in, a tuned model, metrics and a report out."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from gapo._extras import named_extra
+from gapo.config import GAPOConfig
+from gapo.data import warmup_text
+from gapo.files import require_writable, write_text
+from gapo.runs import ranks
+from gapo.runs.errors import ConfigError
+from gapo.runs.held_out import fingerprint
+from gapo.runs.models.tiny import answer_texts, tiny_model
+from gapo.runs.train.loop import require_supported
+from gapo.runs.train.run_data import RunData, load_data
+from gapo.runs.train.train_config import TrainConfig, as_dict, require_loss_settings
+from gapo.runs.train.train_page import write_report
+from gapo.runs.versions import versions
+
+_FILES = (
+    *("summary.json", "report.html", "metrics.jsonl", "steps.jsonl", "config.json", "reference.safetensors"),
+    *("pairs.json", "data.txt"),
+)
+# Of held-out pairs and batches: raised when other ones are drawn, so that no run goes on with them.
+_DRAWS = 2
+
+
+def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
+    """Run one training; returns its summary, which is also `summary.json` in the output folder.
+
+    In several processes (torchrun) the first one writes and prints.
+
+    Raises:
+        ConfigError: the output folder holds a finished run, or one of other settings or pairs.
+        gapo.data.PairError: the pairs cannot be read.
+        ModuleNotFoundError: the backend's libraries are not installed.
+    """
+    require_loss_settings(run, step)
+    loop = _loop(run.backend)
+    folder = Path(run.output_dir)
+    _require_folder(folder, run, step)
+    getattr(loop, "require", require_supported)(run)  # what would else be found out after minutes of reading
+    data = load_data(run)
+    known = _require_same_pairs(folder, run, data)
+    ranks.meet()  # nobody writes before everybody has looked
+    if ranks.is_first():
+        print(data.summary, flush=True)
+        _write_settings(folder, run, step, data, known)
+    with ranks.first_ahead():
+        model = str(tiny_model(run, _warmup_answers(run, data.train))) if run.model == "tiny" else run.model
+    began = time.monotonic()
+    before, after = loop.run(run, step, data, model, folder)
+    summary = {
+        "loss": run.loss,
+        "before": before,
+        "after": after,
+        "train_pairs": len(data.train),
+        "flipped": sum(row["is_flipped"] for row in data.train),
+        "held_out_pairs": len(data.held_out),
+        "held_out_flipped": data.held_out_flipped,
+        "held_out_in_training": data.in_both,
+        "seconds": round(time.monotonic() - began, 1),
+        "versions": versions(),
+    }
+    if ranks.is_first():
+        write_report(folder, summary)
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: its presence means finished
+    return summary
+
+
+def _warmup_answers(run: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
+    if run.pairs == "demo":
+        return warmup_text(2 * run.demo_size, seed=run.seed).split("\n")
+    return answer_texts(rows)
+
+
+def _loop(backend: str) -> Any:
+    """The training loop of a backend, imported first of all: no file is touched where it is not installed."""
+    with named_extra(f"gapo train with backend {backend}", {"torch": "hf", "jax": "flax", "mlx": "mlx-lm"}[backend]):
+        return importlib.import_module(f"gapo.runs.train.train_{backend}")
+
+
+def _require_folder(folder: Path, run: TrainConfig, step: GAPOConfig) -> None:
+    """Raise for a folder that cannot be written to, or holds a finished run, or an unfinished one of other settings."""
+    if folder.is_file():
+        raise ConfigError(f"output_dir {run.output_dir!r} is a file; give a folder")
+    require_writable(folder)
+    if run.model == "tiny":
+        require_writable(Path(run.cache_dir))
+    if run.overwrite:
+        return
+    if (folder / "summary.json").exists():
+        raise ConfigError(f"{run.output_dir} holds a finished run: give another output_dir, or --overwrite true")
+    if (folder / "config.json").exists():
+        old = json.loads((folder / "config.json").read_text())
+        ignored = ("resume", "overwrite", "report_to", "logging_steps")
+        new = as_dict(run, step)
+        changed = [name for name in new if name not in ignored and old.get(name) != new[name]]
+        if changed:
+            changes = ", ".join(f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in changed)
+            raise ConfigError(
+                f"{run.output_dir} holds an unfinished run with other settings ({changes}): give another "
+                "output_dir, or --overwrite true"
+            )
+
+
+def _require_same_pairs(folder: Path, run: TrainConfig, data: RunData) -> dict[str, Any]:
+    """What identifies the run's pairs and draws; raises where `folder` holds an unfinished run of others."""
+    rows = {"train": fingerprint(data.train), "held_out": fingerprint(data.held_out)}
+    known = {"draws": _DRAWS, "processes": ranks.count(), **rows}
+    if run.overwrite or not (folder / "config.json").exists():
+        return known
+    path = folder / "pairs.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    remedy = "give another output_dir, or --overwrite true"
+    if old.get("draws") != _DRAWS:
+        raise ConfigError(
+            f"{run.output_dir} holds an unfinished run of another version of gapo, which drew held-out pairs and "
+            f"batches otherwise: {remedy}, or end it with that version"
+        )
+    if old.get("processes") != ranks.count():
+        raise ConfigError(
+            f"{run.output_dir} holds an unfinished run in {old.get('processes')} processes, and here are "
+            f"{ranks.count()}, whose steps would be of other pairs: start as many, or {remedy}"
+        )
+    if old != known:
+        which = " and ".join(name.replace("_", "-") for name in ("train", "held_out") if old.get(name) != known[name])
+        raise ConfigError(
+            f"{run.output_dir} holds an unfinished run of other {which} pairs: the data have changed since it began; "
+            f"{remedy}"
+        )
+    return known
+
+
+def _write_settings(folder: Path, run: TrainConfig, step: GAPOConfig, data: RunData, known: dict[str, Any]) -> None:
+    if run.overwrite:
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
+    write_text(folder / "pairs.json", json.dumps(known, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(as_dict(run, step), indent=2) + "\n")
+    write_text(folder / "data.txt", data.summary + "\n")

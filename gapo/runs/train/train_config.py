@@ -1,0 +1,145 @@
+"""What `gapo train` can be told: one flat set of fields, from YAML and from the command line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from gapo.config import GAPOConfig
+from gapo.objectives import OBJECTIVES, without_anchor
+from gapo.runs.config_bases import TrainingConfig, require_not_negative, require_positive
+from gapo.runs.errors import ConfigError, require_seed
+
+_POSITIVE = (
+    "batch_size",
+    "accumulation",
+    "logging_steps",
+    "epochs",
+    "learning_rate",
+    "drift_pairs",
+    "drift_max_new_tokens",
+)
+_NOT_NEGATIVE = ("eval_steps", "save_steps", "weight_decay", "max_grad_norm", "lora_r", "drift_prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainingConfig):
+    """The run: data, model and training loop. The fields of `gapo.GAPOConfig` stand beside these.
+
+    Args:
+        eval_fraction: share of the training pairs held out when eval_pairs is not given.
+        strict: stop at the first bad row instead of counting it.
+        flip_mode: how training labels are flipped on purpose: "random", or "length" to favour longer or shorter
+            answers.
+        flip_rate: share of the training labels to flip, 0 for none. Held-out pairs are never flipped.
+        flip_seed: seed of the flips.
+        flip_favour: which length flips of mode "length" favour.
+        model: a Hub name, a local folder, or "tiny" for a small Llama trained on the spot.
+        tokenizer: another tokenizer than the model's: a Hub name or folder.
+        lora_r: rank of LoRA adapters (peft); 0 trains all weights.
+        lora_alpha: scale of the adapters.
+        lora_targets: names of the modules that get them, comma separated; none for peft's default.
+        loss: "gapo", or "simpo" for the control without an anchor, or another objective to compare with: amapo, dpo,
+            cdpo, rdpo, dr_dpo, ipo, ropo, hypo, rpo, sigmoid_loss, ramp, unhinged.
+        loss_settings: settings of the other objectives, such as {beta: 0.1}; those left out keep their defaults. "gapo"
+            and "simpo" take theirs from the fields of GAPOConfig.
+        backend: framework that trains.
+        output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
+        resume: go on from the last checkpoint in output_dir, if there is one.
+        seed: of the shuffling, the initial weights and the held-out split.
+        epochs: passes over the training pairs.
+        max_steps: stop after so many steps; -1 for all epochs.
+        batch_size: pairs in a micro-batch, which share an anchor.
+        accumulation: micro-batches in a step.
+        learning_rate: peak learning rate.
+        warmup_ratio: share of the steps in which the learning rate rises.
+        scheduler: shape of the learning rate afterwards (names of transformers).
+        weight_decay: strength of the weight decay of AdamW.
+        max_grad_norm: gradient clipping.
+        eval_steps: evaluate every so many steps; 0 for ten times a run.
+        save_steps: checkpoint every so many steps; 0 with each evaluation.
+        logging_steps: log every so many steps.
+        bf16: train under bfloat16 autocast.
+        gradient_checkpointing: trade time for memory.
+        report_to: trackers of transformers, comma separated, or "none".
+        drift: measure the drift from the starting policy at each checkpoint.
+        drift_pairs: training and held-out pairs to measure it on, so many of each.
+        drift_prompts: held-out prompts to generate responses for; 0 for none.
+        drift_max_new_tokens: most tokens of a generated response.
+    """
+
+    eval_fraction: float = 0.05
+    strict: bool = False
+    flip_mode: Literal["random", "length"] = "random"
+    flip_rate: float = 0.0
+    flip_seed: int = 0
+    flip_favour: Literal["longer", "shorter"] = "longer"
+    model: str = "tiny"
+    tokenizer: str | None = None
+    lora_r: int = 0
+    lora_alpha: int = 16
+    lora_targets: str | None = None
+    loss: str = "gapo"
+    loss_settings: dict[str, float] = field(default_factory=dict)
+    backend: Literal["torch", "jax", "mlx"] = "torch"
+    output_dir: str = "runs/gapo"
+    resume: bool = True
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 16
+    accumulation: int = 1
+    learning_rate: float = 5e-7
+    warmup_ratio: float = 0.1
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_steps: int = 0
+    save_steps: int = 0
+    logging_steps: int = 10
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    report_to: str = "none"
+    drift: bool = False
+    drift_pairs: int = 32
+    drift_prompts: int = 16
+    drift_max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, _POSITIVE)
+        require_not_negative(self, _NOT_NEGATIVE)
+        for name in ("flip_rate", "eval_fraction", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+        require_seed("flip_seed", self.flip_seed)
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps must be >= 1, or -1 for all epochs; got {self.max_steps}")
+        if self.eval_pairs is None and self.pairs != "demo" and not 0 < self.eval_fraction < 1:
+            raise ValueError(
+                f"eval_fraction must be in (0, 1) without eval_pairs, to leave pairs on both sides; "
+                f"got {self.eval_fraction!r}"
+            )
+        if self.loss not in OBJECTIVES:
+            raise ValueError(f"loss must be one of {', '.join(map(repr, OBJECTIVES))}, got {self.loss!r}")
+
+
+def require_loss_settings(run: TrainConfig, step: GAPOConfig) -> None:
+    """Raise ConfigError for settings that the loss does not take, or that were given where it does not look."""
+    try:
+        objective, settings = without_anchor(run.loss, step, run.loss_settings)
+    except ValueError as error:
+        raise ConfigError(f"loss_settings: {error}") from error
+    if objective.name == "simpo":
+        return
+    for name in settings:
+        elsewhere = getattr(step, name, None)
+        if name not in run.loss_settings and elsewhere != getattr(GAPOConfig(), name, None):
+            raise ConfigError(
+                f"{name}={elsewhere!r} is a setting of gapo and simpo, and loss {run.loss!r} has its own: give "
+                f"loss_settings: {{{name}: {settings[name]}}}, or --loss_settings.{name} {settings[name]}"
+            )
+
+
+def as_dict(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
+    """Both configurations as one flat dict."""
+    return {**asdict(run), **asdict(step)}

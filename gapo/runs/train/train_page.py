@@ -1,0 +1,67 @@
+"""`report.html`: one self-contained page on a run, readable in light and in dark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from gapo.files import read_lines, write_text
+from gapo.runs.output import plots
+from gapo.runs.output.noise import pair_columns, weight_diagnostics
+from gapo.runs.output.pages import render_page
+
+_MEASURES = {
+    "eval_rewards/accuracies": "reward accuracy",
+    "eval_loss": "loss (no anchor)",
+    "eval_rewards/margins": "reward margin, beta x nats per token",
+    "eval_reference/accuracies": "share of pairs whose margin has grown on the reference's",
+    "eval_reference/margins": "margin minus the reference's, nats",
+    "eval_logps/chosen": "log-probability of chosen, nats per token",
+    "eval_logps/rejected": "log-probability of rejected, nats per token",
+}
+
+
+def write_report(folder: Path, summary: dict[str, Any]) -> Path:
+    """Write `folder`/report.html from the run's files and its summary; returns its path."""
+    path = folder / "report.html"
+    write_text(path, render(folder, summary))
+    return path
+
+
+def render(folder: Path, summary: dict[str, Any]) -> str:
+    """The page as text. All that came from users (names, data, settings) is escaped."""
+    steps, metrics = read_lines(folder / "steps.jsonl"), read_lines(folder / "metrics.jsonl")
+    drifts = [row for row in metrics if "drift/held_out_margin" in row]
+    return render_page(
+        Path(__file__).with_name("train.html.jinja"),
+        title=folder.name,
+        summary=summary,
+        measures=_MEASURES,
+        flips=diagnostics(steps),
+        data=(folder / "data.txt").read_text(encoding="utf-8"),
+        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        pictures=_pictures(metrics, steps),
+        drifts=drifts,
+        drift_pictures=[Markup(svg) for svg in plots.drift(drifts)] if drifts else [],
+    )
+
+
+def diagnostics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """`weight_diagnostics` over every pair of the run; empty without weights or flips."""
+    if not steps:
+        return {}
+    columns = pair_columns(steps)
+    return weight_diagnostics(columns["weights"], columns["is_flipped"])
+
+
+def _pictures(metrics: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[str]:
+    pictures = [plots.reward_accuracy(metrics), plots.margins(metrics), plots.logps(metrics)]
+    if steps:
+        pictures.append(plots.spread_over_time(steps, "anchor_gaps", "Anchor gaps of the pairs", "nats per token"))
+        pictures.append(plots.spread_over_time(steps, "weights", "Weights of the pairs", "weight"))
+    if diagnostics(steps):
+        pictures += [plots.flipped_weights(steps), plots.flipped_histogram(steps)]
+    return pictures

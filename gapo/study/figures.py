@@ -1,0 +1,152 @@
+"""The figures of a study; each reads without the text around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gapo.runs.output.plots import BLUE, GREEN, ORANGE, figure
+from gapo.study.frames import NAMES
+from gapo.study.statistics import intervals
+from gapo.study.weight_log import SPANS
+
+# Arms in colour; others stand as thin grey lines behind them. Colours of Okabe and Ito, as in `plots`.
+_COLOURS = {"gapo": ORANGE, "simpo": BLUE, "dpo": GREEN, "dr_dpo": "#cc79a7", "ropo": "#a08000"}
+_CONTROL_COLOURS = {
+    "gapo": ORANGE, "gapo-rho0": BLUE, "gapo-gaussian": GREEN, "gapo-margin": "#cc79a7", "gapo-l2": "#a08000",
+    "gapo-first-order": "#7a5cc0",
+}  # fmt: skip
+_GREY = "#8a929b"
+
+
+def accuracy(runs: pd.DataFrame, mode: str, title: str, ylabel: str, value: str = "accuracy") -> str:
+    """Accuracy against flip rate: GAPO and the best known in colour with bands, the others in grey."""
+    found = intervals(runs[runs["mode"] == mode], ["arm", "rate"], value)
+    methods = [arm for arm in found["arm"].unique() if arm == "gapo" or not arm.startswith("gapo-")]
+
+    def draw(axes: Any) -> None:
+        for arm in sorted(methods, key=lambda arm: arm in _COLOURS):
+            _band(axes, found[found["arm"] == arm], NAMES.get(arm, arm), _COLOURS.get(arm))
+        others = [NAMES.get(arm, arm) for arm in methods if arm not in _COLOURS]
+        if others:
+            axes.plot([], [], color=_GREY, linewidth=0.8, label=f"{len(others)} others")
+
+    return figure(title, "flipped training labels, %", ylabel, draw)
+
+
+def controls(runs: pd.DataFrame, mode: str, title: str, ylabel: str) -> str:
+    """GAPO and its controls: accuracy against flip rate, at the rates where the controls were run."""
+    runs = runs[(runs["mode"] == mode) & runs["arm"].isin(list(_CONTROL_COLOURS))]
+    runs = runs[runs["rate"].isin(set(runs[runs["arm"] != "gapo"]["rate"]))]
+    found = intervals(runs, ["arm", "rate"], "accuracy")
+    return _against_rate(found, {arm: (NAMES[arm], _CONTROL_COLOURS[arm]) for arm in _CONTROL_COLOURS}, title, ylabel)
+
+
+def valuation(found: pd.DataFrame, title: str) -> str:
+    """Accuracy of SimPO on the pairs with the lowest, random and highest gaps, against the share of flips."""
+    parts = {"lowest": GREEN, "random": BLUE, "highest": ORANGE}
+    lines = {part: (f"{part} gaps" if part != "random" else "random pairs", parts[part]) for part in parts}
+    return _against_rate(found, lines, title, "reward accuracy, clean test pairs, %")
+
+
+def _against_rate(found: pd.DataFrame, lines: dict[str, tuple[str, str]], title: str, ylabel: str) -> str:
+    """Bands for {arm: (label, colour)} against the flip rate; a point with its interval for each where there is one."""
+    lines = {arm: line for arm, line in lines.items() if arm in set(found["arm"])}
+    rates = found["rate"].unique()
+
+    def bands(axes: Any) -> None:
+        for arm, (label, colour) in lines.items():
+            _band(axes, found[found["arm"] == arm], label, colour)
+
+    def points(axes: Any) -> None:
+        for at, (arm, (label, colour)) in enumerate(reversed(lines.items())):
+            mean, low, high = 100 * found[found["arm"] == arm].iloc[0][["mean", "low", "high"]].astype(float)
+            axes.plot([low, high], [at, at], color=colour)
+            axes.plot(mean, at, "o", color=colour, markersize=5)
+            axes.annotate(label, (low, at), xytext=(-6, 0), textcoords="offset points", ha="right", va="center")
+        axes.margins(x=0.5, y=0.2)
+        axes.set_yticks([])
+
+    if len(rates) > 1:
+        return figure(title, "flipped training labels, %", ylabel, bands)
+    return figure(f"{title}, {100 * rates[0]:g} % flips", ylabel, "", points)
+
+
+def _band(axes: Any, found: pd.DataFrame, label: str, colour: str | None) -> None:
+    x = 100 * found["rate"]
+    if colour is None:
+        axes.plot(x, 100 * found["mean"], color=_GREY, linewidth=0.8)
+        return
+    axes.plot(x, 100 * found["mean"], color=colour, marker="o", markersize=3, label=label)
+    axes.fill_between(x, 100 * found["low"], 100 * found["high"], color=colour, alpha=0.18, linewidth=0)
+
+
+def weights_over_time(groups: dict[str, list[dict[str, Any]]], title: str) -> str:
+    """Mean weight of flipped pairs over that of clean ones through the run: a line for each {label: records}."""
+
+    def draw(axes: Any) -> None:
+        for label, colour in _coloured(groups):
+            curves = [_ratio(record["over_time"]) for record in groups[label]]
+            at = (np.arange(SPANS) + 0.5) / SPANS
+            axes.plot(100 * at, pd.DataFrame(curves).mean(), marker="o", markersize=3, color=colour, label=label)
+        axes.axhline(1, color=_GREY, linewidth=0.8)
+        axes.margins(y=0.3)  # room for the legend
+
+    return figure(title, "share of the run, %", "weight of flipped / weight of clean pairs", draw)
+
+
+def _ratio(over_time: dict[str, list[float | None]]) -> np.ndarray:
+    flipped, clean = (np.array(over_time[f"weight_{name}"], dtype=float) for name in ("flipped", "clean"))
+    return np.divide(flipped, clean, out=np.full(SPANS, np.nan), where=clean != 0)
+
+
+def fifths(groups: dict[str, list[dict[str, Any]]], rate: float, title: str) -> str:
+    """Share of flipped pairs in each fifth of the weights, {label: records}; the line is what chance gives."""
+
+    def draw(axes: Any) -> None:
+        width = 0.8 / len(groups)
+        for at, (label, colour) in enumerate(_coloured(groups)):
+            shares = 100 * np.mean([record["fifths"] for record in groups[label]], 0)
+            axes.bar(np.arange(5) + (at - (len(groups) - 1) / 2) * width, shares, width, color=colour, label=label)
+        axes.axhline(100 * rate, color=_GREY, linewidth=0.8)
+        axes.set_xticks(range(5), ["lowest", "second", "third", "fourth", "highest"])
+        axes.margins(y=0.4)  # room for the legend
+
+    return figure(title, "fifth of the weights", "flipped pairs in it, %", draw)
+
+
+def _coloured(labels: Iterable[str]) -> list[tuple[str, str]]:
+    """(label, colour): an arm's own, else the next of the palette."""
+    known = {NAMES[arm]: colour for arm, colour in {**_COLOURS, **_CONTROL_COLOURS}.items()}
+    palette = iter(list(_CONTROL_COLOURS.values())[1:] * 3)
+    return [(label, known.get(label) or next(palette)) for label in labels]
+
+
+def bars(values: dict[str, Any], title: str, label: str) -> str:
+    """One horizontal bar for each arm: {name: (mean, low, high)}."""
+
+    def draw(axes: Any) -> None:
+        names = list(values)[::-1]
+        means, low, high = (np.array([values[name][at] for name in names], dtype=float) for at in range(3))
+        colours = [ORANGE if name == NAMES["gapo"] else BLUE for name in names]
+        errors = np.nan_to_num([np.maximum(means - low, 0), np.maximum(high - means, 0)])
+        # As lists: Matplotlib 3.9 takes an array of one bar's errors for a number, and NumPy warns.
+        axes.barh(names, means, xerr=errors.tolist(), color=colours, ecolor=_GREY, alpha=0.85)
+        axes.tick_params(axis="y", labelsize=7)
+
+    return figure(title, label, "", draw)
+
+
+def curve(found: pd.DataFrame, x: str, title: str, xlabel: str, notes: dict[float, str] | None = None) -> str:
+    """Accuracy against a setting with its band; `notes` {x: text} stand at the points."""
+
+    def draw(axes: Any) -> None:
+        at = np.arange(len(found))
+        axes.plot(at, 100 * found["mean"], color=ORANGE, marker="o", markersize=3)
+        axes.fill_between(at, 100 * found["low"], 100 * found["high"], color=ORANGE, alpha=0.18, linewidth=0)
+        axes.set_xticks(at, [f"{value:g}" + (f"\n{notes[value]}" if notes else "") for value in found[x]])
+
+    return figure(title, xlabel, "reward accuracy, clean test pairs, %", draw)

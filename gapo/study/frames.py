@@ -1,0 +1,67 @@
+"""The study's numbers as data frames: one row for each run, and the tables of the report made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from gapo.study.arms import ARMS
+from gapo.study.cells import Cell
+from gapo.study.statistics import Interval, intervals, paired
+
+NAMES = {
+    "gapo": "GAPO", "simpo": "SimPO", "amapo": "AMaPO", "dpo": "DPO", "cdpo": "cDPO", "rdpo": "rDPO",
+    "dr_dpo": "Dr.DPO", "ipo": "IPO", "ropo": "ROPO", "hypo": "HyPO", "rpo": "RPO", "sigmoid_loss": "sigmoid",
+    "ramp": "ramp", "unhinged": "unhinged", "gapo-rho0": "GAPO, rho 0", "gapo-gaussian": "GAPO, gaussian",
+    "gapo-margin": "GAPO, margin probe", "gapo-l2": "GAPO, L2", "gapo-first-order": "GAPO, first order",
+}  # fmt: skip
+
+
+def frame(records: dict[Cell, dict[str, Any]], cells: Iterable[Cell]) -> pd.DataFrame:
+    """One row for each run of `cells`: "arm", "mode", "rate", "seed", settings, and what was measured, flat."""
+    rows = []
+    for cell in cells:
+        record = records[cell]
+        row: dict[str, Any] = {"arm": cell.arm, "mode": cell.mode, "rate": cell.rate, "seed": cell.seed}
+        row |= {"anchor_pairs": cell.anchor_pairs, **dict(cell.settings), "failed": record.get("failed")}
+        row |= {name: value for name, value in record.items() if not isinstance(value, (dict, list))}
+        row |= record.get("evaluation", {})
+        row |= {f"train_true_{name}": value for name, value in record.get("train_true", {}).items()}
+        row |= {f"flips_in_fifth_{at + 1}": share for at, share in enumerate(record.get("fifths", []))}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def every_mode(runs: pd.DataFrame, modes: Iterable[str]) -> pd.DataFrame:
+    """`runs` with those of rate 0 standing in each mode: without flips the modes are one."""
+    noisy = [runs[(runs["mode"] == mode) & (runs["rate"] > 0)] for mode in modes]
+    clean = [runs[runs["rate"] == 0].assign(mode=mode) for mode in modes]
+    return pd.concat([part for part in (*clean, *noisy) if len(part)], ignore_index=True)
+
+
+def valuation_frame(records: dict[Cell, dict[str, Any]], cells: Iterable[Cell]) -> pd.DataFrame:
+    """One row for each training on a part of the pairs; "arm" is the part: "lowest", "random" or "highest" gap."""
+    rows = [
+        {"arm": kept, "mode": cell.mode, "rate": cell.rate, "seed": cell.seed, "pairs": record["pairs"], **record[kept]}
+        for cell in cells
+        if "failed" not in (record := records[cell])
+        for kept in ("lowest", "random", "highest")
+    ]
+    return pd.DataFrame(rows)
+
+
+def accuracy_table(runs: pd.DataFrame, mode: str, value: str = "accuracy") -> list[dict[str, Any]]:
+    """For each arm: its name, the interval at each rate of `mode`, and the paired difference GAPO minus it."""
+    of_mode = runs[runs["mode"] == mode]
+    found = intervals(of_mode, ["arm", "rate"], value)
+    rows = []
+    for arm in found["arm"].unique():
+        at = {row["rate"]: Interval(row["mean"], row["low"], row["high"], row["n"]) for _, row in
+              found[found["arm"] == arm].iterrows()}  # fmt: skip
+        rows.append({"name": NAMES.get(arm, arm), "control": ARMS[arm].control, "at": at, "gapo_minus": None})
+        noisy = of_mode[(of_mode["rate"] > 0) & of_mode["arm"].isin(["gapo", arm])]
+        if arm != "gapo" and noisy["arm"].nunique() == 2:
+            rows[-1]["gapo_minus"] = paired(noisy, "gapo", arm, value)
+    return rows

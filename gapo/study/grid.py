@@ -1,0 +1,145 @@
+"""The grid: cells, each finished one a file of its own, run in parallel processes and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+import gapo
+from gapo.files import write_text
+from gapo.study.cell_run import measure
+from gapo.study.cells import Cell
+from gapo.study.policy import Material, load_split
+from gapo.study.study_config import StudyConfig
+
+_FORMAT = 1  # of a record: raised when the meaning of a run changes, so that old files are not taken for it
+_FORMATS = {"gapo-gaussian": 2}  # of arms whose runs alone have changed
+
+
+class Grid:
+    """Runs cells and keeps their records under `folder`; what is there already is not run again.
+
+    Args:
+        config: the study.
+        folder: where the records are kept, one JSON file for each.
+        material: the policy and the pairs, which also decide a result. With one worker runs are made on it, in this
+            process.
+    """
+
+    def __init__(self, config: StudyConfig, folder: Path, material: Material) -> None:
+        self._config, self._folder, self._material = config, folder, material
+        decisive = ("train_pairs", "epochs", "batch_size", "warmup_ratio", "valuation_share")
+        self._decisive = [material.fingerprint, *(getattr(config, name) for name in decisive)]
+        self._made_by = {"gapo": gapo.__version__, "torch": torch.__version__, "code": _code()}
+        self._others: dict[Path, str] = {}
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Grid:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=error is None, cancel_futures=True)
+
+    def path(self, cell: Cell) -> Path:
+        """The file of a cell, named by a hash of all that decides its result."""
+        text = json.dumps([[_FORMATS.get(cell.arm, _FORMAT), *self._decisive], asdict(cell)], sort_keys=True)
+        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+
+    def run(self, cells: Iterable[Cell], title: str) -> dict[Cell, dict[str, Any]]:
+        """The records of `cells`, in their order; those that are missing are run now.
+
+        A run whose log-probabilities stop being finite has the record {"failed": why}.
+        """
+        cells = list(dict.fromkeys(cells))
+        missing = [cell for cell in cells if not self.path(cell).exists()]
+        with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=title, smoothing=0.05) as bar:
+            for cell, record in self._made(missing):
+                made = {"cell": asdict(cell), "record": record, "made_by": self._made_by}
+                write_text(self.path(cell), json.dumps(made) + "\n")
+                bar.update()
+        kept = {cell: json.loads(self.path(cell).read_text(encoding="utf-8")) for cell in cells}
+        for cell, made in kept.items():
+            if (by := made.get("made_by")) != self._made_by:
+                name = "an earlier version" if by is None else f"gapo {by['gapo']}, torch {by['torch']}, {by['code']}"
+                self._others[self.path(cell)] = name
+        return {cell: made["record"] for cell, made in kept.items()}
+
+    def others(self) -> str | None:
+        """What is to be said of runs that were kept from other code or another PyTorch than the present one."""
+        if not self._others:
+            return None
+        by = "; ".join(f"{count} by {name}" for name, count in Counter(self._others.values()).items())
+        return (
+            f"{len(self._others)} runs, tries included, were kept from other code than now ({by}): "
+            "--overwrite true makes them anew"
+        )
+
+    def _made(self, cells: Sequence[Cell]) -> Iterable[tuple[Cell, dict[str, Any]]]:
+        workers = self._config.workers or os.cpu_count() or 1
+        if not cells:
+            return
+        if workers == 1:
+            yield from ((cell, measure(self._material, self._config, cell)) for cell in cells)
+            return
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(self._config,)
+            )
+        waiting = {self._pool.submit(_measure, cell): cell for cell in cells}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+
+
+def _code() -> str:
+    """A digest of gapo's source."""
+    found = hashlib.sha256()
+    for path in sorted(Path(gapo.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return f"code {found.hexdigest()[:8]}"
+
+
+_worker: dict[str, Any] = {}  # of a worker process: what every run needs, loaded once
+
+
+def _start(config: StudyConfig) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    one_thread()
+    _worker.update(config=config, material=Material(config, load_split(config)))
+
+
+def _end_with_parent() -> None:
+    """A killed study leaves no process behind."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _measure(cell: Cell) -> dict[str, Any]:
+    return measure(_worker["material"], _worker["config"], cell)
+
+
+def one_thread() -> int:
+    """Compute with one thread from now on, so that processes do not get in each other's way and results do not depend
+    on the number of cores; returns how many there were. The progress bars of transformers are silenced."""
+    transformers.utils.logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return threads

@@ -1,0 +1,68 @@
+"""Settings of every arm, chosen on validation pairs with the same number of tries for each.
+
+The tries train on labels of which a share is flipped at random, and are judged on clean validation pairs: a kindness to
+all arms alike, since who has noisy labels may have no clean ones to choose by. One setting then serves every noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gapo.study.arms import ARMS, Settings
+from gapo.study.cells import Cell, settings_key
+from gapo.study.grid import Grid
+from gapo.study.study_config import TUNE_SEED, StudyConfig
+
+
+def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dict[str, Any]]]:
+    """The best settings of each arm by mean validation accuracy, and every try: "arm", settings, "accuracy".
+
+    Raises:
+        FloatingPointError: no try of an arm stayed finite.
+    """
+    rates = list(config.learning_rates)
+    scores: dict[str, dict[Any, float]] = {name: {} for name in config.arm_names}
+
+    def attempt(wanted: dict[str, list[Settings]], title: str) -> None:
+        cells = {
+            (name, settings_key(settings)): [_cell(config, name, settings, seed) for seed in range(config.tune_seeds)]
+            for name, tries in wanted.items()
+            for settings in tries
+        }
+        records = grid.run([cell for seeds in cells.values() for cell in seeds], title)
+        for (name, key), seeds in cells.items():
+            scores[name][key] = float(np.mean([_accuracy(records[cell]) for cell in seeds]))
+
+    attempt({name: ARMS[name].first_tries(rates) for name in scores}, "choosing learning rates")
+    attempt(
+        {name: ARMS[name].second_tries(_best(name, found), rates) for name, found in scores.items()},
+        "choosing second settings",
+    )
+    attempt(
+        {name: ARMS[name].last_tries(_best(name, found), rates) for name, found in scores.items()},
+        "choosing learning rates again",
+    )
+    chosen = {name: _best(name, found) for name, found in scores.items()}
+    tries = [
+        {"arm": name, **dict(key), "accuracy": accuracy, "chosen": dict(key) == chosen[name]}
+        for name, found in scores.items()
+        for key, accuracy in found.items()
+    ]
+    return chosen, tries
+
+
+def _cell(config: StudyConfig, arm: str, settings: Settings, seed: int) -> Cell:
+    return Cell(arm, settings_key(settings), "random", config.tune_flip_rate, TUNE_SEED + seed, "validation")
+
+
+def _accuracy(record: dict[str, Any]) -> float:
+    return -np.inf if "failed" in record else record["evaluation"]["accuracy"]
+
+
+def _best(name: str, scores: dict[Any, float]) -> Settings:
+    """The settings of the highest accuracy; of equal ones, those with the lower learning rate."""
+    if not np.isfinite(max(scores.values())):
+        raise FloatingPointError(f"no try of {name} stayed finite: lower learning_rates")
+    return min((dict(key) for key in scores), key=lambda s: (-scores[settings_key(s)], s["learning_rate"]))
