@@ -10,7 +10,7 @@ import functools
 
 from gapo._namespace import Array
 from gapo.objective import sigmoid
-from gapo.objectives.registry import objective
+from gapo.objectives.formulas import objective
 from gapo.pairs import LogProbs
 
 _symmetric = functools.partial(objective, paper="Nishimori et al., arXiv 2505.24709", needs_reference=True)
