@@ -1,10 +1,10 @@
-# Each target is the only command a newcomer types: it makes .venv from pyproject.toml and constraints.txt if need be.
+# A newcomer needs one command: each target makes .venv from pyproject.toml and constraints.txt if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 LOWEST := .venv-lowest
 DOCS_ADDRESS ?= 127.0.0.1:8000
-# In files' order on all cores, so that a file's fixtures are made once; a worker that is done takes from the others.
+# On all cores, in the order of the files, so that a file's fixtures are made once. A worker that is done takes tests from others.
 PYTEST := pytest -n auto --dist worksteal --durations=25
 
 .PHONY: demo test test-lowest test-machines lint bench docs docs-build clean
@@ -15,10 +15,10 @@ demo: $(INSTALLED)  ## tune a small language model on noisy pairs; leaves runs/d
 test: $(INSTALLED)  ## all tests
 	$(BIN)/$(PYTEST)
 
-test-lowest: $(LOWEST)/installed  ## all tests, with the lowest versions of everything that pyproject.toml admits
+test-lowest: $(LOWEST)/installed  ## all tests, with the lowest versions that pyproject.toml admits
 	$(LOWEST)/bin/$(PYTEST)
 
-test-machines: $(INSTALLED)  ## the tests of numbers, as machines of other instruction sets and threads work them out
+test-machines: $(INSTALLED)  ## the tests of numbers, with other machines' instruction sets and threads
 	.ci/machines
 
 lint: $(INSTALLED)  ## style and types
@@ -35,7 +35,7 @@ docs: docs-build  ## the documentation, built and then served with every edit, u
 docs-build: $(INSTALLED)  ## the documentation, in site/; a warning fails
 	$(BIN)/mkdocs build --strict
 
-clean:  ## everything made here, but the runs
+clean:  ## remove what the targets made, except the runs
 	rm -rf .venv $(LOWEST) site
 
 $(INSTALLED): pyproject.toml constraints.txt

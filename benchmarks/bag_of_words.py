@@ -1,4 +1,4 @@
-"""How far a linear bag of words gets on preference pairs: the yardstick of docs/study.md.
+"""Accuracy of a linear bag of words on preference pairs: the baseline of docs/study.md.
 
 Logistic regression on the difference of the two answers' word counts (words seen in two or more training answers),
 with L2 regularisation chosen among five strengths on a tenth of the training pairs.
@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 
 from gapo.data import read_pairs
-from gapo.data.pairs import text_of
+from gapo.data.messages import text_of
 
 Row = dict[str, object]
 
@@ -36,6 +36,7 @@ def differences(rows: list[Row], vocabulary: dict[str, int]) -> np.ndarray:
 def fit(x: np.ndarray, strength: float, steps: int = 300) -> np.ndarray:
     """Weights that minimise mean log(1 + exp(-x w)) + strength / 2 |w|^2, by accelerated gradient descent."""
     w, velocity = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    # The loss has curvature of at most mean |x|^2 / 4, plus the strength.
     rate = 1 / (0.25 * float((x * x).sum(1).mean()) + strength)
     for _ in range(steps):
         ahead = w + 0.9 * velocity
@@ -46,9 +47,10 @@ def fit(x: np.ndarray, strength: float, steps: int = 300) -> np.ndarray:
 
 
 def accuracy(rows: list[Row], test: list[Row]) -> float:
+    """Share of test pairs whose chosen answer a bag of words fitted on `rows` scores higher."""
     counts = Counter(word for row in rows for side in ("chosen", "rejected") for word in set(words(row[side])))
     vocabulary = {word: i for i, word in enumerate(word for word, n in counts.items() if n > 1)}
-    x, held_out = differences(rows, vocabulary), max(1, len(rows) // 10)
+    x, held_out = differences(rows, vocabulary), max(1, len(rows) // 10)  # the first tenth chooses the strength
     strengths = [1e-4, 1e-3, 1e-2, 3e-2, 1e-1]
     scores = [float(np.mean(x[:held_out] @ fit(x[held_out:], strength) > 0)) for strength in strengths]
     return float(np.mean(differences(test, vocabulary) @ fit(x, strengths[int(np.argmax(scores))]) > 0))
@@ -56,16 +58,16 @@ def accuracy(rows: list[Row], test: list[Row]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pairs", help="training pairs, any file that gapo reads")
+    parser.add_argument("pairs", help="training pairs: any file that gapo reads")
     parser.add_argument("test", help="clean test pairs")
     parser.add_argument("--sizes", type=int, nargs="+", default=[960, 4000], help="numbers of training pairs")
-    parser.add_argument("--seeds", type=int, default=5, help="draws of each size")
+    parser.add_argument("--seeds", type=int, default=5, help="number of draws of each size")
     options = parser.parse_args()
     rows, test = read_pairs(options.pairs).rows, read_pairs(options.test).rows
     for size in options.sizes:
         draws = [np.random.default_rng(seed).permutation(len(rows))[:size] for seed in range(options.seeds)]
-        found = [accuracy([rows[i] for i in drawn], test) for drawn in draws]
-        print(f"{min(size, len(rows))} pairs: {np.mean(found):.3f} (from {min(found):.3f} to {max(found):.3f})")
+        scores = [accuracy([rows[i] for i in drawn], test) for drawn in draws]
+        print(f"{min(size, len(rows))} pairs: {np.mean(scores):.3f} (from {min(scores):.3f} to {max(scores):.3f})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How far the first-order gap is from the exact one, as rho grows: on a trained model, pair by pair.
+"""Error of the first-order gap against the exact one as rho grows, pair by pair, on a trained model.
 
 Prints a table and draws it. The relative error of a batch is ||gap_1 - gap|| / ||gap|| over its pairs.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import shared
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +27,7 @@ def measure(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], adap
     """For each rho the median over batches of mean gap, error in size, and correlation of the two gaps."""
     rows = []
     for rho in RADII:
-        found: list[tuple[float, float, float]] = []
+        figures: list[tuple[float, float, float]] = []
         for batch in batches:
             exact, first = (
                 gapo.value_and_grad(
@@ -33,31 +35,29 @@ def measure(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], adap
                 )(model, batch)[0].anchor_gaps
                 for anchor in ("exact", "first_order")
             )
-            both = torch.corrcoef(torch.stack([exact, first]))[0, 1]
-            found.append((float(exact.mean()), float((first - exact).norm() / exact.norm()), float(both)))
-        gap, error, correlation = (median(column) for column in zip(*found, strict=True))
+            correlation = float(torch.corrcoef(torch.stack([exact, first]))[0, 1])
+            figures.append((float(exact.mean()), float((first - exact).norm() / exact.norm()), correlation))
+        gap, error, correlation = (median(column) for column in zip(*figures, strict=True))
         rows.append({"rho": rho, "gap": gap, "error": error, "correlation": correlation})
     return rows
 
 
 def draw(tables: dict[str, list[dict[str, float]]], path: Path) -> None:
-    def lines(axes: object) -> None:
+    def lines(axes: Any) -> None:
         for (name, rows), colour in zip(tables.items(), (plots.BLUE, plots.ORANGE), strict=True):
             points = [(row["rho"], row["error"]) for row in rows]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=name)  # type: ignore[attr-defined]
-        axes.set(xscale="log", yscale="log")  # type: ignore[attr-defined]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=name)
+        axes.set(xscale="log", yscale="log")
 
-    svg = plots.figure("Error of the first-order gap", "rho", "relative error", lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(svg.replace("currentColor", "#777777"), encoding="utf-8")
+    shared.write_picture(path, plots.figure("Error of the first-order gap", "rho", "relative error", lines))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="runs/demo/model", help="a folder saved by save_pretrained")
-    parser.add_argument("--pairs", help="a file of pairs; default: generated ones")
-    parser.add_argument("--batches", type=int, default=8, help="of 16 pairs")
-    parser.add_argument("--plot", type=Path, help="SVG file to draw")
+    parser.add_argument("--model", default="runs/demo/model", help="folder saved by save_pretrained")
+    parser.add_argument("--pairs", help="file of pairs; generated pairs if left out")
+    parser.add_argument("--batches", type=int, default=8, help="number of batches, of 16 pairs each")
+    parser.add_argument("--plot", type=Path, help="SVG file for a picture of the errors")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()

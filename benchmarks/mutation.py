@@ -1,15 +1,15 @@
 """Mutation check: do the tests see a small fault in the core or in a backend?
 
-Faults ("mutants") are made one at a time in a copy of the repository, by the operators of cosmic-ray and one of our own
-that drops a statement; then the tests of that module run. A mutant that they pass has survived. Each run of the tests
-is a fork of a process that has imported the frameworks already, so that it costs what the tests cost.
+The check makes one fault (a "mutant") at a time in a copy of the repository, by the operators of cosmic-ray and by one
+that drops a statement. Then it runs the tests of that module; a mutant survives if they all pass. Each run is a fork of
+a process that has already imported the frameworks, so that only the tests themselves take time.
 
     pip install cosmic-ray==8.7.0
     python benchmarks/mutation.py                               # everything
     python benchmarks/mutation.py geometry step --sample 100    # 100 mutants drawn from each of two modules
     python benchmarks/mutation.py step --again                  # only what survived before, after new tests
 
-Results are appended to runs/mutation.jsonl as they come; a run that was interrupted goes on from there.
+Results are appended to runs/mutation.jsonl at once; an interrupted run continues from there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "gapo/backends/torch"
 
-# Of each module the tests that are to find its mutants: files, and pytest's -k.
+# For each module the tests that must find its mutants: names of test files, and pytest's -k.
 TESTS = {
     "gapo/objective.py": ("objective config", "not jax and not mlx and not strict and not compile"),
     "gapo/geometry.py": ("geometry", "not jax"),
@@ -87,8 +87,8 @@ TESTS = {
     "gapo/rounding.py": ("rounding backend_torch", "torch or bfloat16 or drop or add_up or cause"),
 }
 
-# What an operator becomes: one of its kind, and for a comparison its neighbour and its opposite. More would be no
-# harder to find.
+# The replacements of each operator: one of its kind; for a comparison, its neighbour and its opposite. Others would be
+# no harder to find.
 BECOMES = {
     "Add": "Sub",
     "Sub": "Add",
@@ -109,7 +109,7 @@ BECOMES = {
 
 
 class DropStatement(Operator):
-    """Replaces by `pass` a call whose value is not used, a raise, and an assignment to an attribute or item."""
+    """Replace by `pass` a call whose value is unused, a raise, or an assignment to an attribute or item."""
 
     def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
         if node.type != "simple_stmt":
@@ -131,7 +131,7 @@ class DropStatement(Operator):
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: the module's whole text with it, and where it is."""
+    """One fault: the text of the module that has it, and its place."""
 
     module: str
     operator: str
@@ -144,19 +144,19 @@ class Mutant:
         return hashlib.sha1(f"{self.module}\n{self.source}".encode()).hexdigest()[:12]
 
 
-def operators() -> dict[str, Operator]:
+def all_operators() -> dict[str, Operator]:
     """Each operator by its name: cosmic-ray's, as far as `BECOMES` has them, and `DropStatement`."""
-    found: dict[str, Operator] = {"DropStatement": DropStatement()}
+    operators: dict[str, Operator] = {"DropStatement": DropStatement()}
     for path in operator_names():
         name, kind = path.rpartition("/")[2], get_operator(path)
         _, before, after = (*name.split("_"), "", "")[:3]
         if not kind.arguments() and (not before or after in BECOMES.get(before, "").split()):
-            found[name] = kind()
-    return found
+            operators[name] = kind()
+    return operators
 
 
 def meaning(source: str) -> str | None:
-    """What is run of `source`: its tree without annotations and marks between parameters; None if it has none."""
+    """The executed part of `source`: its tree without annotations and kinds of parameters; None if invalid."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -172,11 +172,11 @@ def meaning(source: str) -> str | None:
 
 
 def mutants(module: str) -> list[Mutant]:
-    """Every mutant of a module that differs from it, and from the others, in what is run."""
+    """Every mutant of a module whose executed code differs from the module's and from the other mutants'."""
     source = (ROOT / module).read_text(encoding="utf-8")
     seen = {meaning(source), None}
-    found = []
-    for name, operator in operators().items():
+    distinct = []
+    for name, operator in all_operators().items():
         positions = [start for node in ast_nodes(get_ast(source)) for start, _ in operator.mutation_positions(node)]
         for occurrence, (line, _) in enumerate(positions):
             mutated = mutate_code(source, operator, occurrence)
@@ -185,16 +185,16 @@ def mutants(module: str) -> list[Mutant]:
             seen.add(meaning(mutated))
             lines = difflib.unified_diff(source.splitlines(), mutated.splitlines(), n=0, lineterm="")
             diff = "\n".join(text for text in lines if text[:3] not in ("---", "+++") and text[:2] != "@@")
-            found.append(Mutant(module, name, line, diff, mutated))
-    return found
+            distinct.append(Mutant(module, name, line, diff, mutated))
+    return distinct
 
 
 class LikeliestFirst:
     """A pytest plugin: first the tests that found most mutants, then the quick ones; failing examples do not shrink."""
 
-    def __init__(self, known: Path) -> None:
-        self._path = known
-        self._known: dict[str, list[float]] = json.loads(known.read_text()) if known.exists() else {}
+    def __init__(self, record: Path) -> None:
+        self._path = record
+        self._record: dict[str, list[float]] = json.loads(record.read_text()) if record.exists() else {}
 
     def pytest_sessionstart(self) -> None:
         from hypothesis import Phase, settings
@@ -204,15 +204,15 @@ class LikeliestFirst:
         settings.load_profile("mutation")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: self._known.get(item.nodeid, [0, 0.0]))
+        items.sort(key=lambda item: self._record.get(item.nodeid, [0, 0.0]))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        test = self._known.setdefault(report.nodeid, [0, 0.0])  # minus the mutants that it found, seconds
+        test = self._record.setdefault(report.nodeid, [0, 0.0])  # minus the mutants that it found, seconds
         test[0] -= int(report.failed)
         test[1] = max(test[1], report.duration)
 
     def pytest_sessionfinish(self) -> None:
-        self._path.write_text(json.dumps(self._known))
+        self._path.write_text(json.dumps(self._record))
         self._path.with_suffix(".warm").write_text(json.dumps([dict(os.environ), sorted(sys.modules)]))
 
 
@@ -221,9 +221,9 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.known = folder / "known.json"
+        self.record = folder / "record.json"
         hidden = shutil.ignore_patterns("__pycache__", ".*")
-        outputs = shutil.ignore_patterns("__pycache__", ".*", "runs", "site", "docs")  # at the top: gapo/runs is code
+        outputs = shutil.ignore_patterns("__pycache__", ".*", "runs", "site", "docs")  # at the top; gapo/runs is code
         shutil.copytree(
             ROOT,
             folder,
@@ -239,27 +239,27 @@ class Copy:
         os.chdir(folder)
 
     def warm(self, arguments: list[str]) -> float:
-        """Run the tests as they are, import here what they imported, and return their seconds; they must pass."""
-        self.known.unlink(missing_ok=True)
+        """Run the unchanged tests, which must pass; import the modules that they imported; return their seconds."""
+        self.record.unlink(missing_ok=True)
         for _ in range(2):
             outcome, seconds = self.outcome(arguments, limit=600)
             if outcome != "survived":
                 raise SystemExit(f"the tests fail without a mutant:\n{(self.folder / 'output.txt').read_text()}")
             theirs = {path.stem for path in (self.folder / "tests").rglob("*.py")} | {"gapo", "tests"}
-            environment, modules = json.loads(self.known.with_suffix(".warm").read_text())
-            os.environ |= environment | dict(os.environ)  # frameworks read it when they are imported
+            environment, modules = json.loads(self.record.with_suffix(".warm").read_text())
+            os.environ |= environment | dict(os.environ)  # frameworks read the environment on import
             for name in modules:
                 if name.partition(".")[0] not in theirs:
                     with contextlib.suppress(Exception):
                         importlib.import_module(name)
             gc.collect()
-            gc.freeze()  # a fork need not look through all of it for garbage
+            gc.freeze()  # a fork then does not search all of it for garbage
         return seconds
 
     def outcome(self, arguments: list[str], limit: float) -> tuple[str, float]:
         """("survived" | "killed" | "timeout", seconds of CPU) of the tests in a process of their own.
 
-        `limit` is in seconds of CPU, and ten times that by the clock: other work on the machine must kill no mutant.
+        `limit` is in seconds of CPU. By the clock it is ten times that, since other work on the machine must not count.
         """
         start = time.monotonic()
         child = os.fork()
@@ -284,7 +284,7 @@ class Copy:
             with open(self.folder / "output.txt", "wb") as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-            code = int(pytest.main(arguments, plugins=[LikeliestFirst(self.known)]))
+            code = int(pytest.main(arguments, plugins=[LikeliestFirst(self.record)]))
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -299,7 +299,7 @@ def pytest_arguments(module: str) -> list[str]:
 
 
 def check(copy: Copy, chosen: list[Mutant], results: Path) -> None:
-    """Run the tests on each mutant of one module, and append what came of it to `results`."""
+    """Run the tests on each mutant of one module, and append the outcomes to `results`."""
     module = chosen[0].module
     arguments, whole = pytest_arguments(module), (ROOT / module).read_text(encoding="utf-8")
     seconds = copy.warm(arguments)
@@ -323,16 +323,18 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in map(json.loads, lines)}
 
 
-def report(modules: list[str], by_module: dict[str, list[Mutant]], found: dict[str, dict[str, Any]]) -> None:
+def report(modules: list[str], by_module: dict[str, list[Mutant]], results: dict[str, dict[str, Any]]) -> None:
     """Survivors, then a table."""
     for module in modules:
         for mutant in by_module[module]:
-            if found.get(mutant.key, {}).get("outcome") == "survived":
+            if results.get(mutant.key, {}).get("outcome") == "survived":
                 print(f"\n{module}:{mutant.line} {mutant.operator} {mutant.key}\n{mutant.diff}")
     print("\n| module | mutants | run | killed | survived | score |\n|---|---|---|---|---|---|")
     total: Counter[str] = Counter()
     for name in [*modules, "all"]:
-        counts = total if name == "all" else Counter(found[m.key]["outcome"] for m in by_module[name] if m.key in found)
+        counts = (
+            total if name == "all" else Counter(results[m.key]["outcome"] for m in by_module[name] if m.key in results)
+        )
         if name != "all":
             counts["mutants"] = len(by_module[name])
             total += counts
@@ -346,8 +348,8 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", help="parts of paths, such as geometry or torch/rules; default: all")
     parser.add_argument("--sample", type=int, help="mutants of each module, drawn at random; default: all of them")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
-    parser.add_argument("--again", action="store_true", help="run what survived before again, and nothing else")
-    parser.add_argument("--report", action="store_true", help="run nothing, print what was found")
+    parser.add_argument("--again", action="store_true", help="run only the mutants that survived before")
+    parser.add_argument("--report", action="store_true", help="print the results so far, and run nothing")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "mutation.jsonl", help="(default: %(default)s)")
     options = parser.parse_args()
     modules = [m for m in TESTS if not options.modules or any(part in m for part in options.modules)]
@@ -357,15 +359,15 @@ def main() -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     by_module = {module: mutants(module) for module in modules}
     if not options.report:
-        found = read(results)
+        earlier = read(results)
         with tempfile.TemporaryDirectory() as folder:
             copy = Copy(Path(folder).resolve())
             for module in modules:
                 drawn = by_module[module].copy()
                 random.Random(options.seed).shuffle(drawn)  # a larger sample holds the smaller one
                 drawn = drawn[: options.sample]
-                known = {m.key: found.get(m.key, {}).get("outcome") for m in drawn}
-                todo = [m for m in drawn if known[m.key] == ("survived" if options.again else None)]
+                wanted = "survived" if options.again else None
+                todo = [m for m in drawn if earlier.get(m.key, {}).get("outcome") == wanted]
                 if todo:
                     check(copy, todo, results)
             os.chdir(ROOT)

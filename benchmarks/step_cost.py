@@ -1,7 +1,7 @@
 """Cost of a step against SimPO's, on the same batch: time, peak memory, flops.
 
-The ways are interleaved in one process, so that a noisy machine disturbs all alike: ratios are taken within each round,
-and their median and quartiles reported. Rows carry device, versions, commit and time.
+The steps take turns in one process, so that a noisy machine disturbs all alike. Ratios are taken within each round; the
+table shows their median and quartiles. Rows carry device, versions, commit and time.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ import time
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import numpy as np
+import shared
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import gapo
 from gapo import objectives
 from gapo.adapters.hf.margins import pair_logps
 
-Step = Callable[[torch.nn.Module, dict[str, torch.Tensor]], None]
+Batch = dict[str, torch.Tensor]
+Step = Callable[[], Any]
 
 
-def simpo(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+def simpo(model: torch.nn.Module, batch: Batch) -> None:
     """One forward and one backward on the probe loss."""
     objectives.simpo(*pair_logps(model, batch)).backward()
     model.zero_grad()
 
 
-def three_forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+def three_forward(model: torch.nn.Module, batch: Batch) -> None:
     """The step as its description reads: a forward and backward for the probe, the anchor's forward, and both again."""
     config = gapo.GAPOConfig()
     objectives.simpo(*pair_logps(model, batch)).backward()
@@ -52,145 +54,108 @@ def three_forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Non
     model.zero_grad()
 
 
-def gapo_step(**options: Any) -> Step:
-    """`gapo.value_and_grad` with these options."""
-    step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(**options), backend="torch")
-    return lambda model, batch: step(model, batch) and None
-
-
-WAYS: dict[str, Step] = {
-    "simpo": simpo,
-    "three-forward": three_forward,
-    "gapo exact": gapo_step(anchor="exact"),
-    "last layers": gapo_step(anchor="exact", last_layers=2),
-    "gapo first_order": gapo_step(anchor="first_order"),
+GAPO = {
+    "gapo exact": {"anchor": "exact"},
+    "last layers": {"anchor": "exact", "last_layers": 2},
+    "gapo first_order": {"anchor": "first_order"},
 }
 
 
-def make_model(options: argparse.Namespace) -> torch.nn.Module:
-    """A Llama of random weights; with --lora adapters on attention, whose B is not 0."""
+def make_steps(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Step]]:
+    """A Llama of random weights, and the steps to time on it; with --lora, adapters on attention, whose B is not 0."""
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=options.vocab,
-            hidden_size=options.width,
-            intermediate_size=round(8 / 3 * options.width / 32) * 32,
-            num_hidden_layers=options.depth,
-            num_attention_heads=options.width // 64,
-            tie_word_embeddings=False,
-        )
-    )
+    model: Any = LlamaForCausalLM(shared.llama_config(options, round(8 / 3 * options.width / 32) * 32))
     if options.lora:
         from peft import LoraConfig, get_peft_model
 
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         model = get_peft_model(model, LoraConfig(r=16, target_modules=targets, init_lora_weights=False))
-    return model.to(options.device, getattr(torch, options.dtype))
+    model = model.to(options.device, getattr(torch, options.dtype))
+    batch = {name: torch.from_numpy(x).to(options.device) for name, x in shared.random_batch(options).items()}
 
+    def gapo_step(settings: dict[str, Any]) -> Step:
+        step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(**settings), backend="torch")
+        return lambda: step(model, batch) and None  # gradients are freed at once, as after an optimizer's step
 
-def make_batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Random pairs of equal length, the first quarter of each row a prompt."""
-    batch = {}
-    for side in ("chosen", "rejected"):
-        ids = torch.randint(1, options.vocab, (options.pairs, options.tokens))
-        labels = ids.clone()
-        labels[:, : options.tokens // 4] = -100
-        batch |= {f"{side}_input_ids": ids, f"{side}_labels": labels, f"{side}_attention_mask": torch.ones_like(ids)}
-    return {name: x.to(options.device) for name, x in batch.items()}
+    steps = {"simpo": lambda: simpo(model, batch), "three-forward": lambda: three_forward(model, batch)}
+    return model, steps | {name: gapo_step(settings) for name, settings in GAPO.items()}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table, one for each way."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model, batch = make_model(options), make_batch(options)
-    flops = {}
-    in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **kwargs: 2 * a[0] * a[1] * a[2] * b[2]}
-    for name, way in WAYS.items():
-        way(model, batch)  # the first step of a model looks at more
-        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-            way(model, batch)
-        flops[name] = counter.get_total_flops()
-    seconds = time_ways(model, batch, options.device, options.seconds)
-    peaks = {name: peak_memory(model, batch, way, options.device) for name, way in WAYS.items()}
-    size = sum(p.numel() for p in model.parameters())
-    shared = {
+    """Rows of the table, one for each step."""
+    model, steps = make_steps(options)
+    seconds = time_steps(steps, options, options.seconds)
+    ratios = shared.ratios_to_simpo(seconds)
+    flops = {name: count_flops(step) for name, step in steps.items()}
+    peaks = {name: peak_memory(model, step, options.device) for name, step in steps.items()}
+    conditions = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "gapo": gapo.__version__,
         "commit": commit(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "parameters": size,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "pairs": options.pairs,
         "tokens": options.tokens,
         "dtype": options.dtype,
         "lora": options.lora,
         "rounds": len(seconds["simpo"]),
     }
-    rows = []
-    for name in WAYS:
-        ratios = [mine / simpos for mine, simpos in zip(seconds[name], seconds["simpo"], strict=True)]
-        low, middle, high = quantiles(ratios, n=4)
-        rows.append(
-            {
-                "way": name,
-                "ratio": round(middle, 3),
-                "ratio_25": round(low, 3),
-                "ratio_75": round(high, 3),
-                "seconds": round(median(seconds[name]), 4),
-                "flop_ratio": round(flops[name] / flops["simpo"], 3),
-                "peak_mib": round(peaks[name]),
-                "peak_ratio": round(peaks[name] / peaks["simpo"], 3),
-                **shared,
-            }
-        )
-    return rows
+    return [
+        {
+            "way": name,
+            "ratio": round(middle, 3),
+            "ratio_25": round(low, 3),
+            "ratio_75": round(high, 3),
+            "seconds": round(median(seconds[name]), 4),
+            "flop_ratio": round(flops[name] / flops["simpo"], 3),
+            "peak_mib": round(peaks[name]),
+            "peak_ratio": round(peaks[name] / peaks["simpo"], 3),
+            **conditions,
+        }
+        for name, (low, middle, high) in ratios.items()
+    ]
 
 
 def growth(options: argparse.Namespace) -> None:
-    """How time grows with each size: the slope of log seconds over log size, and the ratio to SimPO at each."""
+    """Print how time grows with each size: the slope of log seconds over log size, and the ratio to SimPO at each."""
     sizes = {"pairs": (2, 4, 8), "tokens": (128, 256, 512), "depth": (4, 8, 16), "width": (128, 256, 512)}
-    for name, values in sizes.items():
-        medians: dict[str, list[float]] = {way: [] for way in WAYS}
+    for size, values in sizes.items():
+        medians: dict[str, list[float]] = {}
         for value in values:
-            changed = argparse.Namespace(**{**vars(options), name: value})
-            seconds = time_ways(make_model(changed), make_batch(changed), options.device, options.seconds / 12)
-            for way in WAYS:
-                medians[way].append(median(seconds[way]))
-        print(f"{name} {' '.join(map(str, values))}")
-        for way in WAYS:
-            slope = np.polyfit(np.log(values), np.log(medians[way]), 1)[0]
-            ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(medians[way], medians["simpo"], strict=True))
-            print(f"  {way:<18} slope {slope:.2f}, ratio to SimPO {ratios}")
+            changed = argparse.Namespace(**{**vars(options), size: value})
+            for name, times in time_steps(make_steps(changed)[1], options, options.seconds / 12).items():
+                medians.setdefault(name, []).append(median(times))
+        print(f"{size} {' '.join(map(str, values))}")
+        for name, times in medians.items():
+            slope = np.polyfit(np.log(values), np.log(times), 1)[0]
+            ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(times, medians["simpo"], strict=True))
+            print(f"  {name:<18} slope {slope:.2f}, ratio to SimPO {ratios}")
 
 
-def time_ways(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], device: str, budget: float
-) -> dict[str, list[float]]:
-    """Seconds of each way, round by round, for `budget` seconds and at least three rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    for way in WAYS.values():
-        way(model, batch)
-    deadline = time.monotonic() + budget
-    while time.monotonic() < deadline or len(seconds["simpo"]) < 3:
-        for name, way in WAYS.items():
-            synchronise(device)
-            began = time.perf_counter()
-            way(model, batch)
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
+def time_steps(steps: dict[str, Step], options: argparse.Namespace, budget: float) -> dict[str, list[float]]:
+    on_cuda = options.device == "cuda"
+    return shared.time_rounds(steps, budget, *([torch.cuda.synchronize] if on_cuda else []))
 
 
-def peak_memory(model: torch.nn.Module, batch: dict[str, torch.Tensor], way: Step, device: str) -> float:
-    """MiB of tensors at the peak of a step, the weights among them, as PyTorch's allocator counts them."""
+def count_flops(step: Step) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **kwargs: 2 * a[0] * a[1] * a[2] * b[2]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def peak_memory(model: torch.nn.Module, step: Step, device: str) -> float:
+    """MiB of tensors at the peak of a step, weights included, as PyTorch's allocator counts them."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        way(model, batch)
+        step()
         return torch.cuda.max_memory_allocated() / 2**20
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        way(model, batch)
+        step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -198,49 +163,38 @@ def peak_memory(model: torch.nn.Module, batch: dict[str, torch.Tensor], way: Ste
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Ratios to SimPO's step as bars, with their quartiles, beside the ratios of flops."""
+    """Draw the ratios to SimPO's step as bars, with their quartiles, beside the ratios of flops."""
     from gapo.runs.output import plots
 
     def bars(axes: Any) -> None:
-        at = np.arange(len(rows))
+        places = np.arange(len(rows))
         ratios = np.array([row["ratio"] for row in rows])
         spread = np.abs([[row["ratio"] - row["ratio_25"], row["ratio_75"] - row["ratio"]] for row in rows]).T
-        axes.bar(at - 0.2, ratios, 0.4, yerr=spread, color=plots.BLUE, label="time (median, quartiles)")
-        axes.bar(at + 0.2, [row["flop_ratio"] for row in rows], 0.4, color=plots.ORANGE, label="flops")
-        axes.set_xticks(at, [row["way"] for row in rows])
+        axes.bar(places - 0.2, ratios, 0.4, yerr=spread, color=plots.BLUE, label="time (median, quartiles)")
+        axes.bar(places + 0.2, [row["flop_ratio"] for row in rows], 0.4, color=plots.ORANGE, label="flops")
+        axes.set_xticks(places, [row["way"] for row in rows])
 
-    svg = plots.figure("Cost of a step", "", "ratio to SimPO's", bars)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(svg.replace("currentColor", "#777777"), encoding="utf-8")
-
-
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    shared.write_picture(path, plots.figure("Cost of a step", "", "ratio to SimPO's", bars))
 
 
 def commit() -> str:
     """The commit measured, with a "+" if files differ from it."""
-    ask = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*ask, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
     return head + ("+" if changed else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=4, help="pairs in the batch")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of prompt and answer")
-    parser.add_argument("--width", type=int, default=256, help="hidden size")
-    parser.add_argument("--depth", type=int, default=8, help="layers")
-    parser.add_argument("--vocab", type=int, default=8192, help="size of the vocabulary")
+    shared.add_size_arguments(parser, pairs=4, tokens=256, width=256, depth=8, vocab=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters only")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    parser.add_argument("--seconds", type=float, default=120, help="how long to measure")
-    parser.add_argument("--output", type=Path, help="CSV file to append the rows to")
-    parser.add_argument("--growth", action="store_true", help="how time grows with each size, instead")
-    parser.add_argument("--plot", type=Path, help="SVG file to draw the ratios in")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
+    parser.add_argument("--seconds", type=float, default=120, help="duration of the measurement")
+    parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
+    parser.add_argument("--growth", action="store_true", help="print how time grows with each size, and stop")
+    parser.add_argument("--plot", type=Path, help="SVG file for a picture of the ratios")
     options = parser.parse_args()
     if options.growth:
         growth(options)
@@ -255,10 +209,9 @@ def main() -> None:
         draw(rows, options.plot)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        new = not options.output.exists()
         with options.output.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
-            if new:
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)
 

@@ -1,4 +1,8 @@
-"""What the built pages add to Markdown: equations as MathML, pictures inline, line breaks in names of tests."""
+"""Three things that the built pages add to Markdown.
+
+Equations become MathML, so pages load no script. SVG pictures are inlined, so their grey follows the theme.
+Names of tests get line breaks, so the tables of docs/reliability.md fit the page.
+"""
 
 import html
 import re
@@ -14,7 +18,7 @@ _TEST = re.compile(r"<code>(tests/[^<]+::[^<]+)</code>")
 
 
 def on_page_content(content: str, config: Any, **_: Any) -> str:
-    """Called by mkdocs with each page's HTML."""
+    """Rewrite one page; mkdocs calls this hook with each page's HTML."""
 
     def equation(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"

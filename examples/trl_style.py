@@ -1,4 +1,4 @@
-"""Tune a model as TRL's scripts do: all settings from a YAML file or the command line, with `--help`.
+"""Tune a model as TRL's scripts do, with all settings from a YAML file or the command line, and with `--help`.
 
 python examples/trl_style.py --config examples/trl_style.yaml --model_name_or_path MODEL --train_pairs pairs.jsonl
 """

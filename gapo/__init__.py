@@ -1,7 +1,7 @@
 """GAPO: Geometric Anchor Preference Optimization (arXiv 2602.04909), on any array library.
 
-The core is `loss`, `anchor_gap`, `weights` and `sequence_logps` over Array-API arrays, and `value_and_grad`, the whole
-training step, over a backend (PyTorch, JAX, MLX, NumPy) that is imported when it is first used.
+`loss`, `anchor_gap`, `weights` and `sequence_logps` take Array-API arrays. `value_and_grad` is the whole training step
+over a backend (PyTorch, JAX, MLX, NumPy), which is imported when it is first used.
 """
 
 from gapo.config import GAPOConfig

@@ -41,8 +41,9 @@ def library(x: Array) -> str | None:
 def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
     """The Array-API namespace shared by the named arrays.
 
-    Raises TypeError if one is not an array, if they are of different libraries, or of another than `backend` states,
-    and ValueError if `backend` is not a known name.
+    Raises:
+        TypeError: one is not an array, or they are not all of one library, which is the one that `backend` states.
+        ValueError: `backend` is not a known name.
     """
     if backend is not None and not (isinstance(backend, str) and backend in _ARRAYS):
         raise ValueError(f"backend must be one of {', '.join(map(repr, _ARRAYS))} or None, got {backend!r}")

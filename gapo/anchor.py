@@ -98,10 +98,10 @@ def measure_anchor(
 
 
 def probe_pull(margins: Array, gamma: Any, config: GAPOConfig, backend: Backend) -> tuple[Array, Array]:
-    """-dl/dM of each pair up to a factor: `pull` (N,), the largest over all ranks 1, and the scalar `factor` such that
-    `factor * pull` is minus the derivative of the mean probe loss.
+    """Minus the derivative of the mean probe loss by the margins, as `factor * pull`.
 
-    Scaled in the logarithm, since only the direction matters: at large margins the plain derivative underflows.
+    `pull` (N,) is 1 for the pair that is pulled most over all ranks. The scaling happens in the logarithm: at large
+    margins the plain derivative underflows, and only its direction matters.
     """
     xp = backend.xp
     n = margins.shape[0]
@@ -235,8 +235,9 @@ def _require_finite_margins(
 
 
 def _first_not_finite(arrays: dict[str, Array], xp: Namespace) -> str | None:
-    """Name of the first array with an entry that is not finite; of a shard this rank's own entries are looked at,
-    since the other ranks may not be here.
+    """Name of the first array with an entry that is not finite.
+
+    Of a shard this looks at the rank's own entries, since other ranks may not have come here.
     """
     for name, x in arrays.items():
         own = x.to_local() if hasattr(x, "to_local") else x

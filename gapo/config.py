@@ -6,52 +6,54 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from gapo.objective import check_objective, require_number
-
-_CHOICES = {
-    "probe": ("loss", "margin"),
-    "direction": ("pessimistic", "gaussian"),
-    "anchor": ("auto", "exact", "first_order"),
-}
+from gapo._fields import choice, choices_of, described
+from gapo.objective import LOSS_TYPES, check_objective, require_number
 
 
 @dataclass(frozen=True, kw_only=True)
+@described
 class GAPOConfig:
-    """Settings of the step (method document, "The step"; defaults are the authors' Mistral-7B-Instruct recipe).
+    """Settings of the step; the defaults are the authors' recipe for Mistral-7B-Instruct.
 
     Attributes:
         beta: logistic temperature, > 0.
-        gamma: target gap times beta (SimPO's code takes `gamma / beta`; this is the papers' gamma).
-        rho: radius of the perturbation, >= 0; at 0 every gap is 0 and all weights are equal.
+        gamma: target gap times beta, the papers' gamma. SimPO's code takes `gamma / beta`.
+        rho: radius of the perturbation, >= 0. At 0 every gap is 0 and all weights are equal.
         adaptive: True for the ASAM geometry, `rho * theta^2 * g / ||abs(theta) * g||`; False for the L2 ball,
             `rho * g / ||g||`.
-        probe: "loss" takes g from the SimPO loss (the authors' code); "margin" from the mean margin (paper v3).
-        direction: "pessimistic" moves along g; "gaussian" along a standard normal draw, the paper's control.
-        anchor: "exact" runs a forward at theta + delta; "first_order" takes `-<grad M_i, delta>`, free of rounding;
-            "auto" takes first order where the weights that move, or the forward's compute, have 16 bits (or TF32), and
-            exact elsewhere. Which one it took is logged once.
-        perturb: which parameters move: "backbone" (all but the output head), "all", or a regular expression that is
+        probe: "loss" takes g from the SimPO loss (the authors' code), "margin" from the mean margin (paper v3).
+        direction: "pessimistic" moves along g, "gaussian" along a standard normal draw, the paper's control.
+        anchor: "exact" runs a forward at theta + delta; "first_order" takes `-<grad M_i, delta>`, which rounds
+            nothing. "auto" takes first order where the weights that move, or the forward's compute, have 16 bits (or
+            TF32), and exact elsewhere; GAPO logs the choice once.
+        perturb: the parameters that move: "backbone" (all but the output head), "all", or a regular expression that is
             searched in parameter names.
-        last_layers: move the parameters of the last k layers only, those among them that `perturb` selects.
-        loss_type: "sigmoid" or "hinge".
-        label_smoothing: in [0, 0.5).
-        sft_weight: >= 0; adds `sft_weight * mean_i(-logp(chosen_i))`, nats per token. Needs a `margin_fn` that returns
-            (chosen_logps, rejected_logps).
+        last_layers: moves only the parameters of the last k layers, as far as `perturb` selects them.
+        loss_type: shape of the loss, "sigmoid" or "hinge".
+        label_smoothing: chance that a label is wrong, in [0, 0.5).
+        sft_weight: >= 0; adds `sft_weight * mean_i(-logp(chosen_i))`, nats per token. It needs a `margin_fn` that
+            returns (chosen_logps, rejected_logps).
 
     Raises:
-        ValueError: a value is out of its range, naming the argument, what is accepted and what came.
+        ValueError: a value is out of its range. The message names the argument, the value and what is accepted.
+
+    >>> GAPOConfig(rho=0.05).anchor
+    'auto'
+    >>> GAPOConfig(probe="gap")
+    Traceback (most recent call last):
+    ValueError: probe must be 'loss' or 'margin', got 'gap'
     """
 
     beta: float = 2.5
     gamma: float = 0.25
     rho: float = 0.025
     adaptive: bool = True
-    probe: str = "loss"
-    direction: str = "pessimistic"
-    anchor: str = "auto"
+    probe: str = choice("loss", "margin")
+    direction: str = choice("pessimistic", "gaussian")
+    anchor: str = choice("auto", "exact", "first_order")
     perturb: str = "backbone"
     last_layers: int | None = None
-    loss_type: str = "sigmoid"
+    loss_type: str = choice(*LOSS_TYPES)
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
 
@@ -62,7 +64,7 @@ class GAPOConfig:
         require_number("sft_weight", self.sft_weight, ">= 0", lambda v: v >= 0)
         if not isinstance(self.adaptive, bool):
             raise ValueError(f"adaptive must be True or False, got {self.adaptive!r}")
-        for name, choices in _CHOICES.items():
+        for name, choices in choices_of(GAPOConfig).items():
             value: Any = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
@@ -102,8 +104,8 @@ def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any 
         own = getattr(config, name, beside)
         if own is not None and own != beside:
             raise ValueError(
-                f"config has {name}={own!r}, but only the settings of the step are taken from it, and {name} here is "
-                f"{beside!r}: give it beside config where that is accepted, or set it to {beside!r} in config"
+                f"config has {name}={own!r}, and {name} here is {beside!r}. Only the settings of the step are taken "
+                f"from config: give {name} beside it where that is accepted, or set it to {beside!r} in config"
             )
     settings: GAPOConfig = config.step_config()
     return settings

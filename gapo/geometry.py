@@ -1,8 +1,8 @@
 """The perturbation: delta from (theta, g, rho), its norm, leaf by leaf (method document, step 3).
 
-With T = |theta| in the adaptive geometry (ASAM, arXiv 2102.11600) and T = 1 in the L2 ball (SAM, arXiv 2010.01412),
-`delta = rho * T^2 * g / ||T * g||_2`, where the norm runs over all selected parameters together; the radius of a delta
-is `||delta / T||_2`. Signs do not matter to a norm, so theta stands for |theta| below.
+`delta = rho * T^2 * g / ||T * g||_2`, where the norm runs over all selected parameters together. T is |theta| in the
+adaptive geometry (ASAM, arXiv 2102.11600), and 1 in the L2 ball (SAM, arXiv 2010.01412). The radius of a delta is
+`||delta / T||_2`. Signs do not matter to a norm, so theta stands for |theta| below.
 """
 
 from __future__ import annotations

@@ -46,9 +46,9 @@ def reference_metrics(log_ratio_margins: Array) -> dict[str, Array]:
         log_ratio_margins: (N,) z, the policy's margin minus the reference's on summed log-probabilities, nats.
 
     Returns:
-        Scalars: "reference/accuracies", the share of pairs with z > 0 (says nothing at the start, where the policy
-        is the reference and z is rounding), and "reference/margins", the mean of z. DPO's reward margin is its beta
-        times the latter.
+        Scalars: "reference/accuracies", the share of pairs with z > 0, and "reference/margins", the mean of z. The
+        first says nothing at the start, where the policy is the reference and z is rounding. DPO's reward margin is
+        its beta times the second.
     """
     xp = array_api_compat.array_namespace(log_ratio_margins)
     right = xp.astype(log_ratio_margins > 0, log_ratio_margins.dtype)
@@ -66,8 +66,8 @@ def pair_metrics(logps: LogProbs, config: GAPOConfig) -> dict[str, Array]:
 def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:
     """Scalars of one step of any objective.
 
-    They are `reward_metrics` where the log-probabilities are known, `reference_metrics` where there is a reference, the
-    weights, and what was measured at the anchor where there is one; the last two under "gapo/".
+    The weights and the anchor's figures stand under "gapo/"; the latter only where the objective has an anchor.
+    `reward_metrics` needs a `margin_fn` that returns log-probabilities, `reference_metrics` a reference in the batch.
     """
     xp = array_api_compat.array_namespace(result.margins)
     metrics: dict[str, Array] = {}

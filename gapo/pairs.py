@@ -89,13 +89,13 @@ class BatchConstants:
         return all(x is not None for x in fields)
 
 
-def require_reference(objective: str, columns: Iterable[str]) -> None:
-    """Raise ValueError, saying what to do, unless `columns`, those of a batch, hold `REFERENCE`."""
+def require_reference(objective: str, columns: Iterable[str], function: str = "gapo.data.with_reference_logps") -> None:
+    """Raise ValueError unless `columns`, those of a batch, hold `REFERENCE`; the error names the `function` to use."""
     if not set(REFERENCE) <= set(columns):
         raise ValueError(
-            f"objective {objective!r} needs {' and '.join(REFERENCE)} in each batch, summed log-probabilities under "
-            "the reference, nats: put them in the rows with gapo.data.with_reference_logps (PyTorch: gapo.adapters.hf."
-            f"with_reference_logps), and the batches have them; got {', '.join(columns) or 'neither'}"
+            f"objective {objective!r} needs {' and '.join(REFERENCE)} in each batch: summed log-probabilities under "
+            f"the reference, nats. {function} adds them to the rows, and batches of such rows have them; "
+            f"got {', '.join(columns) or 'neither'}"
         )
 
 
@@ -259,8 +259,8 @@ class LogProbs:
         side = name.rpartition("_")[2]
         if side not in self._lengths:
             raise ValueError(
-                f"the objective needs the number of tokens of each {side} response, to sum log-probabilities or to "
-                f"average them: let the batch hold {side}_labels (N, seq) or {side}_lengths (N,)"
+                f"the objective needs the number of tokens of each {side} response: let the batch hold {side}_labels "
+                f"(N, seq) or {side}_lengths (N,)"
             )
         return self.xp.astype(self._lengths[side], next(iter({**self._averages, **self._sums}.values())).dtype)
 

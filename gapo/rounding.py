@@ -1,8 +1,8 @@
-"""Rounding and the anchor: which anchor "auto" takes, and what is said where gaps do not fit the probe's gradient.
+"""Rounding and the anchor: which anchor "auto" takes, and the warning where gaps do not fit the probe's gradient.
 
-An exact anchor is the difference of two forwards, which 16-bit weights or a 16-bit forward round away or enlarge: a
-weight's change below half a unit in its last place is lost or becomes that unit, at every use. The first-order gap adds
-nothing to the weights.
+An exact gap is the difference of two forwards. 16 bits, of weights or of compute, lose it or enlarge it: a weight's
+change below half a unit in its last place is lost, or becomes that unit, at every use. A first-order gap adds nothing
+to the weights.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _FIRST_ORDER, _FIRST_ORDER_HALF = 0.01, 0.1
 # ||T g|| below so many units of rounding is no gradient (both answers alike), and its ratio is noise.
 _NOISE = 32
 
-# What each backend's steps have said: once is enough.
-_said: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+# The warnings that each backend's steps have given: once is enough.
+_warned: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 class Choice(NamedTuple):
@@ -49,7 +49,7 @@ def choose_anchor(forward: AnchorForward, names: Iterable[str], config: GAPOConf
     weights = any(is_half(forward.parameters[name].dtype, backend.xp) for name in names)
     if config.anchor != "auto":
         # To warn of, one step of a backend is looked at, since the look costs a little.
-        look = config.anchor == "exact" and not weights and config.rho > 0 and "looked" not in _said.get(backend, ())
+        look = config.anchor == "exact" and not weights and config.rho > 0 and "looked" not in _warned.get(backend, ())
         return Choice(config.anchor, weights, look and forward.half_compute())
     compute = not weights and forward.half_compute()
     anchor = "first_order" if weights or compute else "exact"
@@ -120,15 +120,15 @@ def check_gaps(
     if (choice.compute or (choice.weights and not can)) and _first_time(backend, "lost"):
         what = "a forward in 16 bits rounds" if choice.compute else "16-bit weights round"
         warnings.warn(
-            f"{what} the perturbation of an exact anchor, and this compiled step cannot measure how much: look at "
-            f"first_order_ratio, far from 1 where it is lost; {_WAY_OUT}",
+            f"{what} the perturbation of an exact anchor, and this compiled step cannot measure how much. Look at "
+            f"first_order_ratio, which is far from 1 where the perturbation is lost; {_WAY_OUT}",
             RuntimeWarning,
             stacklevel=5,
         )
 
 
 def _text(config: GAPOConfig, choice: Choice, radius: float, changed: float, ratio: float) -> str:
-    """What is said of an exact anchor whose gaps are not to be trusted, by cause."""
+    """The warning of an exact anchor whose gaps are not to be trusted, by cause."""
     if choice.weights:
         return (
             f"16-bit weights round the perturbation away: its applied radius is {radius:.3g} for rho={config.rho}, "
@@ -136,51 +136,50 @@ def _text(config: GAPOConfig, choice: Choice, radius: float, changed: float, rat
         )
     if choice.compute:
         return (
-            "the forward computes in 16 bits (autocast, a cast, TF32), which round theta + delta at each use of it, so "
-            f"that the gaps of an exact anchor are off, each in its own way (first_order_ratio is {ratio:.3g}); "
-            f"{_WAY_OUT}"
+            "the forward computes in 16 bits (autocast, a cast, TF32), which round theta + delta at each use. So each "
+            f"gap of an exact anchor is off in its own way (first_order_ratio is {ratio:.3g}); {_WAY_OUT}"
         )
     return far_from_linear(ratio, config)
 
 
 def far_from_linear(ratio: float, config: GAPOConfig | None = None) -> str:
-    """What is said where a measured drop is far from the predicted one, with `config` where it is known."""
+    """The warning where a measured drop is far from the predicted one, with `config` where it is known."""
     radius = "" if config is None else f" for rho={config.rho}"
     seen = f"first_order_ratio is {ratio:.3g}: so many times the drop that the gradient predicts{radius}. "
     if config is not None and config.anchor == "auto":
         return (
-            f"{seen}No 16-bit compute was seen, so rho may be too large for the drop to be linear (lower it where that "
-            "is not meant); or something rounds unseen, such as a cast within margin_fn, and then "
+            f"{seen}No 16-bit compute was seen. So rho may be too large for the drop to be linear: lower it where that "
+            "is not meant. Or something rounds unseen, such as a cast within margin_fn: then "
             'anchor="first_order" is right'
         )
     return (
-        f"{seen}Either 16-bit compute (weights, autocast, TF32) rounds theta + delta, and then "
-        'anchor="auto" or "first_order" is right, which rounds nothing; or rho is too large for the drop to be linear: '
+        f"{seen}16-bit compute (weights, autocast, TF32) may round theta + delta: then "
+        'anchor="auto" or "first_order" is right, which rounds nothing. Or rho is too large for the drop to be linear: '
         "lower it where that is not meant"
     )
 
 
 def _check_first_order(ratio: float, half: Callable[[], bool], backend: Backend) -> None:
-    # `sum |c_i| gap_i = rho ||T g||`: the gaps come pair by pair, g from all pairs at once. A warning, no error: in a
-    # batch whose gradients cancel each other, rounding alone can break it.
+    # `sum |c_i| gap_i = rho ||T g||` holds by linearity: the gaps come pair by pair, g from all pairs at once. It is a
+    # warning and no error, since rounding alone breaks it where the pairs' gradients cancel.
     if abs(ratio - 1) <= _FIRST_ORDER or (half() and abs(ratio - 1) <= _FIRST_ORDER_HALF):
         return
     if _first_time(backend, "first order"):
         warnings.warn(
-            f'first_order_ratio is {ratio:.5g} with anchor="first_order", where it is 1 but for rounding: the gaps of '
-            "the pairs do not add up to the gradient of the batch. Either the pairs' gradients cancel almost entirely, "
-            "or they overflow or underflow in 16 bits, or a gradient is wrong (a layer that mixes the pairs, a custom "
-            'backward): compare with anchor="exact" in float32',
+            f'first_order_ratio is {ratio:.5g} with anchor="first_order", where it is 1 but for rounding: the pairs\' '
+            "gaps do not add up to the batch's gradient. The pairs' gradients cancel almost entirely, or they overflow "
+            "or underflow in 16 bits. Or a gradient is wrong: a layer mixes the pairs, or has a custom backward. "
+            'Compare with anchor="exact" in float32',
             RuntimeWarning,
             stacklevel=6,
         )
 
 
 def _first_time(backend: Backend, what: str) -> bool:
-    said = _said.setdefault(backend, set())
-    if what in said:
+    warned = _warned.setdefault(backend, set())
+    if what in warned:
         return False
-    said.add(what)
+    warned.add(what)
     return True
 
 

@@ -26,8 +26,8 @@ def value_and_grad(
 ) -> Callable[..., tuple[StepResult, Any]]:
     """The training step as a function: `step(params, batch, *, gamma=None, rng=None) -> (StepResult, grads)`.
 
-    For an objective with an anchor, such as GAPO's, a step takes two forwards (clean, anchor) and two backwards (probe,
-    update); for the others one of each. The parameters are as before when it returns or raises.
+    With an anchor, as GAPO has it, a step takes two forwards (clean, anchor) and two backwards (probe, update). Other
+    objectives take one of each. The parameters are as before when it returns or raises.
 
     Args:
         margin_fn: `margin_fn(params, batch)` returns the margins M_i (N,), or (chosen_logps, rejected_logps), each
@@ -42,14 +42,14 @@ def value_and_grad(
 
     Returns:
         `step`. Its `params` are, for "torch" and "mlx", the `nn.Module`; for "jax" any pytree of arrays; for "numpy" a
-        dict of float64 arrays. `gamma` overrides the config's by a float or (N,) array of per-pair targets; `rng` feeds
-        direction="gaussian" (a `torch.Generator`, a JAX or MLX key, a NumPy generator). `grads`: "torch" and "numpy" a
+        dict of float64 arrays. `gamma` overrides the config's by a float or (N,) array of per-pair targets. `rng` feeds
+        direction="gaussian": a `torch.Generator`, a JAX or MLX key, a NumPy generator. `grads`: "torch" and "numpy" a
         dict by parameter name; "jax" and "mlx" a tree like the trainable parameters. They are this rank's own, not
         averaged over ranks; under FSDP2 the ranks' average, as shards.
 
-        An objective of summed log-probabilities needs lengths, and one with a reference needs its log-probabilities:
-        `batch` is then a mapping with "{chosen,rejected}_labels" (N, seq) or "{chosen,rejected}_lengths" (N,), and with
-        "ref_chosen_logps" and "ref_rejected_logps" (N,).
+        For an objective of summed log-probabilities, `batch` is a mapping that holds "{chosen,rejected}_labels"
+        (N, seq) or "{chosen,rejected}_lengths" (N,). For one with a reference, it holds "ref_chosen_logps" and
+        "ref_rejected_logps" (N,) too.
 
     Raises:
         ModuleNotFoundError: the backend's framework is not installed.

@@ -55,19 +55,6 @@ def test_public_surface() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", gapo.__version__)
 
 
-def test_imports_run_one_way() -> None:
-    """The core imports neither backends' frameworks nor adapters, data, runs or study."""
-    core = [f"gapo/{name}.py" for name in ("objective", "logps", "geometry", "config", "step", "selection", "metrics")]
-    core += [f"gapo/objectives/{path.name}" for path in (ROOT / "gapo" / "objectives").glob("*.py")]
-    for path in [*core, *(str(p.relative_to(ROOT)) for p in (ROOT / "gapo" / "backends").rglob("*.py"))]:
-        text = (ROOT / path).read_text()
-        assert not re.search(
-            r"^\s*(from|import) gapo\.(adapters|data|experiments|runs|study|cli)", text, re.MULTILINE
-        ), path
-        if path in core:
-            assert not re.search(r"^\s*(from|import) (torch|jax|mlx|numpy)\b", text, re.MULTILINE), path
-
-
 @pytest.mark.parametrize(
     ("adapter", "library", "extra"),
     [

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import griffe
 import hf_models
 import pytest
 from transformers import Trainer, TrainingArguments
@@ -116,6 +117,16 @@ def test_page_of_the_docs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     names = {"folder": tmp_path, **given(subject.get(page, page), tmp_path, monkeypatch)}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+def test_the_reference_shows_the_functions_that_users_call() -> None:
+    extensions = griffe.load_extensions(str(ROOT / "docs" / "public_signatures.py"))
+    modules = griffe.load("gapo.objectives", search_paths=[ROOT], extensions=extensions, resolve_aliases=True)
+    function = modules["dpo"]
+    arrays = ["chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"]
+    assert [p.name for p in function.parameters] == [*arrays, "beta", "reduction", "backend"]
+    assert all(f"{name}: (N,)" in function.docstring.value for name in arrays)
+    assert [p.name for p in modules["LogProbs"].parameters][:2] == ["self", "chosen"]  # others as they are written
 
 
 def test_the_readme_says_which_gapo_it_is() -> None:

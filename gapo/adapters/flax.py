@@ -1,11 +1,14 @@
-"""GAPO in Flax: a training step for NNX modules, and for Linen with `TrainState`; optax does the update."""
+"""GAPO in Flax: a training step for NNX modules, and for Linen's `TrainState`. optax makes the update.
+
+One batch takes this way, whatever the objective: `pair_logps` gives the log-probabilities of both sides from one call
+of the model, `JaxForward` linearises it, `gapo.step.run` makes the cotangents, and one pullback gives the gradients.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import gapo
 from gapo._extras import missing
 
 try:
@@ -15,9 +18,11 @@ try:
 except ModuleNotFoundError as error:
     raise missing("gapo.adapters.flax", "flax", error) from error
 
+from gapo import pairs
 from gapo.adapters.flax_inputs import (
     LogitsFn,
     arrays,
+    by_pair,
     linen_logits,
     named_dropout,
     refused_batch_statistics,
@@ -26,12 +31,11 @@ from gapo.adapters.flax_inputs import (
 )
 from gapo.backends.jax import JaxBackend, JaxForward
 from gapo.config import GAPOConfig, step_settings
-from gapo.data.collate import PARTS, REFERENCE
-from gapo.data.reference import require_reference
-from gapo.logps import response_lengths
-from gapo.metrics import pair_metrics, step_metrics
-from gapo.objectives import LogProbs, without_anchor
-from gapo.step import StepResult, run
+from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
+from gapo.objectives import Objective, resolve
+from gapo.pairs import BatchConstants, LogProbs, require_reference
+from gapo.result import StepResult
+from gapo.step import run
 
 Metrics = dict[str, jax.Array]
 
@@ -40,88 +44,97 @@ def make_train_step(
     logits_fn: LogitsFn | None = None,
     config: GAPOConfig | None = None,
     *,
-    objective: str = "gapo",
+    objective: str | Objective | Callable[[LogProbs], jax.Array] = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
     wrt: Any = None,
     axis_name: str | None = None,
 ) -> Callable[..., Any]:
-    """A jitted GAPO training step.
+    """A jitted training step: GAPO's, or that of another objective.
 
     For NNX: `train_step(model, optimizer, batch, *, gamma=None, rng=None) -> (metrics, result)`, which updates `model`
     and `optimizer` in place. For Linen: `train_step(state, batch, *, gamma=None, rng=None) -> (state, metrics,
-    result)`. Accumulate gradients with `optax.MultiSteps`; place arrays on a mesh and the step runs there. What the
-    optimizer leaves where it is (`optax.multi_transform` with `optax.set_to_zero`) is neither perturbed nor
-    differentiated.
+    result)`. Accumulate gradients with `optax.MultiSteps`. Arrays on a mesh are taken as they are.
+
+    A parameter that the optimizer never changes (`optax.multi_transform` with `optax.set_to_zero`) is neither perturbed
+    nor differentiated.
 
     Args:
         logits_fn: `logits_fn(model, input_ids, attention_mask)` gives logits (batch, seq, vocab). None calls an NNX
-            model with `input_ids`, and a Linen one as `state.apply_fn({"params": params}, input_ids)`: right for causal
-            models whose padding stands on the right. For Linen's dropout it takes `rngs` as well, to be handed to
-            `apply`; without a `logits_fn` that is done for you.
+            model with `input_ids`, and a Linen one as `state.apply_fn({"params": params}, input_ids)`. That is right
+            for causal models with padding on the right. For Linen's dropout, let the function take `rngs` as well, and
+            pass them to `apply`; without a `logits_fn` this is done for you.
         config: settings of the step; None for the defaults.
-        objective: "gapo"; "simpo" for the control on the probe loss; or another name of `gapo.objectives.OBJECTIVES`.
-            Their `result` is None. Those that compare with a reference need its log-probabilities in the batch, as
-            `gapo.data.with_reference_logps` puts them in the rows; those of the batch's statistics take the batch as it
-            lies on a device.
-        objective_settings: settings of the other objectives, such as {"beta": 0.1}; None for their defaults. "gapo" and
-            "simpo" take theirs from `config`.
-        wrt: which NNX variables train; None for those of the optimizer, as `nnx.Optimizer(..., wrt=nnx.LoRAParam)` was
-            told. Others than the optimizer's are refused.
-        axis_name: data axis of a surrounding `shard_map`, whose members share one anchor. Its caller averages nothing.
+        objective: a name of `gapo.objectives.OBJECTIVES`, a `gapo.objectives.Objective`, or a function of `LogProbs`
+            that returns the loss of each pair, (N,). An objective with a reference needs its log-probabilities in the
+            batch, as `gapo.data.with_reference_logps` puts them in the rows. One with statistics of the batch computes
+            them within each member of `axis_name`.
+        objective_settings: settings of the objective, such as {"beta": 0.1}; None for its defaults. "gapo" and "simpo"
+            take theirs from `config`.
+        wrt: filter of the NNX variables that train; None for the optimizer's own, as in
+            `nnx.Optimizer(..., wrt=nnx.LoRAParam)`. A filter that selects other variables is refused.
+        axis_name: data axis of a surrounding `shard_map`, whose members share one anchor. The step averages the
+            gradients over it; its caller averages nothing.
 
     Returns:
-        `train_step`. `batch` is what `gapo.data.collate_pairs` makes: each (N, seq),
-        {chosen,rejected}_{input_ids,attention_mask,labels}, besides reference log-probabilities (N,). `metrics` are
-        scalars: "loss", TRL's keys and "gapo/"; `result` is the `gapo.StepResult`. `gamma` and `rng` are as in
-        `gapo.value_and_grad`; with Linen `rng` draws the dropout masks too, the same ones for the clean forward and the
-        anchor's: a new key each step. NNX modules draw from their own.
+        `train_step`. `batch` has the columns of `gapo.data.collate_pairs`, {chosen,rejected}_{input_ids,
+        attention_mask,labels}, each (N, seq), and reference log-probabilities (N,) where the objective needs them.
+        `metrics` are scalars: "loss", TRL's keys and "gapo/". `result` is the `gapo.StepResult`; its fields of the
+        anchor are None for an objective without one. `gamma`, a number or (N,), overrides the objective's. `rng` draws
+        the perturbation of direction="gaussian". In Linen it draws the dropout masks too, the same ones for the clean
+        forward and the anchor's: pass a new key each step. NNX modules draw from their own.
 
     Raises:
-        ValueError: from `train_step`: padding that the default call would not see, `wrt` against the optimizer's, an
-            `rng` that nothing takes, statistics of a batch in the forward (`nnx.BatchNorm` in training mode).
+        TypeError, ValueError: an unknown objective, or settings that it does not have. From `train_step`: columns that
+            are missing or do not fit; padding that the default call would not see; a `wrt` other than the optimizer's;
+            an `rng` that nothing takes; statistics of the batch in the forward (`nnx.BatchNorm` in training mode).
 
     Source: method document, "The step".
+
+    >>> import optax
+    >>> from flax import nnx
+    >>> from gapo.data import collate_pairs
+    >>> row = {"chosen_input_ids": [1, 2], "rejected_input_ids": [1, 3]}
+    >>> row |= {"chosen_labels": [-100, 2], "rejected_labels": [-100, 3]}
+    >>> model = nnx.Sequential(nnx.Embed(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 4, rngs=nnx.Rngs(1)))
+    >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    >>> def squares(logps):
+    ...     return (1 - logps.margins) ** 2
+    >>> metrics, result = make_train_step(objective=squares)(model, optimizer, collate_pairs([row], pad_token_id=0))
+    >>> bool(abs(metrics["loss"] - (1 - result.margins[0]) ** 2) < 1e-5)
+    True
     """
-    config = step_settings(config, objective, objective_settings)
+    config = step_settings(config, getattr(objective, "name", objective), objective_settings)
+    loss = resolve(objective, config, objective_settings)
     backend = JaxBackend(axis_name)
-    measure = _measure(objective, config, objective_settings)
+    of_anchor = config if loss.needs_anchor else None
 
-    def gradients(forward: JaxForward, batch: Any, gamma: Any, rng: Any) -> tuple[StepResult | None, Metrics, Any]:
-        if objective == "gapo":
-            result, cotangents = run(forward, config, backend, gamma=gamma, rng=rng)
-            metrics = {"loss": result.loss, **step_metrics(result, config)}
-        else:
-            over = {} if gamma is None else {"gamma": gamma}
-
-            def loss(outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
-                found = measure(outputs, batch, **over)
-                return found["loss"], found
-
-            result = None
-            cotangents, metrics = jax.grad(loss, has_aux=True)(forward.outputs)
+    def gradients(forward: JaxForward, batch: Any, gamma: Any, rng: Any) -> tuple[StepResult, Metrics, Any]:
+        constants = BatchConstants.of(batch)
+        result, cotangents = run(forward, config, backend, loss=loss, constants=constants, gamma=gamma, rng=rng)
         grads = {name: backend.all_reduce(g, "mean") for name, g in forward.pullback(cotangents).items()}
-        return result, metrics, forward.pack(grads)
+        return result, {"loss": result.loss, **step_metrics(result, config)}, forward.pack(grads)
 
     @nnx.jit
-    def nnx_step(model: Any, optimizer: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Metrics, StepResult | None]:
+    def nnx_step(model: Any, optimizer: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Metrics, StepResult]:
         require_same_variables(model, wrt, optimizer.wrt)
         graph, params, rest = nnx.split(model, optimizer.wrt, ...)
 
         def margin_fn(p: Any, b: Any) -> Any:
-            merged = nnx.merge(graph, p, rest, copy=True)  # the same random state each time: the same dropout masks
+            # A copy, so that each forward starts from the same random state, and draws the same dropout masks.
+            merged = nnx.merge(graph, p, rest, copy=True)
             with refused_batch_statistics(merged):
                 logps = pair_logps(lambda ids, mask: (logits_fn or _call)(merged, ids, mask), b)
             return logps, nnx.state(merged, nnx.Not(optimizer.wrt))
 
         trainable = trained(optimizer.tx, nnx.as_pure(optimizer.opt_state), nnx.as_pure(params))
-        forward = JaxForward(margin_fn, params, batch, axis_name, True, config, trainable=trainable)
+        forward = JaxForward(margin_fn, params, batch, axis_name, True, of_anchor, trainable=trainable)
         result, metrics, grads = gradients(forward, batch, gamma, rng)
         nnx.update(model, forward.aux)
         optimizer.update(*(() if isinstance(optimizer, nnx.ModelAndOptimizer) else (model,)), grads)
         return metrics, result
 
     @jax.jit
-    def linen_step(state: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Any, Metrics, StepResult | None]:
+    def linen_step(state: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Any, Metrics, StepResult]:
         fn = linen_logits(state, logits_fn, rng, elsewhere=config.direction == "gaussian")
 
         def margin_fn(p: Any, b: Any) -> Any:
@@ -129,7 +142,7 @@ def make_train_step(
 
         trainable = trained(state.tx, state.opt_state, state.params)
         with named_dropout("call train_step(state, batch, rng=key), with a new key each step"):
-            forward = JaxForward(margin_fn, state.params, batch, axis_name, config=config, trainable=trainable)
+            forward = JaxForward(margin_fn, state.params, batch, axis_name, config=of_anchor, trainable=trainable)
         result, metrics, grads = gradients(forward, batch, gamma, rng)
         return state.apply_gradients(grads=grads), metrics, result
 
@@ -141,9 +154,11 @@ def make_train_step(
                 raise ValueError(
                     "the nnx.ModelAndOptimizer holds another model than the one given: give the same, or none"
                 )
-            return nnx_step(args[0], args[1], arrays(args[2], ids_alone=logits_fn is None), gamma, rng)
+            batch = arrays(args[2], ids_alone=logits_fn is None)
+            return nnx_step(args[0], args[1], batch, by_pair(gamma, batch), rng)
         if len(args) == 2 and hasattr(args[0], "apply_gradients"):
-            return linen_step(args[0], arrays(args[1], ids_alone=logits_fn is None), gamma, rng)
+            batch = arrays(args[1], ids_alone=logits_fn is None)
+            return linen_step(args[0], batch, by_pair(gamma, batch), rng)
         kinds = ", ".join(type(x).__name__ for x in args)
         raise TypeError(
             f"train_step takes (nnx.Module, nnx.Optimizer, batch), or (TrainState, batch) with Linen; got ({kinds})"
@@ -156,7 +171,7 @@ def make_eval_step(
     logits_fn: LogitsFn | None = None,
     config: GAPOConfig | None = None,
     *,
-    objective: str = "gapo",
+    objective: str | Objective | Callable[[LogProbs], jax.Array] = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
 ) -> Callable[..., Metrics]:
     """A jitted evaluation: `eval_step(model_or_state, batch) -> metrics`, without an anchor and without dropout.
@@ -165,15 +180,22 @@ def make_eval_step(
 
     Args:
         logits_fn: as in `make_train_step`.
-        config: as in `make_train_step`.
+        config: likewise.
         objective: likewise.
         objective_settings: likewise.
 
     Returns:
-        `eval_step`: the mean probe loss, or another objective's own, under "loss", and the rewards under TRL's keys
-        (method document, step 6).
+        `eval_step`. Its metrics are means over the pairs: the objective's loss under "loss", without an SFT term, and
+        the rewards under TRL's keys. An objective with an anchor has the probe's loss (method document, step 6).
     """
-    measure = _measure(objective, step_settings(config, objective, objective_settings), objective_settings)
+    config = step_settings(config, getattr(objective, "name", objective), objective_settings)
+    loss = resolve(objective, config, objective_settings)
+
+    def measure(outputs: tuple[jax.Array, jax.Array], batch: Mapping[str, jax.Array]) -> Metrics:
+        if loss.evaluated.needs_reference:
+            require_reference(loss.name, batch)
+        logps = LogProbs.of_step(outputs, BatchConstants.of(batch))
+        return evaluation_metrics(evaluation_columns(loss, logps), config)
 
     @nnx.jit
     def nnx_step(model: Any, batch: Any) -> Metrics:
@@ -196,36 +218,26 @@ def make_eval_step(
 
 
 def pair_logps(logits: Callable[..., jax.Array], batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """(chosen_logps, rejected_logps), each (N,), from one call of `logits(input_ids, attention_mask)`."""
-    ids, mask, labels = (jnp.concatenate([batch[f"chosen_{p}"], batch[f"rejected_{p}"]]) for p in PARTS)
-    returned = logits(ids, mask)
-    if not isinstance(returned, jax.Array):
-        raise TypeError(
-            f"the model must return logits (batch, seq, vocab), got {type(returned).__name__}: give a logits_fn that "
-            "takes them out, such as lambda model, input_ids, attention_mask: model(input_ids).logits"
-        )
-    logps = gapo.sequence_logps(returned, labels)
-    half = logps.shape[0] // 2
-    return logps[:half], logps[half:]
+    """(chosen_logps, rejected_logps), each (N,), nats per token, from one call of `logits(input_ids, attention_mask)`.
 
+    Args:
+        logits: gives logits (2N, seq, vocab), chosen rows first.
+        batch: the columns of `gapo.data.collate_pairs`.
 
-def _measure(objective: str, config: GAPOConfig, given: Mapping[str, Any] | None) -> Callable[..., Metrics]:
-    """`measure(outputs, batch) -> metrics`: the mean loss without an anchor under "loss", and TRL's rewards."""
-    found, settings = without_anchor(objective, config, given)
+    Raises:
+        TypeError: `logits` returns anything but an array.
+    """
 
-    def measure(outputs: tuple[jax.Array, ...], batch: Mapping[str, jax.Array], **over: Any) -> Metrics:
-        if found.needs_reference:
-            require_reference(found.name, batch)
-        if over and "gamma" not in settings:
-            raise ValueError(f"gamma is of objectives 'gapo' and 'simpo'; {found.name!r} takes {', '.join(settings)}")
-        labels = jnp.concatenate([batch["chosen_labels"], batch["rejected_labels"]])
-        ref_chosen, ref_rejected = (batch.get(name) for name in REFERENCE)
-        chosen, rejected = outputs
-        logps = LogProbs.from_averages(chosen, rejected, response_lengths(labels), ref_chosen, ref_rejected)
-        losses = found.losses(logps, **{**settings, **over})
-        return {"loss": jnp.mean(losses), **pair_metrics(logps, config)}
+    def checked(ids: jax.Array, mask: jax.Array) -> jax.Array:
+        returned = logits(ids, mask)
+        if not isinstance(returned, jax.Array):
+            raise TypeError(
+                f"the model must return logits (batch, seq, vocab), got {type(returned).__name__}: give a logits_fn "
+                "that takes them out, such as lambda model, input_ids, attention_mask: model(input_ids).logits"
+            )
+        return returned
 
-    return measure
+    return pairs.pair_logps(checked, {name: jnp.asarray(batch[name]) for name in pairs.COLUMNS})
 
 
 def _call(model: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:

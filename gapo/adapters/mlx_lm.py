@@ -1,6 +1,10 @@
-"""GAPO in MLX-LM: a loss and batches for `mlx_lm.tuner.trainer.train`, unchanged, full or LoRA.
+"""GAPO in MLX-LM: a loss and batches for `mlx_lm.tuner.trainer.train` as it is, full or LoRA.
 
 `train(model, optimizer, pairs, valid, args, loss=make_loss(config), iterate_batches=iterate_batches)`
+
+mlx-lm differentiates the loss itself. The loss therefore runs the step on the clean forward, and returns a scalar that
+is linear in that forward's outputs, with the step's cotangents for coefficients. mlx-lm's own backward through it is
+the update's pullback, whatever the objective.
 """
 
 from __future__ import annotations
@@ -11,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-import gapo
 from gapo._extras import missing
 
 try:
@@ -25,49 +28,64 @@ except ModuleNotFoundError as error:
     raise missing("gapo.adapters.mlx_lm", "mlx-lm", error) from error
 
 from gapo._namespace import is_concrete
-from gapo.backends.mlx import MlxBackend, MlxForward
+from gapo.backends.mlx import MlxBackend
 from gapo.config import GAPOConfig, step_settings
-from gapo.data.collate import REFERENCE
-from gapo.data.reference import require_reference
-from gapo.logps import response_lengths
-from gapo.metrics import pair_metrics, step_metrics
-from gapo.objectives import LogProbs, without_anchor
-from gapo.step import StepResult, run
+from gapo.data.tokenize import IGNORE_INDEX
+from gapo.logps import response_lengths, sequence_logps
+from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
+from gapo.objectives import Objective, resolve
+from gapo.pairs import REFERENCE, BatchConstants, LogProbs, halves, require_reference
+from gapo.result import StepResult
+from gapo.step import run
 
 
 def make_loss(
     config: GAPOConfig | None = None,
     *,
-    objective: str = "gapo",
+    objective: str | Objective | Callable[[LogProbs], mx.array] = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
     on_step: Callable[[StepResult], None] | None = None,
 ) -> Callable[..., tuple[mx.array, mx.array]]:
     """A loss for `mlx_lm.tuner.trainer.train` and `evaluate`: `loss(model, *batch) -> (scalar, count)`.
 
-    In training (`model.training`) it is the GAPO step of the batch, and the count its answers' tokens. In evaluation it
-    is the probe loss, or another objective's own, without an anchor, and the count its pairs, over which mlx-lm
-    averages.
+    In training (`model.training`) it is the step's loss on the batch, and the count its answers' tokens. In evaluation
+    it has no anchor and no SFT term, and the count is the pairs, over which mlx-lm averages. An objective with an
+    anchor is evaluated by the probe's loss.
 
     Args:
         config: settings of the step; None for the defaults.
-        objective: "gapo"; "simpo" for the control on the probe loss; or another name of `gapo.objectives.OBJECTIVES`.
-            Those that compare with a reference need its log-probabilities, which `iterate_batches` hands over where the
-            rows have them (`gapo.data.with_reference_logps`).
-        objective_settings: settings of the other objectives, such as {"beta": 0.1}; None for their defaults. "gapo" and
-            "simpo" take theirs from `config`.
-        on_step: called with each step's result; not under `mx.compile`, which would call it once.
+        objective: a name of `gapo.objectives.OBJECTIVES`, a `gapo.objectives.Objective`, or a function of `LogProbs`
+            that returns the loss of each pair, (N,). An objective with a reference needs its log-probabilities, which
+            `iterate_batches` yields where the rows have them (`gapo.data.with_reference_logps`).
+        objective_settings: settings of the objective, such as {"beta": 0.1}; None for its defaults. "gapo" and "simpo"
+            take theirs from `config`.
+        on_step: called with the `StepResult` of each training batch; its fields of the anchor are None for an objective
+            without one. Under `mx.compile` it would be called once, while the step is traced: leave it out there.
 
     Raises:
-        ValueError: an unknown objective, or settings that are not its own. From the loss: no reference where one is
-            needed; a batch that is not `iterate_batches`'; padding on the left; a gradient in evaluation mode, where
-            there is no anchor; dropout together with mlx-lm's `grad_checkpoint`, whose gradients are wrong for any
-            loss, since the recomputed forward draws other masks.
+        TypeError, ValueError: an unknown objective, or settings that it does not have. From the loss: no reference
+            where one is needed; a batch that is not `iterate_batches`'; padding on the left; a gradient in evaluation
+            mode of a loss that differs there; dropout together with mlx-lm's `grad_checkpoint`, whose recomputed
+            forward draws other masks, so that its gradients are wrong for any loss.
 
     Source: method document, "The step".
+
+    >>> import mlx.core as mx
+    >>> from mlx import nn
+    >>> mx.random.seed(0)
+    >>> model = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4))
+    >>> ids, labels = mx.array([[1, 2], [1, 3]]), mx.array([[-100, 2], [-100, 3]])  # one pair, the chosen row first
+    >>> def squares(logps):
+    ...     return (1 - logps.margins) ** 2
+    >>> loss = make_loss(objective=squares)
+    >>> (value, tokens), grads = nn.value_and_grad(model, loss)(model, ids, labels)
+    >>> chosen, rejected = pair_logps(model, (ids, labels))
+    >>> abs(value.item() - (1 - (chosen - rejected).item()) ** 2) < 1e-5, tokens.item()
+    (True, 2)
     """
-    config = step_settings(config, objective, objective_settings)
+    config = step_settings(config, getattr(objective, "name", objective), objective_settings)
+    target = resolve(objective, config, objective_settings)
     backend = MlxBackend()
-    other, settings = without_anchor(objective, config, objective_settings)
 
     def loss(
         model: nn.Module, ids: mx.array, labels: mx.array, reference: mx.array | None = None
@@ -75,39 +93,43 @@ def make_loss(
         require_pairs(ids, labels)
         if is_concrete(labels):
             require_right_padding(np.array(ids), np.array(labels))
-        if model.training:
-            _refuse_checkpointed_dropout(model)
-            _warn_of_a_bare_quantised_base(model)
-        if not model.training or objective != "gapo":
-            references = () if reference is None or not reference.size else reference
-            if other.needs_reference:
-                require_reference(other.name, REFERENCE if len(references) else ())
-            logps = LogProbs.from_averages(*pair_logps(model, (ids, labels)), response_lengths(labels), *references)
-            metrics = pair_metrics(logps, config)
-            if model.training:
-                keep_training(model, metrics)
-            else:
-                keep_evaluation(model, metrics, len(logps.chosen))
-            count = mx.sum(labels != -100) if model.training else mx.array(len(logps.chosen))
-            value: Any = mx.mean(other.losses(logps, **settings))
-            if objective == "gapo":
-                value = _without_gradient(value)
-            return value, count
-        # `trainable_parameters` are the tracers of the caller's gradient here: the clean forward is the one it goes
-        # back through, and the step's cotangents, constants to it, make the loss's gradient the step's.
-        forward = MlxForward(pair_logps, model, (ids, labels))
-        result, cotangents = run(forward, config, backend)
+        constants = _constants(labels, reference)
+        return (train_loss if model.training else evaluation_loss)(model, (ids, labels), constants)
+
+    def train_loss(
+        model: nn.Module, batch: tuple[mx.array, mx.array], constants: BatchConstants
+    ) -> tuple[mx.array, mx.array]:
+        _refuse_checkpointed_dropout(model)
+        _warn_of_a_bare_quantised_base(model)
+        # The module's parameters are the tracers of mlx-lm's gradient here, and so this forward's outputs are too.
+        forward = backend.forward(pair_logps, model, batch, config, anchor=target.needs_anchor, by_side=target.by_side)
+        result, cotangents = run(forward, config, backend, loss=target, constants=constants)
         forward.require_repeatable()
-        result = detached(result)
-        kept = keep_training(model, step_metrics(result, config))
-        # Whoever evaluates the gradient evaluates the metrics too, which otherwise hold what they would be made of.
-        cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], kept)
+        if target.needs_anchor:  # the step has read its values; without an anchor they stay lazy
+            result = detached(result)
+        metrics = keep_training(model, step_metrics(result, config))
+        # A metric that nobody evaluates would keep the batch's graph alive. `depends` evaluates it with the gradient.
+        cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], metrics)
         pulls = [mx.sum(c * y) for c, y in zip(cotangents, forward.outputs, strict=True)]
         pull = pulls[0] + pulls[1]
         if on_step is not None:
             on_step(result)
         value = mx.stop_gradient(result.loss) + (pull - mx.stop_gradient(pull))
-        return value, mx.sum(labels != -100)
+        return value, mx.sum(batch[1] != IGNORE_INDEX)
+
+    def evaluation_loss(
+        model: nn.Module, batch: tuple[mx.array, mx.array], constants: BatchConstants
+    ) -> tuple[mx.array, mx.array]:
+        if target.evaluated.needs_reference and constants.ref_chosen is None:
+            require_reference(target.name, ())
+        columns = evaluation_columns(target, LogProbs.of_step(pair_logps(model, batch), constants))
+        metrics = evaluation_metrics(columns, config)
+        value: Any = metrics.pop("loss")
+        pairs = len(columns["loss"])
+        keep_evaluation(model, metrics, pairs)
+        if target.needs_anchor or target.sft_weight:  # the gradient of another loss than the training's
+            value = _without_gradient(value)
+        return value, mx.array(pairs)
 
     return loss
 
@@ -116,9 +138,11 @@ loss = make_loss()
 
 
 def pair_logps(model: nn.Module, batch: Sequence[mx.array] | Mapping[str, Any]) -> tuple[mx.array, mx.array]:
-    """(chosen_logps, rejected_logps), each (N,), of (ids, labels, ...): each (2N, seq), chosen rows first.
+    """(chosen_logps, rejected_logps), each (N,), nats per token, from one call of `model` on both sides.
 
-    A batch of `gapo.data.collate_pairs` is taken too.
+    Args:
+        model: gives logits (2N, seq, vocab) of ids (2N, seq).
+        batch: (ids, labels, ...), each (2N, seq), chosen rows first, or a batch of `gapo.data.collate_pairs`.
 
     Raises:
         ValueError: shapes that are not those of pairs, or padding on the left.
@@ -132,46 +156,52 @@ def pair_logps(model: nn.Module, batch: Sequence[mx.array] | Mapping[str, Any]) 
             f"the model must return logits, an array (batch, seq, vocab), got {type(logits).__name__}: wrap it in a "
             "module that returns them alone"
         )
-    logps = gapo.sequence_logps(logits, labels)
-    half = logps.shape[0] // 2
-    return logps[:half], logps[half:]
+    return halves(sequence_logps(logits, labels))
+
+
+def _constants(labels: mx.array, reference: mx.array | None) -> BatchConstants:
+    """Lengths and reference of a batch of `iterate_batches`."""
+    columns = dict(zip(("chosen_lengths", "rejected_lengths"), halves(response_lengths(labels)), strict=True))
+    if reference is not None and reference.size:
+        columns |= dict(zip(REFERENCE, reference, strict=True))
+    return BatchConstants.of(columns)
 
 
 @mx.custom_function
 def _without_gradient(value: mx.array) -> mx.array:
-    """`value`; raises where it is differentiated."""
+    """`value`, which raises ValueError when it is differentiated."""
     return value
 
 
 @_without_gradient.vjp
 def _refuse_gradient(value: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     raise ValueError(
-        "the model is in evaluation mode, in which the loss is the probe loss without an anchor, and its gradient is "
-        "asked for: call model.train() before training (mlx_lm.load leaves a model in evaluation mode)"
+        "the model is in evaluation mode, in which the loss has no anchor and no SFT term, and its gradient was "
+        "requested: call model.train() before training (mlx_lm.load leaves a model in evaluation mode)"
     )
 
 
 def _warn_of_a_bare_quantised_base(model: nn.Module) -> None:
-    """Packed weights are frozen by mlx, so that without adapters the norms alone would train."""
+    """Warn where only norms and biases would train: MLX freezes packed weights, and there are no adapters."""
     packed = [name for name, x in tree_flatten(model.parameters()) if name.endswith(".weight") and x.dtype == mx.uint32]
     matrices = [name for name, x in tree_flatten(model.trainable_parameters()) if x.ndim > 1]
     if packed and not matrices:
         warnings.warn(
-            f"the model is quantised and has no adapters: {len(packed)} packed matrices stay as they are, and norms "
-            "and biases alone train. Call mlx_lm.tuner.utils.linear_to_lora_layers first",
+            f"the model is quantised and has no adapters: {len(packed)} packed matrices stay as they are, and only "
+            "norms and biases train. Call mlx_lm.tuner.utils.linear_to_lora_layers first",
             UserWarning,
             stacklevel=2,
         )
 
 
 def _refuse_checkpointed_dropout(model: nn.Module) -> None:
+    """Raise ValueError where dropout meets mlx-lm's `grad_checkpoint`, which patches the layers' `__call__`."""
     drops = any(getattr(m, "_p_1", 1) < 1 for m in model.modules())  # nn.Dropout, Dropout2d and Dropout3d
     checkpointed = any(type(m).__call__.__name__ == "checkpointed_fn" for m in model.modules())
     if drops and checkpointed:
         raise ValueError(
-            "grad_checkpoint draws other dropout masks when it recomputes, and gradients come out wrong: set "
-            "dropout to 0 "
-            "(lora_parameters: dropout), or grad_checkpoint to False"
+            "grad_checkpoint draws other dropout masks when it recomputes, and gradients come out wrong: set dropout "
+            "to 0 (lora_parameters: dropout), or grad_checkpoint to False"
         )
 
 

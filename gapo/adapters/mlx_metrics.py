@@ -1,4 +1,8 @@
-"""The step's metrics in mlx-lm's reports: where they are kept between the loss and the callback."""
+"""The step's metrics in mlx-lm's reports.
+
+mlx-lm's training loop passes nothing from a loss to a callback, and compiles the step. The metrics travel in the
+module: a compiled step's outputs are its module's state, and a callback reads them there.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,15 @@ from gapo._namespace import is_concrete
 from gapo.rounding import LEAST, MOST, far_from_linear
 from gapo.step import StepResult
 
-# Metrics stand in the module, whose state mlx-lm's compiled step hands out; "_" keeps them from the parameters.
-# Training and evaluation have a place each, since the compiled step writes its outputs back by position.
+# The "_" keeps an entry of a module out of its parameters. Training and evaluation have an entry each: a compiled step
+# writes the module's state back by position, so that its entries must not change in between.
 _TRAIN, _VALID = "_gapo_train", "_gapo_valid"
 
 
 def detached(result: StepResult) -> StepResult:
-    """`result` in arrays of its own where values can be read.
+    """`result` as arrays without a graph, where values can be read.
 
-    What is evaluated while MLX differentiates keeps all that it was made of, several times the weights.
+    An array that is evaluated while MLX differentiates keeps its whole graph alive, several times the weights.
     """
     if not is_concrete(result.loss):
         return result
@@ -34,30 +38,38 @@ def detached(result: StepResult) -> StepResult:
 
 
 def keep_training(model: nn.Module, metrics: Mapping[str, mx.array]) -> list[mx.array]:
-    """Put a batch's metrics where `last_metrics` finds them, also from a compiled step; returns those arrays."""
+    """Store a batch's metrics for `last_metrics`, also from a compiled step, and return the stored arrays."""
     model[_TRAIN] = {name: mx.stop_gradient(value) for name, value in metrics.items()}
     return list(model[_TRAIN].values())
 
 
 def keep_evaluation(model: nn.Module, metrics: Mapping[str, mx.array], pairs: int) -> None:
-    """Add those of a batch of `pairs` to this evaluation's: of the same weights, and not asked for yet."""
+    """Add the metrics of a batch to those of its evaluation.
+
+    An evaluation ends when the weights change, or when its metrics are read.
+
+    Args:
+        model: the model, where the metrics are stored.
+        metrics: scalars, each a mean over the batch.
+        pairs: the number of pairs in the batch.
+    """
     if not is_concrete(next(iter(metrics.values()))):
         model[_VALID] = dict(metrics)
         return
     model.pop(_VALID, None)
     weights = [x for _, x in tree_flatten(model.trainable_parameters())]
-    stamp = min(weights, key=lambda x: x.size, default=None)  # training replaces it
+    stamp = min(weights, key=lambda x: x.size, default=None)  # an optimiser replaces each array that it updates
     window = vars(model).get(_VALID)
-    if window is None or window.asked or window.stamp is not stamp:
+    if window is None or window.was_read or window.stamp is not stamp:
         window = vars(model)[_VALID] = _Evaluation(stamp)
     window.add({name: float(value) for name, value in metrics.items()}, pairs)
 
 
 class _Evaluation:
-    """Sums over the pairs of an evaluation."""
+    """Sums over the pairs of an evaluation; `stamp` is an array that identifies the weights."""
 
     def __init__(self, stamp: mx.array | None) -> None:
-        self.stamp, self.asked = stamp, False
+        self.stamp, self.was_read = stamp, False
         self._sums: dict[str, float] = {}
         self._pairs = 0
 
@@ -67,18 +79,20 @@ class _Evaluation:
             self._sums[name] = self._sums.get(name, 0.0) + pairs * value
 
     def means(self) -> dict[str, float]:
-        self.asked = True
+        self.was_read = True
         return {name: value / self._pairs for name, value in self._sums.items()}
 
 
 def last_metrics(model: nn.Module, evaluation: bool = False) -> dict[str, float]:
-    """Metrics of the last training batch that a loss of `make_loss` saw on `model`; else empty.
+    """Metrics of the last batch that a loss of `make_loss` computed on `model`; empty if there was none.
 
-    With `evaluation`, means over the pairs of the last evaluation: all batches since the weights changed or the metrics
-    were last asked for.
+    Args:
+        model: the model that the loss was called on.
+        evaluation: False for the last training batch. True for means over the pairs of the last evaluation: all batches
+            since the weights changed or the metrics were last read.
 
     Raises:
-        RuntimeError: the step was compiled without handing out the model's state.
+        RuntimeError: the step was compiled, and the model's state is not among its outputs.
     """
     place = _VALID if evaluation else _TRAIN
     window = vars(model).get(place)
@@ -88,24 +102,28 @@ def last_metrics(model: nn.Module, evaluation: bool = False) -> dict[str, float]
         return {name: float(value) for name, value in model.get(place, {}).items()}
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
-            "the metrics of a compiled step are not known outside it: hand out the model's state, "
+            "the metrics of a compiled step are not known outside it: make the model's state an output, "
             "mx.compile(step, inputs=state, outputs=state) with model.state among `state`"
         ) from error
 
 
 class MetricsCallback(TrainingCallback):
-    """Adds the step's metrics, under TRL's keys and "gapo/", to what mlx-lm reports, and passes it on.
+    """Adds the step's metrics, under TRL's keys and "gapo/", to mlx-lm's reports.
 
     Args:
         model: the model that trains.
-        then: another `TrainingCallback` to call with the completed reports, such as mlx-lm's `WandBCallback`. Not the
-            other way round: `WandBCallback(wrapped_callback=MetricsCallback(...))` logs before it calls this one.
+        then: another `TrainingCallback` to call with the completed reports, such as mlx-lm's `WandBCallback`. The
+            reverse does not work: `WandBCallback(wrapped_callback=MetricsCallback(...))` logs before it calls this one.
 
     Attributes:
         train, valid: the completed reports so far.
 
     Raises:
         ValueError: the model has no trainable parameter.
+
+    Warns:
+        UserWarning: a tracker wraps this callback, and logs without the metrics.
+        RuntimeWarning: once, when a report's `first_order_ratio` lies outside [0.5, 2].
     """
 
     def __init__(self, model: nn.Module, then: TrainingCallback | None = None) -> None:
@@ -115,15 +133,15 @@ class MetricsCallback(TrainingCallback):
                 "mlx_lm.tuner.utils.linear_to_lora_layers"
             )
         self._model, self._then = model, then
-        self._warned = self._told = False
+        self._warned: set[str] = set()
         self.train: list[dict[str, Any]] = []
         self.valid: list[dict[str, Any]] = []
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         self._complete(train_info, last_metrics(self._model), sys._getframe(1).f_locals.get("self"))
         ratio = train_info.get("gapo/first_order_ratio", 1.0)
-        if not self._told and not LEAST <= ratio <= MOST:
-            self._told = True  # mx.compile's step cannot say it itself
+        if "ratio" not in self._warned and not LEAST <= ratio <= MOST:
+            self._warned.add("ratio")  # a compiled step cannot warn of it itself
             warnings.warn(far_from_linear(ratio), RuntimeWarning, stacklevel=2)
         self.train.append(train_info)
         if self._then is not None:
@@ -138,8 +156,8 @@ class MetricsCallback(TrainingCallback):
     def _complete(self, info: dict[str, Any], metrics: dict[str, float], caller: Any) -> None:
         late = getattr(caller, "wrapped_callback", None) is self and not metrics.keys() <= info.keys()
         info.update(metrics)
-        if late and not self._warned:
-            self._warned = True
+        if late and "order" not in self._warned:
+            self._warned.add("order")
             name = type(caller).__name__
             warnings.warn(
                 f"{name} logs before the callback that it wraps, so that the metrics of MetricsCallback do not reach "

@@ -1,4 +1,4 @@
-"""Pairs as batches of MLX arrays, in mlx-lm's folder convention and with its `iterate_batches` signature."""
+"""Pairs as batches of MLX arrays, from mlx-lm's folder convention and with the signature of its `iterate_batches`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset
 
 from gapo.data import batches, read_pairs, tokenize_pairs
-from gapo.data.collate import REFERENCE, TOKENIZED
+from gapo.data.collate import TOKENIZED
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.pairs import REFERENCE, SIDES, stacked
 
 _PAD_TO = 32
 
@@ -21,24 +22,28 @@ _PAD_TO = 32
 def load_pairs(
     folder: str | Path, tokenizer: Any, *, max_length: int = 2048, strict: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Tokenised pairs of a folder in mlx-lm's convention, `train.jsonl` and `valid.jsonl` (none: an empty list).
+    """The tokenised pairs of a folder in mlx-lm's convention: `train.jsonl` and `valid.jsonl`.
 
     Args:
-        folder: where the files lie; rows have "prompt", "chosen", "rejected", text or messages.
-        tokenizer: mlx-lm's or a `transformers` one.
-        max_length: most tokens of prompt and answer; pass it on as `TrainingArgs.max_seq_length`.
-        strict: stop at the first bad row instead of leaving it out.
+        folder: the folder; rows have "prompt", "chosen", "rejected", each text or messages.
+        tokenizer: mlx-lm's, or one of `transformers`.
+        max_length: the greatest number of tokens of prompt and answer together. Use it as
+            `TrainingArgs.max_seq_length` too.
+        strict: whether a bad row raises; otherwise it is left out.
+
+    Returns:
+        (train, valid), for `iterate_batches`. `valid` is empty where there is no `valid.jsonl`.
 
     Raises:
-        gapo.data.PairError: `train.jsonl` is missing, or a file holds no pair.
+        gapo.data.PairError: `train.jsonl` is missing, or a file has no pair.
     """
     plain = tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
-    found = []
+    splits = []
     for name in ("train.jsonl", "valid.jsonl"):
         path = Path(folder) / name
         rows = read_pairs(path, strict=strict).rows if path.exists() or name == "train.jsonl" else []
-        found.append(tokenize_pairs(rows, plain, max_length=max_length, name=str(path)) if rows else [])
-    return found[0], found[1]
+        splits.append(tokenize_pairs(rows, plain, max_length=max_length, name=str(path)) if rows else [])
+    return splits[0], splits[1]
 
 
 def iterate_batches(
@@ -49,19 +54,19 @@ def iterate_batches(
     seed: int | None = None,
     comm_group: Any = None,
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-    """Batches of `as_arrays`: (ids, labels, reference); mlx-lm's signature and sharding over ranks.
+    """Batches (ids, labels, reference) of `as_arrays`, with mlx-lm's signature and its sharding over ranks.
 
-    They are three arrays, also where there is no reference, so that mlx-lm's own `default_loss`, which takes two and
-    would train on nonsense, raises a TypeError.
+    A batch always has three arrays, also without a reference. So mlx-lm's own `default_loss`, which takes two and would
+    train on nonsense, raises a TypeError.
 
     Args:
-        dataset: rows of `load_pairs` or `gapo.data.tokenize_pair`, also within mlx-lm's `CacheDataset`.
-        batch_size: pairs in a batch, over all ranks together: they share one anchor.
-        max_seq_length: longest row that is accepted.
-        loop: go on for ever, shuffled anew each time. Without it, as in evaluation, a data set smaller than a batch is
-            one batch; of a larger one, pairs that do not fill a batch are left out, as mlx-lm does.
+        dataset: rows of `load_pairs` or `gapo.data.tokenize_pair`; mlx-lm's `CacheDataset` of them works too.
+        batch_size: pairs in a batch, over all ranks together. The ranks share one anchor.
+        max_seq_length: the longest row that is accepted, in tokens.
+        loop: repeat without end, shuffled anew each time. Otherwise, as in evaluation, a data set smaller than a batch
+            is one batch. Of a larger data set, the pairs that do not fill a batch are left out, as mlx-lm does.
         seed: of the shuffling; None for 0.
-        comm_group: an `mx.distributed` group, each of whose ranks gets its share of each batch.
+        comm_group: an `mx.distributed` group; each of its ranks yields its share of each batch.
 
     Raises:
         ValueError: too few pairs, a row that is too long or not tokenised, or a batch that does not divide among the
@@ -70,7 +75,7 @@ def iterate_batches(
     rank, size = (comm_group.rank(), comm_group.size()) if comm_group is not None else (0, 1)
     if batch_size % size:
         raise ValueError(f"batch_size={batch_size} pairs cannot be divided among {size} ranks")
-    rows = dataset._data if isinstance(dataset, CacheDataset) else dataset  # it would process rows of mlx-lm's formats
+    rows = dataset._data if isinstance(dataset, CacheDataset) else dataset  # its items would be processed as mlx-lm's
     _require_tokenized(rows, max_seq_length)
     if len(rows) < batch_size:
         if loop or size > 1 or not len(rows):
@@ -79,7 +84,7 @@ def iterate_batches(
                 "batch_size, and for validation without pairs no data set"
             )
         batch_size = len(rows)
-    made = batches(
+    padded = batches(
         rows,
         batch_size,
         pad_token_id=0,  # never counted
@@ -88,33 +93,31 @@ def iterate_batches(
         drop_last=True,
         pad_to_multiple_of=_PAD_TO,
     )
-    for batch in made:
+    for batch in padded:
         yield as_arrays({name: x[rank::size] for name, x in batch.items()})
 
 
 def as_arrays(batch: Mapping[str, np.ndarray]) -> tuple[mx.array, mx.array, mx.array]:
     """(ids, labels, reference) of a batch of `gapo.data.collate_pairs`.
 
-    `ids` and `labels` are (2N, seq), chosen rows first; `reference` is (2, N), the reference log-probabilities of the
+    `ids` and `labels` are (2N, seq), chosen rows first. `reference` is (2, N), the reference log-probabilities of the
     chosen and rejected responses, or (2, 0) where the batch has none.
 
     Raises:
         ValueError: rows are padded on the left.
     """
-    for side in ("chosen", "rejected"):
-        mask = batch.get(f"{side}_attention_mask")
-        if mask is not None and not np.array(mask)[:, 0].all():
+    columns = {name: np.array(x) for name, x in batch.items()}
+    for side in SIDES:
+        mask = columns.get(f"{side}_attention_mask")
+        if mask is not None and not mask[:, 0].all():
             raise ValueError(_LEFT)
-    ids, labels = (
-        mx.array(np.concatenate([np.array(batch[f"{side}_{part}"]) for side in ("chosen", "rejected")]))
-        for part in ("input_ids", "labels")
-    )
-    given = [np.array(batch[name]) for name in REFERENCE if name in batch]
-    return ids, labels, mx.array(np.stack(given)) if given else mx.zeros((2, 0))
+    ids, labels = map(mx.array, stacked(columns, "input_ids", "labels"))
+    reference = [columns[name] for name in REFERENCE if name in columns]
+    return ids, labels, mx.array(np.stack(reference)) if reference else mx.zeros((2, 0))
 
 
 def require_pairs(ids: mx.array, labels: mx.array) -> None:
-    """Raise ValueError unless `ids` and `labels` are (2N, seq), and where they are seen to be padded on the left."""
+    """Raise ValueError unless `ids` and `labels` are (2N, seq)."""
     if ids.ndim != 2 or ids.shape != labels.shape or ids.shape[0] % 2:
         raise ValueError(
             "a batch of pairs is (ids, labels), each (2N, seq), chosen rows first; "
@@ -124,9 +127,11 @@ def require_pairs(ids: mx.array, labels: mx.array) -> None:
 
 
 def require_right_padding(ids: np.ndarray, labels: np.ndarray) -> None:
-    """Raise ValueError where every row ends on an answer and the shorter one of each pair begins with the same padding.
+    """Raise ValueError if rows look padded on the left.
 
-    The models of mlx-lm are called without a mask, so that padding before a prompt would be attended to.
+    mlx-lm's models are called without a mask, so that padding before a prompt would be attended to. Without a mask,
+    padding shows by two signs: every row ends on an answer, and the shorter row of each pair begins with a run of one
+    token, as long as the prompts of the pair are shifted against each other.
     """
     counted = labels != IGNORE_INDEX
     start, half = counted.argmax(axis=1), len(ids) // 2

@@ -1,4 +1,8 @@
-"""JAX: pure functions over pytrees; every verb can stand under `jax.jit`, on one device or on a mesh."""
+"""The `Backend` verbs on JAX: pure functions over pytrees, also under `jax.jit`, on one device or on a mesh.
+
+One `jax.vjp` serves the whole step. It runs the clean forward; its pullback gives the probe's gradient and then the
+update's; and the transpose of that pullback gives each margin's derivative along the perturbation.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,21 @@ jax.tree_util.register_dataclass(StepResult)  # so that it can leave a jitted fu
 
 
 class JaxForward:
-    """The clean forward of `margin_fn` with its linearisation: one `jax.vjp`, pulled back twice.
+    """The clean forward of `margin_fn` and its linearisation: one `jax.vjp`, pulled back twice.
 
-    With `has_aux`, `margin_fn` returns (outputs, aux), and the clean forward's `aux` stands here afterwards.
-    `readings` keeps what was read of `margin_fn` from step to step. `trainable` tells of each leaf whether it trains;
-    None: all do that are floating point.
+    Args:
+        margin_fn: as in `gapo.value_and_grad`; with `has_aux` it returns (outputs, aux).
+        params: a pytree of arrays.
+        batch: passed to `margin_fn`.
+        axis_name: data axis of a surrounding `shard_map` or `pmap`, if there is one.
+        has_aux: whether `margin_fn` returns an `aux`. The attribute `aux` then holds the clean forward's.
+        config: checked for `last_layers`, which needs layers with numbers; None for no check.
+        readings: cache of what `margin_fn` does with its parameters, shared by the steps of one backend.
+        trainable: whether each leaf of `params` trains; None for all. Only floating-point leaves ever do.
+
+    Raises:
+        TypeError: a leaf of `params` is no array.
+        ValueError: a parameter is complex, or `last_layers` would count layers that one array holds together.
     """
 
     def __init__(
@@ -51,7 +65,8 @@ class JaxForward:
         }
         self._margin_fn, self._batch, self._has_aux = margin_fn, batch, has_aux
         self._readings = Readings() if readings is None else readings
-        # Differentiated as varying, the gradient is this member's own; JAX sums that of an invariant parameter.
+        # Within `shard_map`, JAX sums the gradient of an invariant parameter over the axis by itself. Cast to varying
+        # first, it stays this member's own, and the step averages it where the method says so.
         self._varying = {name: _varying(leaf, axis_name) for name, leaf in self.parameters.items()}
         self.outputs, self._vjp, self.aux = jax.vjp(self._run, self._varying, has_aux=True)
         if config is not None and config.last_layers is not None:
@@ -59,11 +74,11 @@ class JaxForward:
 
     @property
     def head(self) -> Iterator[str]:
-        """Names of the output head's parameters; the function is read when the first one is asked for."""
-        named = {name for name in self.parameters if HEAD_NAME.search(name)}
-        found = named | (self._read().head or frozenset())
-        # Where nothing would be left it is no language model but a product alone: its names tell.
-        yield from (found if len(found) < len(self.parameters) else named)
+        """Names of the output head's parameters. `margin_fn` is traced once the first name is requested."""
+        by_name = {name for name in self.parameters if HEAD_NAME.search(name)}
+        head = by_name | (self._read().head or frozenset())
+        # A head that is the whole model means a bare product, not a language model: there only names count.
+        yield from (head if len(head) < len(self.parameters) else by_name)
 
     def _require_numbered_layers(self, last_layers: int) -> None:
         stacked = [name for name in self.parameters if name in self._read().stacked]
@@ -93,7 +108,7 @@ class JaxForward:
         return {name: grads[name] for name in (self.parameters if names is None else names)}
 
     def half_compute(self) -> bool:
-        # The pullback's program holds the derivative of every operation between parameters and outputs, in its dtype.
+        # The pullback's jaxpr holds the derivative of every operation between parameters and outputs, in its dtype.
         return _rounds(jax.make_jaxpr(self._vjp)(self.outputs).jaxpr)
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Array, ...]:
@@ -101,7 +116,7 @@ class JaxForward:
         return self._run({**self.parameters, **moved})[0]
 
     def directional(self, delta: LeafRule, names: Iterable[str]) -> Array:
-        # The pullback is linear in its cotangents, and its transpose is J: no second linearisation, no third forward.
+        # The pullback is the linear map J^T, so that its transpose is J: no second linearisation, no third forward.
         push = jax.linear_transpose(self._vjp, self.outputs)
         tangents = {name: jnp.zeros_like(theta) for name, theta in self._varying.items()}
         for name in names:
@@ -111,14 +126,14 @@ class JaxForward:
         return margins_of(along)
 
     def pack(self, grads: dict[str, Array]) -> Any:
-        """`grads` as a tree like the parameters; 0 for a frozen leaf, and for no floating one what `jax.grad` gives."""
+        """`grads` as a tree like the parameters: 0 for a frozen leaf, and `jax.grad`'s float0 for one of integers."""
 
-        def none(leaf: Array) -> Any:
+        def zero(leaf: Array) -> Any:
             floating = jnp.issubdtype(leaf.dtype, jnp.floating)
             return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
 
         leaves = [
-            grads[name] if name in grads else none(leaf) for name, leaf in zip(self._names, self._leaves, strict=True)
+            grads[name] if name in grads else zero(leaf) for name, leaf in zip(self._names, self._leaves, strict=True)
         ]
         return jax.tree_util.tree_unflatten(self._tree, leaves)
 
@@ -126,8 +141,8 @@ class JaxForward:
 class JaxBackend:
     """The `Backend` verbs on JAX.
 
-    Under `jit` with sharded arrays the ranks need no word: the arrays are global. In `shard_map` and `pmap`,
-    `axis_name` names the data axis whose members share one anchor.
+    Under `jit` sharded arrays are global, and no verb needs to know of ranks. In `shard_map` and `pmap`, `axis_name`
+    names the data axis whose members share one anchor.
     """
 
     xp = jnp
@@ -188,37 +203,37 @@ class JaxBackend:
 
 
 def _array(name: str, leaf: Any) -> Array:
-    """A leaf of the parameters as an array. Raises TypeError naming one that is none."""
+    """A leaf of the parameters as an array, or TypeError that names it."""
     number = isinstance(leaf, (np.ndarray, np.generic, float, int)) and np.asarray(leaf).dtype.kind not in "OSUMm"
     if number or isinstance(leaf, jax.Array):
         return jnp.asarray(leaf)
     raise TypeError(
-        f"params must be a pytree of arrays; the leaf {name!r} is of type {type(leaf).__name__}. Hand over the arrays "
-        "alone, and let margin_fn put the rest back: of an Equinox module, params, static = eqx.partition(model, "
+        f"params must be a pytree of arrays; the leaf {name!r} is of type {type(leaf).__name__}. Pass the arrays "
+        "alone, and let margin_fn put the rest back. For an Equinox module: params, static = eqx.partition(model, "
         "eqx.is_inexact_array), and eqx.combine(params, static) in margin_fn"
     )
 
 
 def _rounds(jaxpr: Any) -> bool:
-    """Whether a program computes in fewer than 32 bits, or multiplies matrices with less than float32's precision."""
+    """Whether a jaxpr computes in fewer than 32 bits, or multiplies matrices with less than float32's precision."""
     for eqn in jaxpr.eqns:
         if any(_is_half(getattr(v.aval, "dtype", None)) for v in eqn.outvars):
             return True
         if eqn.primitive.name in ("dot_general", "conv_general_dilated") and jax.default_backend() != "cpu":
-            # Left alone, accelerators multiply float32 in bfloat16 or TF32.
+            # By default accelerators multiply float32 matrices in bfloat16 or TF32.
             wide = eqn.outvars[0].aval.dtype == jnp.float64 or "HIGHEST" in str(eqn.params["precision"])
             if not (wide or "F32_F32_F32" in str(eqn.params["precision"])):
                 return True
-        if any(_rounds(inner) for value in eqn.params.values() for inner in _programs(value)):
+        if any(_rounds(inner) for value in eqn.params.values() for inner in _jaxprs_in(value)):
             return True
     return False
 
 
-def _programs(value: Any) -> list[Any]:
-    """The programs within a parameter of an equation: of a scan, a branch, a recomputed layer."""
+def _jaxprs_in(value: Any) -> list[Any]:
+    """The jaxprs in one parameter of an equation: a scan's body, a branch, a rematerialised layer."""
     values = value if isinstance(value, (tuple, list)) else (value,)
-    inner = [getattr(v, "jaxpr", v) for v in values]
-    return [v for v in inner if hasattr(v, "eqns")]
+    opened = [getattr(v, "jaxpr", v) for v in values]  # a ClosedJaxpr's own
+    return [v for v in opened if hasattr(v, "eqns")]
 
 
 def _is_half(dtype: Any) -> bool:
@@ -226,7 +241,7 @@ def _is_half(dtype: Any) -> bool:
 
 
 def _varying(x: Array, axis_name: str | None) -> Array:
-    """`x` as varying over the mesh axis, where it is not yet."""
+    """`x`, cast to varying over the mesh axis if it is invariant."""
     if axis_name is None:
         return x
     kind: Any = jax.typeof(x)

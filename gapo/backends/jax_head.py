@@ -1,34 +1,43 @@
-"""What a function does with its arguments, read from its jaxpr: which parameters are the output head, which are stacked
-layers, which results hang on no argument.
+"""Which parameters of a function are the output head, which are stacked layers, which results depend on no argument.
 
-The head is found by what it is, whatever its name, tied to the input embedding or not: the parameter of the last matrix
-product before a log-softmax.
+JAX has no modules, and a parameter's name may say nothing. So the head is found by what it does, tied to the input
+embedding or not: it is the parameter of the last matrix product before a log-softmax.
+
+The method is abstract interpretation. `_Reader` runs the function's jaxpr on `_Value`s, which stand for arrays and hold
+where an array comes from instead of its numbers:
+
+1. A parameter is a weight: `_Value(weights={its name})`. An elementwise operation joins the values of its operands.
+2. A matrix product with a weight becomes a `_Product`. The product holds the weight's names, and the sizes of the axes
+   that the weight brings into the result: for a head, the vocabulary. The result's value refers to this product alone.
+3. An exponential marks its value. Where a marked value is summed over an axis as long as one of its product's own, that
+   is a softmax over the vocabulary, and the product made the logits.
+4. The head is the weights of those products, among all that the outputs descend from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-# An exponential summed over one of its axes is a softmax's, also behind a mask, a cast or a scale.
+# An exponential stays one behind these: a mask, a cast, a scale, a change of layout.
 _KEEPS_EXP = {"convert_element_type", "select_n", "mul", "reshape", "broadcast_in_dim", "transpose", "copy"}
-# What these make of weights is no weight any more: a looked-up embedding, features.
+# Their results are no weights any more: looked-up embeddings, features of a convolution.
 _LOOKS_UP = {"gather", "conv_general_dilated", "ragged_dot_general"}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a jaxpr tells of named parameters.
+    """What a jaxpr says about named parameters.
 
     Attributes:
-        head: those of the output head: its matrix, its bias, and both factors of an adapter beside it. None where no
-            log-softmax of a product's result was seen.
-        stacked: those that a scan goes through, a layer at a time.
+        head: names of the output head's parameters: its matrix, its bias, and both factors of an adapter beside it.
+            None where no log-softmax of a product's result was seen.
+        stacked: names of the parameters that a scan takes one layer at a time.
     """
 
     head: frozenset[str] | None
@@ -36,10 +45,10 @@ class Reading:
 
 
 def read(fn: Callable[[list[Any]], Any], names: Sequence[str], leaves: list[Any]) -> Reading:
-    """Trace `fn(leaves)` and tell what it does with `leaves`, which `names` names.
+    """Trace `fn(leaves)` and say what it does with `leaves`, whose names are `names`.
 
     Raises:
-        jax.errors.JAXTypeError: `fn` cannot be traced, since it looks at values.
+        jax.errors.JAXTypeError: `fn` looks at values, and so cannot be traced.
     """
     closed = jax.make_jaxpr(fn)(leaves)
     reader = _Reader()
@@ -48,64 +57,74 @@ def read(fn: Callable[[list[Any]], Any], names: Sequence[str], leaves: list[Any]
 
 
 def depends(fn: Callable[[Any], Any], args: Any) -> list[bool]:
-    """For each leaf of `fn(args)` whether it is computed from any entry of `args`, choices aside."""
+    """For each leaf of `fn(args)`, whether it is computed from `args`. The condition of a choice does not count."""
     closed = jax.make_jaxpr(fn)(args)
     outputs = _Reader().run(closed.jaxpr, [_Value(frozenset({"args"})) for _ in closed.jaxpr.invars], ())
     return [bool(output.weights or output.products) for output in outputs]
 
 
 class Readings:
-    """Readings of one function, kept from step to step as `jax.jit` keeps its traces: by function and shapes."""
+    """The readings of one function by signature, kept from step to step as `jax.jit` keeps its traces."""
 
     def __init__(self) -> None:
         self._fn: Any = None
-        self._found: dict[Hashable, Reading] = {}
+        self._by_signature: dict[Hashable, Reading] = {}
 
     def of(self, fn: Any, key: Hashable | None, make: Callable[[], Reading]) -> Reading:
-        """The reading of `fn` under `key`, from `make` the first time; under None it is not kept."""
+        """The reading of `fn` under `key`, which `make` makes the first time. With `key` None it is not stored."""
         if self._fn is not fn:
-            self._fn, self._found = fn, {}
-        if key in self._found:
-            return self._found[key]
+            self._fn, self._by_signature = fn, {}
+        if key in self._by_signature:
+            return self._by_signature[key]
         try:
             reading = make()
-        except jax.errors.JAXTypeError:  # a function that looks at values cannot be traced
+        except jax.errors.JAXTypeError:  # `fn` looks at values: only parameter names remain to go by
             reading = Reading(None, frozenset())
         if key is not None:
-            self._found[key] = reading
+            self._by_signature[key] = reading
         return reading
 
 
 def signature(tree: Any) -> Hashable | None:
-    """Structure, shapes, dtypes and whatever is no array; None under a trace, which lasts for one step."""
+    """Structure, shapes, dtypes and every leaf that is no array. None under a trace, which lasts for one step."""
     leaves, structure = jax.tree.flatten(tree)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return None
-    found = (structure, *((x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves))
+    key = (structure, *((x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves))
     try:
-        hash(found)
+        hash(key)
     except TypeError:
         return None
-    return found
+    return key
 
 
 @dataclass(eq=False)
 class _Product:
-    """A matrix product with weights: of which parameters, the sizes of their own axes in the result, how many entries
-    are summed, and the products that its other side comes from.
+    """A matrix product with a weight, or another operation whose result is no weight any more.
+
+    Attributes:
+        names: the weight's parameters.
+        free: sizes of the weight's axes that are axes of the result too.
+        summed: how many entries each sum of the product has.
+        behind: the products that the other operand descends from.
+        softmaxed: whether the result went through a softmax over one of `free`.
     """
 
     names: frozenset[str] = frozenset()
     free: tuple[int, ...] = ()
     summed: int = 0
     behind: frozenset[_Product] = frozenset()
-    softmaxed: bool = field(default=False)
+    softmaxed: bool = False
 
 
 @dataclass(frozen=True)
 class _Value:
-    """An array: the parameters in it that went through no product, the last products it descends from, and whether it
-    is an exponential. Without products it is a weight; with neither a constant.
+    """An array by its origin. Without products it is a weight; with neither weights nor products a constant.
+
+    Attributes:
+        weights: parameters that reached it through no product, such as a bias.
+        products: the last products that it descends from.
+        is_exp: whether it is an exponential.
     """
 
     weights: frozenset[str] = frozenset()
@@ -118,8 +137,10 @@ class _Value:
 
 
 class _Reader:
-    """Runs jaxprs on `_Value`s. A product is known by its path: the positions of its equation and of the calls
-    around it.
+    """Runs jaxprs on `_Value`s.
+
+    A product's identity is its path: the position of its equation, and those of the calls around it. So a loop that is
+    read several times has each of its products once.
     """
 
     def __init__(self) -> None:
@@ -127,28 +148,30 @@ class _Reader:
         self.stacked: set[str] = set()
 
     def head(self, outputs: _Value) -> frozenset[str] | None:
-        heads = {product for product in outputs.products if product.softmaxed}
-        if not heads:
+        logits = {product for product in outputs.products if product.softmaxed}
+        if not logits:
             return None
-        whole = max(heads, key=lambda product: product.summed)
-        # A low-rank factor reads what the whole matrix reads, and feeds a smaller product beside it.
-        factors = {a for b in heads if b.summed < whole.summed for a in b.behind if a.behind == whole.behind}
-        return outputs.weights.union(*(product.names for product in heads | factors))
+        # A LoRA adapter on the head adds B (A x) to W x. Both products made logits, and B's sum is the shorter one. A
+        # itself made none; it is the product behind B that reads the same x as W does.
+        whole = max(logits, key=lambda product: product.summed)
+        factors = {a for b in logits if b.summed < whole.summed for a in b.behind if a.behind == whole.behind}
+        return outputs.weights.union(*(product.names for product in logits | factors))
 
     def run(self, jaxpr: Jaxpr, args: Sequence[_Value], path: tuple[int, ...]) -> list[_Value]:
-        known: dict[Any, _Value] = dict(zip(jaxpr.invars, args, strict=True))
+        values: dict[Any, _Value] = dict(zip(jaxpr.invars, args, strict=True))
 
         def value(atom: Any) -> _Value:
-            return _Value() if isinstance(atom, Literal) else known.get(atom, _Value())
+            return _Value() if isinstance(atom, Literal) else values.get(atom, _Value())
 
         for i, eqn in enumerate(jaxpr.eqns):
-            found = self._apply(eqn, [value(atom) for atom in eqn.invars], (*path, i))
-            known.update(zip(eqn.outvars, found, strict=True))
+            results = self._apply(eqn, [value(atom) for atom in eqn.invars], (*path, i))
+            values.update(zip(eqn.outvars, results, strict=True))
         return [value(atom) for atom in jaxpr.outvars]
 
     def _apply(self, eqn: JaxprEqn, args: list[_Value], path: tuple[int, ...]) -> list[_Value]:
+        """The values of an equation's results. `path` is the equation's."""
         kind = eqn.primitive.name
-        both = _join(args[1:] if kind == "select_n" else args)  # of a choice, what is chosen from
+        joined = _join(args[1:] if kind == "select_n" else args)  # a choice's condition brings no numbers
         if kind == "dot_general":
             return [self._dot(eqn, args[0], args[1], path)]
         if kind == "scan":
@@ -162,24 +185,25 @@ class _Reader:
         called = next(_called(eqn), None)
         if called is not None:
             return self.run(called, args, path)
-        opaque = any(isinstance(param, (Jaxpr, ClosedJaxpr)) for param in eqn.params.values())
-        opaque = (opaque or kind == "pallas_call") and bool(both.weights or both.products)
-        if opaque or (kind in _LOOKS_UP and args[0].is_weight):
-            found = [_Value(products=frozenset({self._product(path, behind=both.products)}))]
-            return found * len(eqn.outvars)
-        if kind == "reduce_sum" and both.is_exp:
-            self._softmax(both, [_shape(eqn.invars[0])[axis] for axis in eqn.params["axes"]])
-        is_exp = kind in ("exp", "exp2") or (both.is_exp and kind in _KEEPS_EXP)
-        return [_Value(both.weights, both.products, is_exp)] * len(eqn.outvars)
+        # A call that cannot be followed, such as a Pallas kernel, may do anything: it counts as a product of its own.
+        opaque = kind == "pallas_call" or any(isinstance(x, (Jaxpr, ClosedJaxpr)) for x in eqn.params.values())
+        if (opaque and (joined.weights or joined.products)) or (kind in _LOOKS_UP and args[0].is_weight):
+            result = _Value(products=frozenset({self._product(path, behind=joined.products)}))
+            return [result] * len(eqn.outvars)
+        if kind == "reduce_sum" and joined.is_exp:
+            self._softmax(joined, [_shape(eqn.invars[0])[axis] for axis in eqn.params["axes"]])
+        is_exp = kind in ("exp", "exp2") or (joined.is_exp and kind in _KEEPS_EXP)
+        return [_Value(joined.weights, joined.products, is_exp)] * len(eqn.outvars)
 
     def _dot(self, eqn: JaxprEqn, left: _Value, right: _Value, path: tuple[int, ...]) -> _Value:
         contracted, batched = eqn.params["dimension_numbers"]
-        both = _join([left, right])
-        unchanged = _Value(both.weights, both.products)
-        if not both.products and left.is_weight == right.is_weight:
+        joined = _join([left, right])
+        unchanged = _Value(joined.weights, joined.products)
+        if not joined.products and left.is_weight == right.is_weight:
             return unchanged  # of two weights, such as an adapter's factors, it is a weight; of constants a constant
         if left.products and right.products:  # attention: a product of activations belongs to no parameter
-            return _Value(products=frozenset({self._product(path, behind=both.products)}))
+            return _Value(products=frozenset({self._product(path, behind=joined.products)}))
+        # One operand is an activation, or a constant. The other is the weight.
         side = 0 if left.is_weight or (not right.is_weight and not left.products) else 1
         shape = _shape(eqn.invars[side])
         free = tuple(n for axis, n in enumerate(shape) if axis not in (*contracted[side], *batched[side]))
@@ -205,7 +229,7 @@ class _Reader:
         return product
 
     def _softmax(self, exponential: _Value, sizes: list[int]) -> None:
-        """Note whose result was the logits: an axis of theirs is summed, whole but for a vocabulary's padding."""
+        """Mark the products whose result is summed here. A vocabulary's padding may be cut off before the sum."""
         for product in exponential.products:
             product.softmaxed |= any(n // 2 < size <= n for n in product.free for size in sizes)
 
@@ -218,15 +242,15 @@ class _Reader:
     def _loop(
         self, body: Jaxpr, args: list[_Value], consts: int, path: tuple[int, ...], carries: int | None = None
     ) -> list[_Value]:
-        """Run `body` on constants, carries and slices until its carries tell nothing new."""
+        """Run `body` on constants, carries and slices until its carries gain no new origin."""
         carries = len(args) - consts if carries is None else carries
         fixed, carried, sliced = args[:consts], args[consts : consts + carries], args[consts + carries :]
         while True:
-            found = self.run(body, [*fixed, *carried, *sliced], path)
-            new = [_join(pair) for pair in zip(carried, found[:carries], strict=True)]
-            if new == carried:
-                return [*carried, *found[carries:]]
-            carried = new
+            results = self.run(body, [*fixed, *carried, *sliced], path)
+            joined = [_join(pair) for pair in zip(carried, results[:carries], strict=True)]
+            if joined == carried:
+                return [*carried, *results[carries:]]
+            carried = joined
 
 
 def _join(values: Sequence[_Value]) -> _Value:
@@ -240,7 +264,7 @@ def _shape(atom: Any) -> tuple[int, ...]:
 
 
 def _called(eqn: JaxprEqn) -> Iterator[Jaxpr]:
-    """The jaxpr that an equation calls on its own inputs and outputs: of jit, remat, shard_map, custom gradients."""
+    """The jaxprs that an equation calls on its own operands: those of jit, remat, shard_map and custom gradients."""
     for param in eqn.params.values():
         jaxpr = param.jaxpr if isinstance(param, ClosedJaxpr) else param
         if not isinstance(jaxpr, Jaxpr):

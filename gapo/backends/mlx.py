@@ -1,10 +1,15 @@
-"""MLX: any `mlx.nn.Module`, lazily, with and without `mx.compile`."""
+"""The `Backend` verbs on MLX: any `mlx.nn.Module`, evaluated lazily, with and without `mx.compile`.
+
+MLX has no pullback that can be called twice, and a module is not a pure function. So every question to a forward
+(pullback, anchor, derivative along delta) runs it again, through `MlxForward._run`, which makes it repeatable: the same
+random numbers, the same module state. `mx.compile` sees that those forwards are one and runs it once.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -14,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from gapo import geometry
 from gapo.backends.base import LeafRule, MarginFn, margins_of, on_outputs, outputs_of, require_real
-from gapo.backends.mlx_head import head_names, watched
+from gapo.backends.mlx_head import Calls, head_names, watched
 from gapo.backends.mlx_state import ModuleState
 from gapo.config import GAPOConfig
 
@@ -22,14 +27,23 @@ logger = logging.getLogger(__name__)
 
 
 class MlxForward:
-    """The clean forward of a module.
+    """The clean forward of a module, and the runs that repeat it.
 
-    MLX has no pullback that can be called twice, so each one runs the forward again; `mx.compile` sees that it is the
-    same and does it once. Each run starts from the random state and the module's own state (running statistics,
-    counters) of the clean forward, whose outcome is the one that stays.
+    Each run starts from the random state and the module state (running statistics, counters) that the clean forward
+    started from. The states that the clean forward left are the ones that remain.
+
+    Args:
+        margin_fn: as in `gapo.value_and_grad`.
+        module: the module, whose trainable floating-point parameters are differentiated.
+        batch: passed to `margin_fn`.
+        anchor: whether an anchor will be taken, for which the output head must be known.
+
+    Raises:
+        TypeError: `module` is no `mlx.nn.Module`.
+        ValueError: a trainable parameter is complex.
     """
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
+    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, anchor: bool = True) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f'params must be an mlx.nn.Module for backend="mlx", got {type(module).__name__}')
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
@@ -38,25 +52,24 @@ class MlxForward:
         self.parameters: dict[str, Any] = {name: x for name, x in flat if mx.issubdtype(x.dtype, mx.floating)}
         self._random_state = mx.array(_random_state())
         self._before = ModuleState(module)
-        self._again: list[mx.array] | None = None
-        self._pulled: tuple[Sequence[mx.array], dict[str, mx.array]] | None = None
+        self._rerun: list[mx.array] | None = None  # the outputs of the last pullback's forward
+        self._pulled: tuple[Sequence[mx.array], dict[str, mx.array]] | None = None  # its cotangents and gradients
         try:
-            with watched(module) as calls:
+            with watched(module) if anchor else nullcontext(Calls()) as self._calls:
                 self.outputs = outputs_of(margin_fn(module, batch))
         except BaseException:
             self._before.put_back()
             raise
-        module.update(tree_unflatten(flat))  # mlx-lm's grad_checkpoint leaves arrays of its own in the module
+        module.update(tree_unflatten(flat))  # mlx-lm's grad_checkpoint leaves copies of its own in the module
         self._after = ModuleState(module)
-        self._calls = calls
 
     @property
     def head(self) -> Iterator[str]:
-        """Found when it is asked for: what cannot be told apart matters to perturb="backbone" alone."""
+        """Names of the head's parameters. Evaluated late: an ambiguous head is an error for perturb="backbone" only."""
         yield from self.parameters.keys() & head_names(self._module, self._calls)
 
     def _run(self, names: list[str], values: Sequence[mx.array]) -> list[mx.array]:
-        """The outputs with `values` in place of the named parameters, and the random numbers of the clean forward."""
+        """The clean forward's outputs with `values` in place of the named parameters; all else is as it was."""
         with self._replayed():
             try:
                 try:
@@ -65,18 +78,18 @@ class MlxForward:
                     return list(outputs_of(self._margin_fn(self._module, self._batch)))
                 finally:
                     self._after.put_back()
-            finally:  # a Ctrl-C may fall into the line above
+            finally:  # repeated, since a Ctrl-C may interrupt the line above
                 self._after.put_back()
 
     def half_compute(self) -> bool:
-        # MLX's lazy graph does not tell dtypes. 16-bit arrays come from the module's own: its weights, frozen or not,
-        # and the scales of quantised layers. A cast within `margin_fn` stays unseen.
+        # MLX's lazy graph shows no dtypes. 16-bit compute starts from 16-bit arrays of the module: weights, frozen or
+        # not, and the scales of quantised layers. A cast within `margin_fn` stays unseen.
         arrays = [x for _, x in tree_flatten(self._module.parameters())]
         return any(x.dtype in (mx.bfloat16, mx.float16) for x in (*arrays, *self.outputs))
 
     @contextmanager
     def _replayed(self) -> Iterator[None]:
-        """Draw from the state before the clean forward; afterwards the stream goes on from where it was."""
+        """Draw the clean forward's random numbers again. Afterwards the stream continues from where it was."""
         after = mx.array(_random_state())
         _random_state()[:] = self._random_state
         try:
@@ -85,12 +98,12 @@ class MlxForward:
             _random_state()[:] = after
 
     def pullback(self, cotangents: Sequence[mx.array], names: Iterable[str] | None = None) -> dict[str, mx.array]:
-        wanted = list(self.parameters if names is None else names)
-        leaves = [self.parameters[name] for name in wanted]
-        self._again, grads = mx.vjp(lambda *values: self._run(wanted, values), leaves, list(cotangents))
-        pulled = dict(zip(wanted, grads, strict=True))
-        self._pulled = cotangents, pulled
-        return pulled
+        names = list(self.parameters if names is None else names)
+        leaves = [self.parameters[name] for name in names]
+        self._rerun, grads = mx.vjp(lambda *values: self._run(names, values), leaves, list(cotangents))
+        by_name = dict(zip(names, grads, strict=True))
+        self._pulled = cotangents, by_name
+        return by_name
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[mx.array, ...]:
         names = list(names)
@@ -106,15 +119,18 @@ class MlxForward:
         except ValueError as error:
             if "jvp" not in str(error):
                 raise
-            _say_pair_by_pair(str(error))
+            _log_pair_by_pair(str(error))
             return self._pair_by_pair(by_name)
-        if not self._is_transpose(along, by_name):  # mx.custom_function with a vjp alone: jvp knows nothing of it
-            _say_pair_by_pair("its forward derivative is not the transpose of its backward")
+        if not self._is_transpose(along, by_name):  # `mx.jvp` ignores a `mx.custom_function`'s vjp, without an error
+            _log_pair_by_pair("its forward derivative is not the transpose of its backward")
             return self._pair_by_pair(by_name)
         return margins_of(along)
 
     def _is_transpose(self, along: Sequence[mx.array], tangents: dict[str, mx.array]) -> bool:
-        """Whether <cotangents, J delta> is <J^T cotangents, delta>; True where values cannot be read."""
+        """Whether <cotangents, J delta> equals <J^T cotangents, delta>, by the last pullback.
+
+        True where values cannot be read.
+        """
         if self._pulled is None or not tangents.keys() <= self._pulled[1].keys():
             return True
         cotangents, grads = self._pulled
@@ -130,29 +146,28 @@ class MlxForward:
         return any(x.dtype in (mx.float16, mx.bfloat16) for x in self.parameters.values())
 
     def _pair_by_pair(self, tangents: dict[str, mx.array]) -> mx.array:
-        """The same from the transpose: <grad M_i, delta> of one pair after another."""
-        found = []
-        for i in range(self.outputs[0].shape[0]):
-            one = mx.arange(self.outputs[0].shape[0]) == i
-            grads = self.pullback(on_outputs(one.astype(mx.float32), self.outputs, mx), tangents)
-            found.append(_inner(grads, tangents))
-        return mx.stack(found)
+        """`directional` by the transpose, <grad M_i, delta>: one pullback for each pair."""
+        along = []
+        for row in mx.eye(self.outputs[0].shape[0]):
+            grads = self.pullback(on_outputs(row, self.outputs, mx), tangents)
+            along.append(_inner(grads, tangents))
+        return mx.stack(along)
 
     def require_repeatable(self) -> None:
-        """Raise where a run of the same weights and batch gave other margins than the clean forward.
+        """Raise ValueError if the last pullback's forward gave other margins than the clean one.
 
-        Not where values cannot be read (under `mx.compile`).
+        Skipped where values cannot be read, as under `mx.compile`.
         """
-        if self._again is None:
+        if self._rerun is None:
             return
-        tolerance = 0.05 if self._is_half() else 1e-3  # in a gradient MLX takes other kernels, which round otherwise
-        again, clean = margins_of(self._again), margins_of(self.outputs)
-        apart = mx.abs(again - clean) > tolerance * (1 + mx.abs(clean))
-        try:  # not by NumPy, whose buffers MLX 0.32.0 fails to hand out in a way that ends the trace too
-            flags: Any = apart.tolist()
+        tolerance = 0.05 if self._is_half() else 1e-3  # MLX differentiates by other kernels, which round differently
+        rerun, clean = margins_of(self._rerun), margins_of(self.outputs)
+        differs = mx.abs(rerun - clean) > tolerance * (1 + mx.abs(clean))
+        try:  # by `tolist`: under a trace, NumPy's conversion in MLX 0.32.0 fails in a way that ends the trace too
+            flags: Any = differs.tolist()
         except (RuntimeError, ValueError):
             return
-        if pairs := [i for i, is_apart in enumerate(flags) if is_apart]:
+        if pairs := [i for i, flag in enumerate(flags) if flag]:
             raise ValueError(
                 f"the margins of pairs {pairs} are others when the same weights and batch are run again, so that gaps "
                 "would be wrong: the forward draws random numbers that are not mlx.core.random's, or keeps a state "
@@ -161,7 +176,7 @@ class MlxForward:
 
 
 class MlxBackend:
-    """The `Backend` verbs on MLX. Ranks are those of `group`."""
+    """The `Backend` verbs on MLX; the ranks are those of `group`."""
 
     xp = mx
 
@@ -178,12 +193,12 @@ class MlxBackend:
         anchor: bool = True,
         by_side: bool = False,
     ) -> MlxForward:
-        return MlxForward(margin_fn, params, batch)
+        return MlxForward(margin_fn, params, batch, anchor)
 
     def differentiate(
         self, losses: Callable[[tuple[mx.array, ...]], mx.array], values: Sequence[mx.array]
     ) -> tuple[mx.array, tuple[mx.array, ...]]:
-        share = mx.full(values[0].shape, 1 / values[0].shape[0])
+        share = mx.full(values[0].shape, 1 / values[0].shape[0], values[0].dtype)  # of each loss in their mean
         (by_pair,), slopes = mx.vjp(lambda *outputs: losses(outputs), list(values), [share])
         return by_pair, tuple(slopes)
 
@@ -205,18 +220,18 @@ class MlxBackend:
         names = list(names)
         key = self._shared_key() if rng is None else rng
         draws = {}
-        for name, one in zip(names, mx.random.split(key, len(names)), strict=True):
-            draws[name] = mx.random.normal(parameters[name].shape, mx.float32, key=one)
+        for name, own_key in zip(names, mx.random.split(key, len(names)), strict=True):
+            draws[name] = mx.random.normal(parameters[name].shape, mx.float32, key=own_key)
         return draws
 
     def _shared_key(self) -> mx.array:
-        """A key from the global stream, the first rank's on all of them."""
+        """A key from the global stream: the first rank's, on every rank."""
         after, key = mx.random.split(_random_state())
         _random_state()[:] = after
         if self._group.size() == 1:
             return key
-        mine = key if self._group.rank() == 0 else mx.zeros_like(key)
-        return mx.distributed.all_sum(mine, group=self._group)
+        summand = key if self._group.rank() == 0 else mx.zeros_like(key)  # a broadcast, spelled as a sum
+        return mx.distributed.all_sum(summand, group=self._group)
 
     def call_back(self, condition: mx.array, tell: Callable[..., None], *values: mx.array) -> bool:
         return False
@@ -227,8 +242,8 @@ class MlxBackend:
 
 
 @cache
-def _say_pair_by_pair(error: str) -> None:
-    """Once for each operation that has no forward derivative."""
+def _log_pair_by_pair(error: str) -> None:
+    """Warn once for each operation that has no forward derivative."""
     logger.warning(
         'MLX cannot differentiate this model forward (%s): anchor="first_order" takes one backward for each pair '
         'instead, with the same result. anchor="exact" takes one forward',
@@ -237,7 +252,7 @@ def _say_pair_by_pair(error: str) -> None:
 
 
 def _inner(a: dict[str, mx.array], b: dict[str, mx.array]) -> mx.array:
-    """Sum of the products over the names of `b`, float32."""
+    """<a, b> over the names of `b`, in float32."""
     return mx.sum(mx.stack([mx.sum(a[name].astype(mx.float32) * x.astype(mx.float32)) for name, x in b.items()]))
 
 

@@ -1,4 +1,10 @@
-"""Which of an MLX module's parameters are the output head: what made the logits in its clean forward."""
+"""Which of an MLX module's parameters are the output head: those of the layer that made the logits.
+
+mlx-lm's models share no name for their head, and a tied head has no layer of its own: the embedding is called by
+`as_linear`. MLX has neither forward hooks nor a readable graph. So `watched` gives every instance in the module a
+subclass of its class for the length of one clean forward, whose calls note what each module returned. `head_names`
+reads the head from those notes: the last layer to return an array of the vocabulary's width.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +25,9 @@ class Calls:
     """What the modules returned in one forward.
 
     Attributes:
-        outermost: for each call from outside the module, (module, width) of every (batch, seq, width) array returned in
-            it, in order: the last is its own.
-        embeddings: modules that were looked up in, or multiplied by (`as_linear`).
+        outermost: for each call that no watched call surrounds, (module, width) of every (batch, seq, width) array
+            returned within it, in order. The last one is the call's own.
+        embeddings: modules that were called as embeddings, by look-up or by `as_linear`.
     """
 
     def __init__(self) -> None:
@@ -30,7 +36,7 @@ class Calls:
         self._depth = 0
 
     def run(self, module: nn.Module, call: Callable[[], Any], noted: bool) -> Any:
-        """`call()`, and with `noted` its result as one that `module` returned."""
+        """The result of `call()`. With `noted` it counts as one that `module` returned."""
         if self._depth == 0:
             self.outermost.append([])
         self._depth += 1
@@ -42,20 +48,20 @@ class Calls:
         sequences = isinstance(first, mx.array) and first.ndim == 3
         if noted and sequences:
             self.outermost[-1].append((module, int(first.shape[-1])))
-        elif self._depth == 0 and not sequences:  # a score of each sequence: no logits
+        elif self._depth == 0 and not sequences:  # a score for each sequence: this call made no logits
             self.outermost[-1].clear()
         return result
 
 
 @contextmanager
 def watched(module: nn.Module) -> Iterator[Calls]:
-    """The calls of `module` and of those in it, while this is open.
+    """The calls of `module` and of every module in it within this context.
 
-    Python looks `__call__` up on the class, so each instance is given a subclass of its own class for the time.
+    Python looks `__call__` up on the class, so each instance has a subclass of its own class until the context ends.
     """
     calls = Calls()
     classes = {id(m): (m, type(m)) for m in module.modules()}
-    token = _open.set(calls)
+    token = _active.set(calls)
     try:
         try:
             for m, cls in classes.values():
@@ -63,12 +69,12 @@ def watched(module: nn.Module) -> Iterator[Calls]:
             yield calls
         finally:
             _put_back(classes.values())
-    finally:  # a Ctrl-C may fall into the line above
+    finally:  # repeated, since a Ctrl-C may interrupt the line above
         _put_back(classes.values())
-        _open.reset(token)
+        _active.reset(token)
 
 
-_open: ContextVar[Calls] = ContextVar("_open")
+_active: ContextVar[Calls] = ContextVar("_active")
 
 
 def _put_back(classes: Iterable[tuple[nn.Module, type]]) -> None:
@@ -78,17 +84,17 @@ def _put_back(classes: Iterable[tuple[nn.Module, type]]) -> None:
 
 @cache
 def _watching(cls: Any) -> Any:
-    """A subclass of `cls` whose calls are noted; of an embedding, what `as_linear` returns."""
+    """A subclass of `cls` that notes its calls. Of an embedding, only what `as_linear` returns counts."""
     is_embedding = hasattr(cls, "as_linear")
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls = _open.get()
+        calls = _active.get()
         if is_embedding:
             calls.embeddings.append(self)
         return calls.run(self, lambda: cls.__call__(self, *args, **kwargs), noted=not is_embedding)
 
     def as_linear(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls = _open.get()
+        calls = _active.get()
         calls.embeddings.append(self)
         return calls.run(self, lambda: cls.as_linear(self, *args, **kwargs), noted=True)
 
@@ -103,10 +109,14 @@ def _watching(cls: Any) -> Any:
 def head_names(module: nn.Module, calls: Calls) -> set[str]:
     """Names of the parameters of `module`, frozen ones too, that belong to the output head.
 
-    The head is, in this order: the module that made the logits last, be it a layer or an embedding by `as_linear`
-    (tied: the head all the same); what has a name that heads commonly have; the one matrix of the logits' width outside
-    the embeddings; the embedding itself, by whose matrix the forward then multiplied. Without an embedding, names
-    alone.
+    The first of these that exists is the head:
+
+    1. the module that made the logits last: a layer, or an embedding by `as_linear` (a tied head);
+    2. the parameters with a name that heads commonly have;
+    3. the one matrix of the logits' width outside the embeddings;
+    4. the embedding, whose matrix the forward then multiplied by without a call that could be seen.
+
+    Without an embedding, only names count.
 
     Raises:
         ValueError: several matrices could be the head.
@@ -116,7 +126,7 @@ def head_names(module: nn.Module, calls: Calls) -> set[str]:
     widths = [returned[-1][1] for returned in calls.outermost if returned and returned[-1][1] > 1]
     if not calls.embeddings or not widths:
         return named
-    # Logits are as wide as the embedding has rows; where padded to another width, what came last.
+    # Logits are as wide as the embedding has rows. If padded to another width, they are the last array returned.
     logits = set(widths) & {x.shape[0] for m in calls.embeddings for x in _matrices(m)} or {widths[-1]}
     last = [m for returned in calls.outermost if (m := _last_matrix(returned, calls.embeddings, logits))]
     if last or named:
@@ -129,7 +139,7 @@ def head_names(module: nn.Module, calls: Calls) -> set[str]:
     if len({name.rpartition(".")[0] for name in others}) > 1:
         raise ValueError(
             f'perturb="backbone" leaves the output head out, which could be any of {", ".join(sorted(others)[:4])}: '
-            "give perturb='all', or a regular expression on the names of the parameters to perturb"
+            "set perturb='all', or a regular expression on the names of the parameters to perturb"
         )
     return others or _under(module, tied, parameters)
 
@@ -137,7 +147,7 @@ def head_names(module: nn.Module, calls: Calls) -> set[str]:
 def _last_matrix(
     returned: list[tuple[nn.Module, int]], embeddings: list[nn.Module], widths: set[int]
 ) -> nn.Module | None:
-    """The last to return of the modules with parameters of their own, if it is a matrix to one of `widths`."""
+    """The last module with parameters of its own to return, if it holds a matrix to one of `widths`."""
     ids = {id(m) for m in embeddings}
     for m, width in reversed(returned):
         whole_model = id(m) not in ids and any(id(inner) in ids for inner in m.modules())
@@ -156,7 +166,7 @@ def _matrices(m: nn.Module) -> list[mx.array]:
 
 
 def _under(module: nn.Module, owners: list[nn.Module], names: Iterable[str]) -> set[str]:
-    """Those of `names` that lie in `owners`, wherever in `module` these are."""
+    """Those of `names` that belong to one of `owners`, wherever in `module` it stands."""
     ids = {id(m) for m in owners}
     prefixes = tuple(f"{path}." if path else "" for path, m in module.named_modules() if id(m) in ids)
     return {name for name in names if prefixes and name.startswith(prefixes)}

@@ -1,4 +1,4 @@
-"""What an MLX module holds besides its parameters: running statistics, caches, counters that its forward moves."""
+"""What an MLX module holds besides its parameters: running statistics, caches, counters that its forward changes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from mlx import nn
 
 
 class ModuleState:
-    """The entries and attributes of a module and of all in it at one moment; containers by their entries."""
+    """A snapshot of a module and every module in it: their entries and attributes, and the entries of containers.
+
+    Arrays are held by reference. One that a forward writes into, instead of replacing it, is not restored.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._held: list[tuple[Any, Any]] = []
+        self._snapshots: list[tuple[Any, Any]] = []  # each container, and a shallow copy of it
         self._visit(module)
 
     def _visit(self, value: Any) -> None:
         if isinstance(value, dict):
-            self._held.append((value, dict(value)))
+            self._snapshots.append((value, dict(value)))
             if isinstance(value, nn.Module):
-                self._held.append((vars(value), dict(vars(value))))
+                self._snapshots.append((vars(value), dict(vars(value))))
             children: Any = value.values()
         elif isinstance(value, list):
-            self._held.append((value, list(value)))
+            self._snapshots.append((value, list(value)))
             children = value
         else:
             children = value if isinstance(value, tuple) else ()
@@ -29,11 +32,11 @@ class ModuleState:
             self._visit(child)
 
     def put_back(self) -> None:
-        """Write it back where something else stands now."""
-        for container, held in self._held:
-            if isinstance(held, list):
-                if len(container) != len(held) or any(a is not b for a, b in zip(container, held, strict=True)):
-                    container[:] = held
-            elif container.keys() != held.keys() or any(container[name] is not x for name, x in held.items()):
-                dict.clear(container)  # `nn.Module.update` is another function
-                dict.update(container, held)
+        """Restore the containers that differ from their snapshot."""
+        for container, copy in self._snapshots:
+            if isinstance(copy, list):
+                if len(container) != len(copy) or any(a is not b for a, b in zip(container, copy, strict=True)):
+                    container[:] = copy
+            elif container.keys() != copy.keys() or any(container[name] is not x for name, x in copy.items()):
+                dict.clear(container)  # `nn.Module` has an `update` of its own, with another meaning
+                dict.update(container, copy)

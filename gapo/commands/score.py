@@ -33,6 +33,7 @@ def make_parser() -> Any:
     with named_extra("gapo score", "cli"):
         from jsonargparse import ArgumentParser
 
+        from gapo.runs.options import add_fields
         from gapo.runs.score.score_config import ScoreConfig
 
     parser = ArgumentParser(
@@ -42,7 +43,7 @@ def make_parser() -> Any:
         "--select lowest 0.7 --select_output kept.jsonl",
     )
     _add_arguments(parser, ScoreConfig)
-    parser.add_class_arguments(GAPOConfig, skip={"sft_weight"})
+    add_fields(parser, GAPOConfig, skip={"sft_weight"})
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Tokenised pairs to padded arrays, and seeded batches of them, the same on every backend."""
+"""Tokenised pairs as padded arrays, and seeded batches of them: the same on every backend."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from gapo.data.limits import whole_number
 from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
-from gapo.pairs import PARTS, REFERENCE  # noqa: F401
+from gapo.pairs import PARTS, REFERENCE, SIDES  # noqa: F401
 
-_PAD_TO = 32
+_PAD_TO = 32  # few lengths, since JAX, MLX and `torch.compile` compile for each
 TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
 
@@ -27,22 +27,29 @@ def collate_pairs(
 ) -> dict[str, np.ndarray]:
     """Pad N tokenised pairs to one length: {chosen,rejected}_{input_ids,attention_mask,labels}, each (N, seq) int64.
 
-    Both answers get the same seq, so that they can be stacked. Labels are -100 on padding. Where all rows have the
-    columns `REFERENCE`, so has the batch: each (N,) float32.
+    Both answers get the same seq, so that they can be stacked. Labels are -100 on padding. If all rows have the columns
+    "ref_chosen_logps" and "ref_rejected_logps", the batch has them too, each (N,) float32.
 
     Args:
         tokenized: rows of `tokenize_pair`.
-        pad_token_id: the id on padding, which never counts.
+        pad_token_id: the id on padding; padding never counts.
         padding_side: "left" or "right".
         pad_to_multiple_of: round seq up to a multiple of this; None for no rounding.
-        numbers: what an error calls the rows; their places from 0 otherwise.
+        numbers: the rows' numbers in error messages; None counts from 0.
 
     Raises:
-        ValueError: no pair, a column is missing or holds no ids or labels (naming the row), or an unknown side.
+        ValueError: there is no pair, a row lacks a column or has values other than ids and labels (the message names
+            the row), or `padding_side` is unknown.
+
+    >>> row = {"chosen_input_ids": [1, 2, 3], "chosen_labels": [-100, 2, 3],
+    ...        "rejected_input_ids": [1, 4], "rejected_labels": [-100, 4]}
+    >>> batch = collate_pairs([row], pad_token_id=0)
+    >>> batch["rejected_input_ids"].tolist(), batch["rejected_labels"].tolist()
+    ([[1, 4, 0]], [[-100, 4, -100]])
     """
     check_padding(padding_side, pad_to_multiple_of)
     if pad_token_id is None:
-        raise ValueError("pad_token_id must be a whole number, got None: any id will do, since padding never counts")
+        raise ValueError("pad_token_id must be a whole number, got None: give any id, since padding never counts")
     if not tokenized:
         raise ValueError("a batch needs at least one pair, got none")
     names = [_name(row, i if numbers is None else numbers[i]) for i, row in enumerate(tokenized)]
@@ -50,10 +57,7 @@ def collate_pairs(
         if missing := [name for name in TOKENIZED if name not in row]:
             columns = ", ".join(TOKENIZED)
             raise ValueError(f"tokenised pairs need the columns {columns}; {missing[0]!r} is missing in {place}")
-    sides = {
-        side: [_checked(row, side, name) for row, name in zip(tokenized, names, strict=True)]
-        for side in ("chosen", "rejected")
-    }
+    sides = {side: [_checked(row, side, name) for row, name in zip(tokenized, names, strict=True)] for side in SIDES}
     seq = max(len(ids) for rows in sides.values() for ids, _ in rows)
     if pad_to_multiple_of:
         seq = -(-seq // pad_to_multiple_of) * pad_to_multiple_of
@@ -71,7 +75,7 @@ def collate_pairs(
 
 
 def check_padding(padding_side: Any, pad_to_multiple_of: Any) -> None:
-    """Raise ValueError, saying what is accepted, unless rows can be padded so."""
+    """Raise ValueError unless both settings are accepted."""
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     if pad_to_multiple_of is not None and whole_number("pad_to_multiple_of", pad_to_multiple_of) < 0:
@@ -83,33 +87,35 @@ def _name(row: dict[str, Any], number: int) -> str:
 
 
 def _checked(row: dict[str, Any], side: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels of an answer as arrays (seq,) of integers, of which some label counts."""
-    found = []
-    for column in (f"{side}_input_ids", f"{side}_labels"):
-        values = np.asarray(row[column])
+    """Ids and labels of an answer, each (seq,) integers, with at least one label that counts."""
+    ids, labels = (np.asarray(row[f"{side}_{part}"]) for part in ("input_ids", "labels"))
+    for part, values in (("input_ids", ids), ("labels", labels)):
         if values.ndim != 1 or not len(values) or values.dtype.kind not in "iu":
-            raise ValueError(f"{column} of {name} must be a list of whole numbers, not empty; got {_briefly(values)}")
-        found.append(values)
-    ids, labels = found
+            raise ValueError(
+                f"{side}_{part} of {name} must be a list of whole numbers, not empty; got {_briefly(values)}"
+            )
     if len(ids) != len(labels):
-        raise ValueError(f"{name} has {len(ids)} {side}_input_ids and {len(labels)} {side}_labels: one for each id")
+        raise ValueError(
+            f"{name} has {len(ids)} {side}_input_ids and {len(labels)} {side}_labels: give one label for each id"
+        )
     counts = labels != IGNORE_INDEX
     if ids.min() < 0 or (counts & (labels < 0)).any():
         raise ValueError(f"{name}: {side} ids must be >= 0, labels >= 0 or {IGNORE_INDEX}; got {_briefly(ids, labels)}")
     if not counts[1:].any():
         raise ValueError(
-            f"no token of the {side} answer of {name} counts: its labels are all {IGNORE_INDEX}, but for the first, "
-            "which nothing predicts"
+            f"no token of the {side} answer of {name} counts: its labels are all {IGNORE_INDEX}, except perhaps the "
+            "first, which no token predicts"
         )
     if _are_shifted(ids, labels, counts):
         raise ValueError(
-            f"the {side}_labels of {name} are shifted: each label belongs at the place of its own id, and the "
-            "log-probabilities shift by themselves"
+            f"the {side}_labels of {name} are shifted: put each label at the position of its own id, because "
+            "gapo.sequence_logps shifts them itself"
         )
     return ids, labels
 
 
 def _are_shifted(ids: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> bool:
+    """Whether each label that counts is the NEXT position's id, as where a model does not shift by itself."""
     if (labels[counts] == ids[counts]).all():
         return False
     early = counts[:-1]
@@ -140,34 +146,42 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Collated batches, shuffled anew each epoch: the same ones for the same seed, whatever the backend.
 
-    Each batch also holds "index" (N,), the rows it was made of. The first `skip` batches are passed over, to resume;
-    `epochs` None goes on for ever. `pad_to_multiple_of` None rounds seq up to 32, though never beyond the longest row
-    of all: JAX, MLX and `torch.compile` compile anew for each length. 1 pads to the longest row of each batch alone.
+    Each batch also holds "index" (N,), the numbers of its rows.
+
+    Args:
+        tokenized: rows of `tokenize_pair`.
+        batch_size: pairs in a batch, >= 1.
+        pad_token_id: the id on padding.
+        seed: of the order of the rows.
+        epochs: passes over the rows; None for no end.
+        drop_last: leave out an epoch's last batch if it has fewer than `batch_size` pairs.
+        skip: leave out this many batches at the start, to resume.
+        pad_to_multiple_of: round seq up to a multiple of this; 1 for no rounding. None rounds up to 32, but never
+            beyond the longest of all rows: JAX, MLX and `torch.compile` compile for each seq.
 
     Raises:
-        ValueError: `batch_size` is not positive, or greater than the data with `drop_last`; a row is
-            no tokenised pair (naming it).
+        ValueError: `batch_size` is not positive, or exceeds the number of rows while `drop_last`; a row is not a
+            tokenised pair (the message names it).
     """
     if batch_size < 1 or (drop_last and batch_size > len(tokenized)):
         raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
     present = (row[name] for row in tokenized for name in TOKENIZED if row.get(name) is not None)
     longest = max(map(len, present), default=0)
-    made = 0
+    numbers = count()
     for epoch in count() if epochs is None else range(epochs):
         order = stream(seed, "batches", epoch).permutation(len(tokenized))
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
             if drop_last and len(index) < batch_size:
                 break
-            made += 1
-            if made > skip:
-                rows = [tokenized[i] for i in index]
-                padded = collate_pairs(
-                    rows,
-                    pad_token_id=pad_token_id,
-                    pad_to_multiple_of=pad_to_multiple_of or _PAD_TO,
-                    numbers=index.tolist(),
-                )
-                if pad_to_multiple_of is None:  # a model may have no more positions
-                    padded = {n: x[:, :longest] if x.ndim == 2 else x for n, x in padded.items()}
-                yield {**padded, "index": index}
+            if next(numbers) < skip:
+                continue
+            padded = collate_pairs(
+                [tokenized[i] for i in index],
+                pad_token_id=pad_token_id,
+                pad_to_multiple_of=pad_to_multiple_of or _PAD_TO,
+                numbers=index.tolist(),
+            )
+            if pad_to_multiple_of is None:  # a model may have no position beyond the longest row
+                padded = {name: x[:, :longest] if x.ndim == 2 else x for name, x in padded.items()}
+            yield {**padded, "index": index}

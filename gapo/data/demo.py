@@ -1,7 +1,7 @@
-"""The project's own demonstration pairs: small questions with a known right answer, so that no download is needed.
+"""Generated demonstration pairs: small questions whose right answer is certain, without a download.
 
-Each family has its own fillings, and a filling is either for training or for testing, never for both. The wrong answer
-is the right answer to another filling of the same family, so that neither length nor wording gives the label away.
+Each family of questions is a template with its own fillings. A filling serves either training or testing, never both.
+The wrong answer is the right answer to another filling of the same family: neither length nor wording shows the label.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ def generate_pairs(n: int, *, seed: int = 0, split: str = "train") -> list[dict[
 
     Raises:
         ValueError: `n` or `split` is not accepted.
+
+    >>> pair = generate_pairs(1)[0]
+    >>> pair["prompt"], pair["chosen"], pair["rejected"]
+    ('Which number is greater, 42 or 12?\\n', 'The greater one is 42.', 'The greater one is 12.')
     """
     if n < 1:
         raise ValueError(f"n must be >= 1, got {n}")
@@ -50,9 +54,9 @@ def generate_pairs(n: int, *, seed: int = 0, split: str = "train") -> list[dict[
 
 
 def warmup_text(n: int, *, seed: int = 0) -> str:
-    """`n` lines of question and answer from the training fillings, right and wrong answers alike.
+    """`n` lines, each a question of the training split with its right or its wrong answer, drawn with equal chance.
 
-    A model warmed up on it knows the words and the form, but nothing of which answer is preferred.
+    A model trained on them learns the words and the form, but not which answer is preferred.
     """
     rows = generate_pairs(n, seed=seed + 1)
     sides = np.random.default_rng(seed).integers(2, size=n)
@@ -62,11 +66,11 @@ def warmup_text(n: int, *, seed: int = 0) -> str:
 def _of_split(family: str, split: str) -> list[tuple[str, str, str]]:
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    every = list(_FAMILIES[family]())
-    prompts = list(dict.fromkeys(prompt for prompt, _, _ in every))
+    questions = list(_FAMILIES[family]())
+    prompts = list(dict.fromkeys(prompt for prompt, _, _ in questions))
     order = np.random.default_rng(0).permutation(len(prompts))
     held_out = {prompts[i] for i in order[: len(prompts) // 8]}
-    return [row for row in every if (row[0] in held_out) == (split == "test")]
+    return [row for row in questions if (row[0] in held_out) == (split == "test")]
 
 
 def _kinds() -> Iterator[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""Label noise on purpose: swap chosen and rejected in a known share of the pairs."""
+"""Deliberate label noise: swap chosen and rejected in a stated share of the pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gapo.data.pairs import text_of
+from gapo.data.messages import text_of
 
 MODES = ("random", "length")
 FAVOURS = ("longer", "shorter")
@@ -22,15 +22,19 @@ def flip_pairs(
     """A copy of `rows` with round(rate * n) pairs flipped, and "is_flipped" on every row.
 
     Args:
-        rows: pairs; "is_flipped" where present is taken as the truth so far, and inverted on the rows flipped.
-        mode: "random" draws among all pairs; "length" among those whose flip makes the labels favour a length.
+        rows: pairs. An "is_flipped" of theirs is inverted on the rows that are flipped, and kept on the others.
+        mode: "random" draws among all pairs; "length", among the pairs whose flip makes the labels favour a length.
         rate: share of ALL pairs to flip, in [0, 1].
         seed: of the draw.
-        favour: for mode "length": "longer" flips pairs whose chosen answer is the shorter one, in characters (so do the
-            authors), "shorter" the reverse.
+        favour: for mode "length". "longer" flips pairs whose chosen answer has fewer characters, as the paper's authors
+            do; "shorter", the reverse.
 
     Raises:
-        ValueError: an argument is out of range, or fewer pairs than asked can be flipped.
+        ValueError: an argument is out of range, or fewer pairs can be flipped than `rate` asks for.
+
+    >>> rows = [{"prompt": "1+1?", "chosen": "2", "rejected": "three"}, {"prompt": "", "chosen": "b", "rejected": "a"}]
+    >>> [(row["chosen"], row["is_flipped"]) for row in flip_pairs(rows, mode="length", rate=0.5)]
+    [('three', True), ('b', False)]
     """
     if mode not in MODES:
         raise ValueError(f"mode must be 'random' or 'length', got {mode!r}")
@@ -46,20 +50,20 @@ def flip_pairs(
             f"favour {favour} answers: the greatest rate here is {len(eligible) / len(rows):.4g}"
         )
     drawn = {eligible[i] for i in np.random.default_rng(seed).permutation(len(eligible))[:count]}
-    kept = [{**row, "is_flipped": bool(row.get("is_flipped"))} for row in rows]
-    return [_flip(row) if i in drawn else row for i, row in enumerate(kept)]
+    marked = [{**row, "is_flipped": bool(row.get("is_flipped"))} for row in rows]
+    return [_flip(row) if i in drawn else row for i, row in enumerate(marked)]
 
 
 def true_labels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`rows` with the answers of those that say "is_flipped" swapped back, to evaluate on."""
+    """`rows`, with the answers of those whose "is_flipped" is true swapped back, for evaluation."""
     return [_flip(row) if row.get("is_flipped") else row for row in rows]
 
 
 def evaluation_name(source: str | Path, split: str = "train") -> str | None:
-    """The name by which `source` says that it is for evaluation, or None.
+    """The name by which `source` is marked as evaluation data, or None.
 
-    Labels flipped there would falsify whatever is measured on it. The words of a file's own name count ("test", "eval",
-    "valid", "dev", "held-out", ...), or of a data set's name and its split; folders on the way do not.
+    Flipped labels would falsify every measure on such data. The words of a file's own name count ("test", "eval",
+    "valid", "dev", "held-out", ...), or those of a data set's name and split. Names of parent folders do not.
 
     >>> evaluation_name("runs/test/pairs_dev.jsonl.gz"), evaluation_name("runs/test/latest.jsonl")
     ('pairs_dev.jsonl.gz', None)
@@ -70,12 +74,12 @@ def evaluation_name(source: str | Path, split: str = "train") -> str | None:
 
 
 def names_evaluation(name: str) -> bool:
-    """Whether a word of `name` says evaluation: "test_prefs", "valid", "heldOut"."""
+    """Whether a word of `name` means evaluation: "test_prefs", "valid", "heldOut"."""
     return bool(_words(name) & set(_EVALUATION.split()))
 
 
 def _words(name: str) -> set[str]:
-    """The words of a name, in small letters: "heldOut-pairs", "held_out_pairs" give "heldout" and "pairs"."""
+    """The words of a name in lower case: "heldOut-pairs" and "held_out_pairs" give "heldout" and "pairs"."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
     return set(re.findall("[a-z]+", re.sub(r"(held|hold)[^a-z]out(?![a-z])", r"\1out", spaced)))
 

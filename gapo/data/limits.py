@@ -1,4 +1,4 @@
-"""How long a pair may be, and the account of what that cut."""
+"""Limits on the length of a pair, and the record of the rows that they cut."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ def whole_number(name: str, value: Any) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """Most tokens of prompt and answer together (>= 2), and of the prompt (>= 1); None for no limit.
+    """Limits in tokens; None for no limit.
+
+    Args:
+        max_length: of prompt and answer together, >= 2.
+        max_prompt_length: of the prompt, >= 1.
 
     Raises:
-        ValueError: a limit is no whole number, or too small.
+        ValueError: a limit is not a whole number, or too small.
     """
 
     max_length: int | None = None
@@ -41,11 +45,13 @@ class Limits:
 
 @dataclass
 class Cuts:
-    """Which rows the limits cut, and which were left out since their answers are the same tokens.
+    """The rows that the limits cut, and the rows that were left out because their answers are the same tokens.
 
     Attributes:
-        prompts, answers, equal: the rows, by number.
-        rows: how many were seen.
+        prompts: numbers of the rows whose prompt was cut.
+        answers: numbers of the rows whose answers were cut.
+        equal: numbers of the rows left out.
+        rows: number of rows counted.
     """
 
     prompts: list[int] = field(default_factory=list)
@@ -60,10 +66,10 @@ class Cuts:
                 rows.append(row)
 
     def tell(self, name: str, limits: Limits) -> None:
-        """Log what was cut and left out of the data set `name`, in one warning; nothing if nothing was.
+        """Log one warning that counts the cut and the omitted rows of the data set `name`; none if there are none.
 
         Raises:
-            ValueError: all pairs were left out.
+            ValueError: every pair was left out.
         """
         text = self.summary(limits)
         if self.equal and len(self.equal) == self.rows:
@@ -72,14 +78,11 @@ class Cuts:
             logging.getLogger("gapo").warning("%s: %s", name, text)
 
     def summary(self, limits: Limits) -> str:
-        """What was cut and what was left out, with the first rows of each; empty if nothing was."""
-        found = [
-            f"{what} of {_listed(rows)}"
-            for what, rows in (("the prompts", self.prompts), ("the ends of the answers", self.answers))
-            if rows
-        ]
+        """Counts of cut and of omitted rows, with the first numbers of each; empty if there are none."""
+        kinds = (("the prompts", self.prompts), ("the ends of the answers", self.answers))
+        cut = " and ".join(f"{kind} of {_listed(rows)}" for kind, rows in kinds if rows)
         allowed = f"max_length={limits.max_length}, max_prompt_length={limits.max_prompt_length}"
-        parts = [f"{allowed} cut {' and '.join(found)} of {self.rows} pairs"] if found else []
+        parts = [f"{allowed} cut {cut} of {self.rows} pairs"] if cut else []
         if self.equal:
             parts.append(f"left out, since their answers are the same tokens: {_listed(self.equal)}")
         return "; ".join(parts)

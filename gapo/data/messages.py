@@ -1,11 +1,11 @@
-"""Answers as lists of messages: which lists are conversations, what they say, where two of them part."""
+"""Answers as lists of messages: which lists are conversations, what they say, where two of them start to differ."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-# Who writes what the policy reads; every other role is taken for the policy's own ("assistant", "model", ...).
+# Roles whose messages the policy reads; every other role is the policy's own ("assistant", "model", ...).
 OTHERS = ("system", "developer", "user", "human", "tool", "function", "ipython", "environment")
 _BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
@@ -13,7 +13,7 @@ _BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 def is_conversation(value: Any) -> bool:
     """Whether `value` is a list of messages, each with a role and a content.
 
-    A content is text or a list of parts, each with its "type"; it may be absent beside "tool_calls" or reasoning.
+    A content is text, or a list of parts, each with its "type". It may be absent beside "tool_calls" or reasoning.
     """
     return isinstance(value, list) and all(map(_is_message, value))
 
@@ -32,7 +32,7 @@ def _has_more(message: dict[str, Any]) -> bool:
 
 
 def text_of(answer: str | list[dict[str, Any]]) -> str:
-    """The text of an answer; of messages, their contents one after another."""
+    """The text of an answer; for messages, their joined contents."""
     return answer if isinstance(answer, str) else "".join(map(_text_within, answer))
 
 
@@ -51,7 +51,7 @@ def is_blank(answer: str | list[dict[str, Any]]) -> bool:
 
 
 def media_of(messages: str | list[dict[str, Any]]) -> list[str]:
-    """The types of the parts that are no text, such as "image"."""
+    """The types of the parts that are not text, such as "image"."""
     return [] if isinstance(messages, str) else [kind for message in messages for kind in _media(message)]
 
 
@@ -61,12 +61,12 @@ def _media(message: dict[str, Any]) -> list[str]:
 
 
 def bare(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages without the keys that are None: so Arrow writes a key that only other messages have."""
+    """The messages without keys whose value is None. Arrow adds such keys: it gives every message the same keys."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items `a` and `b` have in common at their start."""
+    """The length of the longest common start of `a` and `b`."""
     if b[: len(a)] == a:
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

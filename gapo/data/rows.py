@@ -1,4 +1,4 @@
-"""What a preference pair is: what is wrong with a row that is none, and the one form in which pairs are kept."""
+"""The form of a preference pair: a row is brought into it, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from gapo.data.messages import OTHERS, bare, common_length, is_blank, is_conversation, text_of
-from gapo.data.sources import is_utf8
+from gapo.data.raw_rows import is_utf8
+from gapo.pairs import SIDES
 
-ANSWERS = ("chosen", "rejected")
-_DEEPEST = 50  # lists and objects within each other in a row: Python reads and compares more, but not much more
-# A list of messages as JSON or Python prints it: what is left of one in a table of text.
+_DEEPEST = 50  # levels of lists and objects in a row; Python's recursion limit is not far beyond
+# A list of messages printed as JSON or Python text, as a table of text holds it.
 _PRINTED_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
-# Heads of turns in texts that are whole conversations: Anthropic's HH sets, and what common chat templates print. The
-# answers may begin with the same words, so that their own head, not their first difference, ends the prompt.
+# Heads of turns in texts that are whole conversations: those of Anthropic's HH sets and of common chat templates. Both
+# answers may begin with the same words. The prompt therefore ends with the answers' head, not with their first
+# difference.
 _ANSWER_HEAD = re.compile(
     r"\n\nAssistant:|<\|im_start\|>assistant\n|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n"
     r"|<start_of_turn>model\n|<\|assistant\|>\n?|\[/INST\]|### (?:Assistant|Response):"
@@ -29,14 +30,14 @@ _OTHER_HEAD = re.compile(
 
 
 class RowFault(ValueError):
-    """A row is no preference pair: the reason."""
+    """A row is not a preference pair; the message is the reason."""
 
 
 def as_pair(row: Any) -> dict[str, Any]:
     """`row` as a checked pair, in the form of `with_prompt`.
 
     Raises:
-        RowFault: it is none.
+        RowFault: the row is not a pair.
     """
     if isinstance(row, dict) and (reason := _fault_within(row)) is not None:
         raise RowFault(reason)
@@ -44,7 +45,7 @@ def as_pair(row: Any) -> dict[str, Any]:
     pair = with_prompt(row)
     if not isinstance(pair.get("is_flipped", False), bool):
         raise RowFault("column 'is_flipped' is not true or false")
-    for name in ANSWERS:
+    for name in SIDES:
         if is_blank(pair[name]):
             raise RowFault(f"column {name!r} is empty after the shared prompt")
         require_turns(name, pair[name])
@@ -60,10 +61,10 @@ def require_columns(row: Any) -> None:
 
 
 def _fault_of_columns(row: dict[str, Any]) -> str | None:
-    missing = [name for name in ANSWERS if row.get(name) is None]
+    missing = [name for name in SIDES if row.get(name) is None]
     if missing:
         return f"column {missing[0]!r} is missing"
-    columns = [name for name in ("prompt", *ANSWERS) if row.get(name) is not None]
+    columns = [name for name in ("prompt", *SIDES) if row.get(name) is not None]
     for name in columns:
         if not isinstance(row[name], str) and not is_conversation(row[name]):
             return f"column {name!r} is neither text nor a list of messages with role and content"
@@ -73,16 +74,16 @@ def _fault_of_columns(row: dict[str, Any]) -> str | None:
         isinstance(row["chosen"], str) and isinstance(row.get("prompt"), list)
     ):
         return "text and messages are mixed"
-    for name in ANSWERS:
+    for name in SIDES:
         if is_blank(row[name]):
             return f"column {name!r} is empty"
     return "chosen equals rejected" if row["chosen"] == row["rejected"] else None
 
 
 def _fault_within(value: Any, depth: int = 0) -> str | None:
-    """What in `value`, at any depth, could be read but not handled or written again."""
+    """The reason why `value` cannot be processed or written, at any depth; None if it can."""
     if isinstance(value, str):
-        return None if is_utf8(value) else "half a surrogate pair (such as \\ud800) is no text"
+        return None if is_utf8(value) else "half a surrogate pair (such as \\ud800) is not text"
     if not isinstance(value, (dict, list)):
         return None
     if depth >= _DEEPEST:
@@ -92,12 +93,12 @@ def _fault_within(value: Any, depth: int = 0) -> str | None:
 
 
 def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with "prompt" apart from its answers, and with "is_flipped" true, false or absent.
+    """`row` with "prompt" separate from its answers, and with "is_flipped" true, false or absent.
 
-    Without a prompt, what both answers begin with is the prompt: whole messages; of text whole words, or all up to the
-    last shared head of an answer, such as "\\n\\nAssistant:". Messages of the prompt that both answers repeat are taken
-    from the answers. A prompt of text beside answers of messages, as in UltraFeedback, stands for the messages that
-    both answers begin with.
+    A row without a prompt gets the common start of both answers: whole messages or words; or, of texts that are whole
+    conversations, all up to the last shared head of an answer, such as "\\n\\nAssistant:". Messages of the prompt that
+    both answers repeat are removed from the answers. If the prompt is text and the answers are messages, as in
+    UltraFeedback, the common messages of both answers become the prompt.
 
     Raises:
         RowFault: prompt and answers contradict each other.
@@ -113,12 +114,12 @@ def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     return _without_repeated(row)
 
 
-def _split(row: dict[str, Any], at: int) -> dict[str, Any]:
-    return {**row, "prompt": row["chosen"][:at], "chosen": row["chosen"][at:], "rejected": row["rejected"][at:]}
+def _split(row: dict[str, Any], end: int) -> dict[str, Any]:
+    return {**row, "prompt": row["chosen"][:end], "chosen": row["chosen"][end:], "rejected": row["rejected"][end:]}
 
 
 def _with_flag(row: dict[str, Any]) -> dict[str, Any]:
-    """An "is_flipped" that says nothing (null, an empty cell, NaN) is absent; 0 and 1 are false and true."""
+    """`row` without an empty "is_flipped" (null, an empty cell, NaN); 0 and 1 become false and true."""
     if "is_flipped" not in row or isinstance(row["is_flipped"], bool):
         return row
     flag = row["is_flipped"]
@@ -134,9 +135,9 @@ def _end_of_prompt(chosen: str, rejected: str) -> int:
     if heads:
         end = heads[-1].end()
         if _OTHER_HEAD.search(chosen, end, shared):
-            raise RowFault("the answers part within a turn of the user, so that they have no prompt in common")
+            raise RowFault("the answers differ within a turn of the user, so that they have no prompt in common")
         return end
-    while shared and not chosen[shared - 1].isspace():
+    while shared and not chosen[shared - 1].isspace():  # back to the end of a word
         shared -= 1
     return shared
 
@@ -145,7 +146,7 @@ def _end_of_messages(prompt: str, chosen: list[dict[str, Any]], rejected: list[d
     shared = common_length(bare(chosen), bare(rejected))
     if not any(text_of([message]).strip() == prompt.strip() for message in chosen[:shared]):
         raise RowFault(
-            "column 'prompt' is text, and none of the messages that both answers begin with says it: leave the column "
+            "column 'prompt' is text, and none of the messages that both answers begin with has it: leave the column "
             "out, or give the prompt as messages"
         )
     return shared
@@ -154,12 +155,12 @@ def _end_of_messages(prompt: str, chosen: list[dict[str, Any]], rejected: list[d
 def _without_repeated(row: dict[str, Any]) -> dict[str, Any]:
     prompt = bare(row["prompt"])
     while prompt:
-        repeats = [bare(row[name][: len(prompt)]) == prompt for name in ANSWERS]
+        repeats = [bare(row[name][: len(prompt)]) == prompt for name in SIDES]
         if not any(repeats):
             break
         if not all(repeats):
-            raise RowFault(f"{ANSWERS[repeats.index(True)]!r} repeats the messages of the prompt, the other does not")
-        row = {**row, **{name: row[name][len(prompt) :] for name in ANSWERS}}
+            raise RowFault(f"{SIDES[repeats.index(True)]!r} repeats the messages of the prompt, the other does not")
+        row = {**row, **{name: row[name][len(prompt) :] for name in SIDES}}
     return row
 
 
@@ -170,11 +171,11 @@ def require_turns(name: str, answer: str | list[dict[str, Any]]) -> None:
     for message, verb in ((answer[0], "begins"), (answer[-1], "ends")):
         if message["role"].lower() in OTHERS:
             raise RowFault(
-                f"column {name!r}, without the prompt, {verb} with a message of the role {message['role']!r}, which is "
-                "no answer"
+                f"column {name!r}, without the prompt, {verb} with a message of the role {message['role']!r}: an "
+                "answer begins and ends with the model's own messages"
             )
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """How an error calls a row: its id, or how it begins."""
+    """The name of a row in error messages: its id, or the start of its text."""
     return f"{row['id']}" if row.get("id") is not None else repr(row)[:80]

@@ -1,4 +1,4 @@
-"""Random streams by name: draws that share a seed must not share their numbers."""
+"""Random streams by name, so that draws under one seed are independent of each other."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import numpy as np
 def stream(seed: int, name: str, *more: int) -> np.random.Generator:
     """A generator for the draw `name` under `seed`, independent of every other name's.
 
-    The plain `default_rng(seed)` belongs to `flip_pairs`, so that flips stay what they were. Whoever shuffles as many
-    rows by it, or by `[seed, 0]` (NumPy pads with zeros: the same stream), picks the flipped ones.
+    `flip_pairs` alone uses the plain `default_rng(seed)`, so that its flips never change. Another shuffle of as many
+    rows by that generator would begin with the flipped rows. So would `[seed, 0]`: NumPy pads with zeros.
 
     Args:
-        seed: what the user gave, >= 0.
-        name: what is drawn, such as "hold-out".
-        more: numbers that tell draws of one name apart, such as the epoch; always as many for one name.
+        seed: the user's seed, >= 0.
+        name: the draw, such as "hold-out".
+        more: numbers that distinguish draws of one name, such as the epoch; always as many for one name.
+
+    >>> stream(0, "hold-out").integers(9) == stream(0, "hold-out").integers(9)
+    np.True_
     """
     return np.random.default_rng([crc32(name.encode()), seed, *more])

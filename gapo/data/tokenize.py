@@ -1,4 +1,8 @@
-"""A pair of answers as token ids and labels, in the convention of TRL's preference trainers."""
+"""A pair of answers as token ids and labels, in the convention of TRL's preference trainers.
+
+A tokenizer may merge the prompt's last characters with the answer's first into one token. Prompt and answer are
+therefore tokenised together, and the answer begins at the first token in which that differs from the prompt alone.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gapo.data.chat import has_turns_of_others, require_text, say_once, split_chat
+from gapo.data.chat import has_turns_of_others, require_text, split_chat, warn_once
 from gapo.data.limits import Cuts, Limits
 from gapo.data.messages import common_length
-from gapo.data.rows import ANSWERS, name_of, require_columns, with_prompt
+from gapo.data.rows import name_of, require_columns, with_prompt
+from gapo.pairs import SIDES
 
 IGNORE_INDEX = -100
-# Merges across the border change a token or two of the prompt. More is a tokenizer that reads its text otherwise.
+# Merges across the border change a token or two of the prompt. A tokenizer that changes more depends on later text.
 _MOST_MERGED = 16
 
 _logger = logging.getLogger("gapo")
@@ -22,7 +27,7 @@ _logger = logging.getLogger("gapo")
 
 @dataclass(frozen=True)
 class Tokens:
-    """The ids and labels of a pair, and how many tokens of its prompt and of its answers the limits took."""
+    """The ids and labels of a pair, and how many tokens the limits removed from its prompt and from its answers."""
 
     columns: dict[str, list[int]]
     prompt_cut: int
@@ -38,28 +43,27 @@ def tokenize_pair(
 ) -> dict[str, list[int]]:
     """Token ids and labels of both answers, each behind the prompt; labels are -100 on the prompt.
 
-    The prompt is tokenised alone and together with each answer, so that merges at the border come out as they do in one
-    text; an end-of-text token is appended to an answer of plain text that lacks it, and a beginning-of-text token that
-    the text has already is not set before it again. Messages go through the tokenizer's chat template, with the row's
-    "tools" and "chat_template_kwargs" (each also as JSON text). Messages of the prompt that the answers repeat are
-    taken from them (`gapo.data.read_pairs` says which).
+    Text: prompt and answer are tokenised together, as one text. An answer without an end-of-text token gets one; a
+    beginning-of-text token that the text already has is not added again. Messages: the tokenizer's chat template
+    renders them, with the row's "tools" and "chat_template_kwargs" (each also as JSON text). Messages of the prompt
+    that the answers repeat are removed from the answers (see `gapo.data.read_pairs`).
 
-    Truncation to `max_length` cuts the prompt from its left first, then the answer's end: the answer's START stays, and
-    so does a beginning-of-text token. Both answers keep the same prompt.
+    Truncation to `max_length` removes the start of the prompt first, then the ends of the answers. A beginning-of-text
+    token stays. Both answers keep the same prompt.
 
     Args:
         row: a pair with "prompt", "chosen", "rejected": text, or lists of messages.
         tokenizer: a `transformers` tokenizer, or a processor that has one.
         max_length: most tokens of prompt and answer together, >= 2; None for no limit.
-        max_prompt_length: most tokens of the prompt, from its end; None for no limit of its own.
+        max_prompt_length: most tokens of the prompt, of which the last are kept; None for no limit of its own.
 
     Returns:
-        "chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels".
+        "chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels", each a list of `seq` ids.
 
     Raises:
-        ValueError: the row is no pair, an answer has no token, both are the same tokens (a warning, where truncation
-            made them so), the chat template refuses the messages or hides where the answer begins, the row holds
-            images, or a limit is too small.
+        ValueError: the row is not a pair, or holds images or sounds; an answer has no token; both answers are the same
+            tokens (if truncation is the cause, a warning); the chat template refuses the messages, or the answer's
+            first token is undefined; a limit is too small.
     """
     limits = Limits(max_length, max_prompt_length)
     tokens = tokens_of(row, tokenizer, limits)
@@ -78,15 +82,20 @@ def tokenize_pairs(
     max_prompt_length: int | None = None,
     name: str = "pairs",
 ) -> list[dict[str, Any]]:
-    """The rows with their token ids and labels, as `tokenize_pair` makes them.
+    """The rows with the token ids and labels of `tokenize_pair`.
 
-    Pairs whose answers are the same tokens, mostly once truncated, are left out. How many they are, and how many were
-    cut, is said in one warning, with the first rows, counted from 0.
+    Pairs whose answers are the same tokens are left out; truncation is the usual cause. One warning counts these pairs
+    and the pairs that were cut, and names the first rows of each, from 0.
+
+    Args:
+        rows: pairs, as for `tokenize_pair`.
+        tokenizer: as for `tokenize_pair`; so are the limits.
+        name: names the rows in warnings and errors.
 
     Raises:
-        ValueError: as `tokenize_pair`, naming the row; or no row is left.
+        ValueError: as `tokenize_pair`, naming the row; or every row was left out.
     """
-    limits, cuts, found = Limits(max_length, max_prompt_length), Cuts(), []
+    limits, cuts, pairs = Limits(max_length, max_prompt_length), Cuts(), []
     for number, row in enumerate(rows):
         try:
             tokens = tokens_of(row, tokenizer, limits)
@@ -94,13 +103,13 @@ def tokenize_pairs(
             raise ValueError(f"row {number} of {name}: {error}") from error
         cuts.add(number, tokens.prompt_cut, tokens.answers_cut, tokens.are_equal)
         if not tokens.are_equal:
-            found.append({**row, **tokens.columns})
+            pairs.append({**row, **tokens.columns})
     cuts.tell(name, limits)
-    return found
+    return pairs
 
 
 def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
-    """What `tokenize_pair` documents, with how much was cut; equal answers are not refused."""
+    """The tokens of `tokenize_pair`, with the number of tokens removed; equal answers are not refused."""
     tokenizer = text_tokenizer(tokenizer)
     require_columns(row)
     row = with_prompt(row)
@@ -110,11 +119,11 @@ def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
     else:
         prompt, answers = split_chat(row, tokenizer)
         if has_turns_of_others(row):
-            say_once(
-                "some answers hold messages that the policy did not write, such as results of tools: as in TRL, their "
-                "tokens count as the answer's. To leave them out, end the prompt with the last of them"
+            warn_once(
+                "some answers hold messages that the policy did not write, such as results of tools. As in TRL, their "
+                "tokens count as the answer's; to leave them out, end the prompt with the last of them"
             )
-    for side, answer in zip(ANSWERS, answers, strict=True):
+    for side, answer in zip(SIDES, answers, strict=True):
         if not answer:
             raise ValueError(f"the {side} answer of row {name_of(row)} has no token")
     if not prompt:
@@ -124,33 +133,33 @@ def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
 
 
 def _start(tokenizer: Any) -> int:
-    """The token that stands for an empty prompt: the first of an answer needs one before it, which predicts it."""
+    """The token that replaces an empty prompt: it predicts the answer's first token."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError(
-            "the prompt is empty, and the tokenizer has neither a beginning-of-text nor an end-of-text token from "
-            "which an answer's first token could be predicted: set tokenizer.bos_token"
+            "the prompt is empty, and the tokenizer has neither a beginning-of-text nor an end-of-text token to "
+            "predict the answer's first token: set tokenizer.bos_token"
         )
     return int(start)
 
 
 def _truncated(prompt: list[int], answers: list[list[int]], limits: Limits, bos: int | None) -> Tokens:
     most = sys.maxsize if limits.max_length is None else limits.max_length
-    kept = [answer[: most - 1] for answer in answers]
-    room = min(most - max(map(len, kept)), limits.max_prompt_length or sys.maxsize)
+    short_answers = [answer[: most - 1] for answer in answers]  # one token of the prompt predicts an answer's first
+    room = min(most - max(map(len, short_answers)), limits.max_prompt_length or sys.maxsize)
     short = prompt
     if len(prompt) > room:
         opening = prompt[:1] if prompt[0] == bos else []
         short = opening + prompt[len(prompt) - room + len(opening) :]
     columns = {}
-    for side, answer in zip(ANSWERS, kept, strict=True):
+    for side, answer in zip(SIDES, short_answers, strict=True):
         columns[f"{side}_input_ids"] = short + answer
         columns[f"{side}_labels"] = [IGNORE_INDEX] * len(short) + answer
-    return Tokens(columns, len(prompt) - len(short), sum(map(len, answers)) - sum(map(len, kept)))
+    return Tokens(columns, len(prompt) - len(short), sum(map(len, answers)) - sum(map(len, short_answers)))
 
 
 def _split_text(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt and of the answers behind it, all with what the tokenizer opens a text with."""
+    """Token ids of the prompt and of the answers behind it; the prompt begins with the tokenizer's own first tokens."""
     opening, closing = _frame(tokenizer)
     eos = tokenizer.eos_token_id
 
@@ -158,29 +167,29 @@ def _split_text(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[li
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return ids if ids[: len(opening)] == opening else opening + ids
 
-    if row["prompt"].strip() and all(row[side].startswith(row["prompt"]) for side in ANSWERS):
-        say_once(
-            "both answers of some pairs begin with the whole prompt, which then stands twice before the model: if the "
-            "answers are whole texts, leave out the column 'prompt', and it is taken from them"
+    if row["prompt"].strip() and all(row[side].startswith(row["prompt"]) for side in SIDES):
+        warn_once(
+            "both answers of some pairs begin with the whole prompt, so that the model reads it twice: if the answers "
+            "are whole texts, leave out the column 'prompt', and their common start becomes the prompt"
         )
     prompt, wholes = encode(row["prompt"]), []
-    for side in ANSWERS:
+    for side in SIDES:
         whole = encode(row["prompt"] + row[side])
         if eos is not None and whole[-1:] != [eos]:
             whole.append(eos)
         wholes.append(whole if closing in ([], [eos]) else whole + closing)
-    # As in TRL: a merge across the border may change the prompt's last tokens, and the answers begin where it does.
+    # As in TRL: where a merge across the border changes the prompt's last tokens, the answers begin with those.
     shared = min(common_length(prompt, whole) for whole in wholes)
     if len(prompt) - shared > _MOST_MERGED:
         raise ValueError(
-            f"the tokenizer reads the prompt otherwise once an answer follows: only {shared} of its {len(prompt)} "
-            "tokens stay. No token can be said to be the answer's first: look whether the tokenizer draws at random"
+            f"the tokenizer splits the prompt differently once an answer follows: only {shared} of its {len(prompt)} "
+            "tokens stay. The answer's first token is therefore undefined: check that the tokenizer is not random"
         )
     return prompt[:shared], [whole[shared:] for whole in wholes]
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer sets before every text, and what behind it."""
+    """The special tokens that the tokenizer adds before every text, and those that it adds after it."""
     framed, plain = list(tokenizer("a")["input_ids"]), list(tokenizer("a", add_special_tokens=False)["input_ids"])
     if not plain:  # a vocabulary without this letter
         start = int(framed[:1] == [tokenizer.bos_token_id])
@@ -190,17 +199,17 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def text_tokenizer(processing_class: Any) -> Any:
-    """The tokenizer itself, or that of a processor (of a model which sees or hears as well)."""
+    """The tokenizer itself, or the tokenizer of a processor (of a model for text and images or sounds)."""
     inner = getattr(processing_class, "tokenizer", None)
     return inner if hasattr(inner, "eos_token_id") else processing_class
 
 
 def equal_message(row: dict[str, Any], tokens: Tokens, limits: Limits) -> str:
-    """Why a pair of equal tokens is refused."""
-    why, remedy = "as the tokenizer and its chat template print them", "leave it out"
+    """The error or warning about a pair whose answers are the same tokens."""
+    reason, remedy = "as the tokenizer and its chat template print them", "leave it out"
     if tokens.answers_cut:
-        why, remedy = f"within max_length={limits.max_length}", "raise max_length, or leave it out"
+        reason, remedy = f"within max_length={limits.max_length}", "raise max_length, or leave it out"
     return (
-        f"the chosen and rejected answers of row {name_of(row)} are the same tokens {why}: such a pair teaches "
+        f"the chosen and rejected answers of row {name_of(row)} are the same tokens {reason}: such a pair teaches "
         f"nothing; {remedy}"
     )

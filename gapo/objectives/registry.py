@@ -291,8 +291,9 @@ class Loss:
         if gamma is None:
             return self
         if "gamma" not in self.settings:
+            holders = " and ".join(repr(name) for name, entry in OBJECTIVES.items() if "gamma" in entry.defaults)
             takes = ", ".join(self.settings) or "no settings"
-            raise ValueError(f"gamma is of objectives that have it, such as 'gapo'; {self.name!r} takes {takes}")
+            raise ValueError(f"gamma is of objectives {holders}; {self.name!r} takes {takes}")
         return replace(self, settings={**self.settings, "gamma": gamma})
 
     def losses(self, logps: LogProbs) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -13,17 +13,31 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from gapo._fields import choices_of
 from gapo.runs.errors import ConfigError
 from gapo.runs.yaml_file import require_plain_yaml
 
 
 def parser_of(classes: Sequence[type], **about: str) -> Any:
-    """A parser of the fields of data classes, from YAML and from the command line; `about` is what its help says."""
+    """A parser of the fields of data classes, from YAML and from the command line.
+
+    Types and defaults are the fields', the help is that of their docstrings, and the choices those of their metadata.
+    `about` goes to `argparse.ArgumentParser`: prog, description, epilog.
+    """
     parser = ArgumentParser(**about, exit_on_error=False)
     parser.add_argument("--config", action="config", metavar="CONFIG.yaml", help="the same as the first argument")
-    for kind in classes:
-        parser.add_class_arguments(kind)
+    for cls in classes:
+        add_fields(parser, cls)
     return parser
+
+
+def add_fields(parser: Any, cls: type, skip: Collection[str] = ()) -> None:
+    """Add the fields of a data class to a parser, but those of `skip`."""
+    parser.add_class_arguments(cls, skip=set(skip))
+    for name, choices in choices_of(cls).items():
+        if name not in skip:
+            # The class itself checks the value, and words the error.
+            parser._option_string_actions[f"--{name}"].metavar = f"{{{','.join(choices)}}}"
 
 
 def parse_fields(

@@ -12,10 +12,8 @@ import numpy as np
 
 from gapo.data import with_reference_logps
 from gapo.data.collate import REFERENCE, TOKENIZED
-from gapo.data.reference import Measure
-from gapo.files import write_bytes
-from gapo.runs.errors import ConfigError
-from gapo.runs.output.tensors import open_tensors
+from gapo.data.reference_columns import Measure
+from gapo.runs.output.tensors import kept_arrays
 
 Rows = list[dict[str, Any]]
 
@@ -28,41 +26,35 @@ def with_kept_reference(
     Args:
         train: tokenised training rows.
         held_out: tokenised held-out rows.
-        measure: as in `gapo.data.with_reference_logps`; not called when the file is there, so that a resumed run is
-            held against the policy that it first started from.
-        path: the run's file, whole or not there at all.
+        measure: as in `gapo.data.with_reference_logps`; not called when the file exists, so that a resumed run is
+            compared with the policy that it first started from.
+        path: the run's file, written atomically.
         pad_token_id: as in `with_reference_logps`.
         batch_size: likewise.
 
     Raises:
-        ConfigError: the file is of other pairs.
+        ConfigError: the file is damaged, or of other pairs.
     """
-    from safetensors.numpy import save
+    rows = [*train, *held_out]
 
-    rows, digest = [*train, *held_out], _digest([*train, *held_out])
-    if path.exists():
-        columns = _read(path, digest)
-        rows = [{**row, **{name: float(columns[name][i]) for name in REFERENCE}} for i, row in enumerate(rows)]
-    else:
-        rows = with_reference_logps(rows, measure, pad_token_id=pad_token_id, batch_size=batch_size)
-        columns = {name: np.array([row[name] for row in rows]) for name in REFERENCE}
-        write_bytes(path, save(columns, metadata={"pairs": digest}))
+    def columns() -> dict[str, np.ndarray]:
+        measured = with_reference_logps(rows, measure, pad_token_id=pad_token_id, batch_size=batch_size)
+        return {name: np.array([row[name] for row in measured]) for name in REFERENCE}
+
+    arrays = kept_arrays(
+        path,
+        _digest(rows),
+        columns,
+        others="the reference log-probabilities of other pairs, or of another tokenizer: the data of this run have "
+        "changed since it began. Give another output_dir, or --overwrite true",
+    )
+    rows = [{**row, **{name: float(arrays[name][i]) for name in REFERENCE}} for i, row in enumerate(rows)]
     return rows[: len(train)], rows[len(train) :]
 
 
-def _read(path: Path, digest: str) -> dict[str, np.ndarray]:
-    with open_tensors(path) as file:
-        if file.metadata().get("pairs") != digest:
-            raise ConfigError(
-                f"{path} holds the reference log-probabilities of other pairs, or of another tokenizer: the data of "
-                "this run have changed since it began. Give another output_dir, or --overwrite true"
-            )
-        return {name: file.get_tensor(name) for name in REFERENCE}
-
-
 def _digest(rows: Sequence[dict[str, Any]]) -> str:
-    """What identifies the rows' tokens and their order."""
-    found = hashlib.sha256()
+    """A digest of the rows' tokens and their order."""
+    digest = hashlib.sha256()
     for row in rows:
-        found.update(json.dumps([row[name] for name in TOKENIZED]).encode())
-    return found.hexdigest()
+        digest.update(json.dumps([row[name] for name in TOKENIZED]).encode())
+    return digest.hexdigest()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,16 +15,15 @@ from torch import Tensor, nn
 
 import gapo
 from gapo.backends.base import by_pairs
-from gapo.data import collate_pairs, generate_pairs, read_pairs, tokenize_pair
+from gapo.data import collate_pairs, tokenize_pair
 from gapo.data.flip import true_labels
 from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
-from gapo.files import write_bytes
 from gapo.runs.errors import ConfigError
-from gapo.runs.holdout import in_both, told_in_both
+from gapo.runs.held_out import hold_out_prompts, in_both, read_both, report_in_both
 from gapo.runs.models.pretrained import load_model
-from gapo.runs.models.tiny import tiny_model
-from gapo.runs.splits import evaluation_split, require_split
+from gapo.runs.models.tiny import answer_texts, tiny_model
+from gapo.runs.output.tensors import kept_arrays
 from gapo.study.study_config import StudyConfig
 
 Row = dict[str, Any]
@@ -62,43 +59,26 @@ class Batch:
 
 def load_split(config: StudyConfig) -> Split:
     """Read the pairs and hold out validation pairs by prompt, so that none of their prompts is trained on."""
-    if config.pairs == "demo":
-        rows, source = generate_pairs(config.demo_size, seed=config.seed), "generated demonstration pairs"
-        rows = rows[: config.limit]
+    pairs, tested = read_both(config, generated=config.test_pairs, most=config.test_pairs)
+    rows, validation = hold_out_prompts(pairs.rows, config.validation_pairs, stream(config.seed, "study validation"))
+    if tested is not None:
+        test, source = tested.rows[: config.test_pairs], Path(tested.source).name
     else:
-        require_split(config.pairs, config.split)
-    test, tested = _test_pairs(config)
-    if config.pairs != "demo":
-        pairs = read_pairs(config.pairs, split=config.split, limit=config.limit)
-        rows, source = pairs.rows, pairs.summary()
-    rows, validation = _hold_out(rows, config.validation_pairs, stream(config.seed, "study validation"))
-    if not test:
-        rows, test = _hold_out(rows, config.test_pairs, stream(config.seed, "study test"))
+        rows, test = hold_out_prompts(rows, config.test_pairs, stream(config.seed, "study test"))
+        test, source = test[: config.test_pairs], "held out by prompt from the same file"
     if len(rows) < config.train_pairs:
         raise ConfigError(f"train_pairs={config.train_pairs}, but only {len(rows)} pairs are left to train on")
-    test = test[: config.test_pairs]
     lines = [
-        source,
+        pairs.summary(),
         f"{len(rows)} pairs to draw training pairs from, {len(validation)} validation pairs (held out by prompt), "
-        f"{len(test)} test pairs ({tested})",
-        *_told(rows, validation, test),
+        f"{len(test)} test pairs ({source})",
+        *_warnings(rows, validation, test),
     ]
     return Split(true_labels(rows), true_labels(validation), true_labels(test), "\n".join(lines))
 
 
-def _test_pairs(config: StudyConfig) -> tuple[list[Row], str]:
-    """Test pairs, none to hold some out, and where they come from."""
-    if config.eval_pairs is not None:
-        split = evaluation_split(config.eval_pairs, config.eval_split)
-        pairs = read_pairs(config.eval_pairs, split=split, limit=config.test_pairs)
-        return pairs.rows, f"from {Path(config.eval_pairs).name}"
-    if config.pairs == "demo":
-        return generate_pairs(config.test_pairs, seed=config.seed, split="test"), "generated, other fillings"
-    return [], "held out by prompt from the same file"
-
-
-def _told(rows: list[Row], validation: list[Row], test: list[Row]) -> list[str]:
-    """What is to be said of labels that came flipped, and of test pairs that are trained or tuned on."""
+def _warnings(rows: list[Row], validation: list[Row], test: list[Row]) -> list[str]:
+    """Lines on labels that came flipped, and on test pairs that are trained or tuned on."""
     every = [*rows, *validation, *test]
     lines = []
     if came_flipped := sum(bool(row.get("is_flipped")) for row in every):
@@ -107,22 +87,8 @@ def _told(rows: list[Row], validation: list[Row], test: list[Row]) -> list[str]:
             "labels, and flips its own"
         )
     if shared := in_both(test, [*rows, *validation]):
-        lines.append(told_in_both(shared, len(test), "test"))
+        lines.append(report_in_both(shared, len(test), "test"))
     return lines
-
-
-def _hold_out(rows: Sequence[Row], count: int, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
-    """(the rest, about `count` rows): whole groups of equal prompts."""
-    if len(rows) <= count:
-        return [], list(rows)
-    prompts = list(dict.fromkeys(json.dumps(row["prompt"]) for row in rows))
-    rank = {prompts[i]: at for at, i in enumerate(rng.permutation(len(prompts)))}
-    ordered = sorted(rows, key=lambda row: rank[json.dumps(row["prompt"])])
-    last = ordered[count - 1]["prompt"]
-    end = count
-    while end < len(ordered) and ordered[end]["prompt"] == last:
-        end += 1
-    return ordered[end:], ordered[:end]
 
 
 class Material:
@@ -139,7 +105,7 @@ class Material:
 
     def __init__(self, config: StudyConfig, split: Split) -> None:
         self.split = split
-        self.folder = tiny_model(config.policy(), split.pool)
+        self.folder = tiny_model(config, answer_texts(split.pool))
         model, tokenizer = load_model(str(self.folder), dtype="float32")
         self.model: Any = model.eval()
         self.pad: int = tokenizer.pad_token_id
@@ -151,7 +117,7 @@ class Material:
         }
         tokens = hashlib.sha256(json.dumps(self.tokens, sort_keys=True).encode()).hexdigest()[:16]
         self.fingerprint = f"{self.folder.name}-{tokens}"
-        self.reference = self._references(self.folder / f"reference-{tokens}.npz")
+        self.reference = self._references(self.folder / f"reference-{tokens}.safetensors", tokens)
 
     def reset(self) -> None:
         """The policy's weights as they were, bit for bit."""
@@ -175,21 +141,14 @@ class Material:
                 out[batch.index] = torch.stack(pair_logps(self.model, batch), -1).numpy()
         return out
 
-    def _references(self, path: Path) -> dict[str, np.ndarray]:
-        if not path.exists():
-            made = {name: self._with_counts(tokens) for name, tokens in self.tokens.items()}
-            content = io.BytesIO()
-            np.savez(content, **made)  # type: ignore[arg-type]
-            write_bytes(path, content.getvalue())
-        try:
-            with path.open("rb") as file:
-                kept = np.load(file, allow_pickle=False)
-                return {name: kept[name] for name in self.tokens}
-        except (ValueError, LookupError, OSError, EOFError, BadZipFile) as error:
-            raise ConfigError(
-                f"{path} does not hold the log-probabilities of the policy: remove it, and they are measured anew "
-                f"({error})"
-            ) from error
+    def _references(self, path: Path, tokens: str) -> dict[str, np.ndarray]:
+        return kept_arrays(
+            path,
+            tokens,
+            lambda: {name: self._with_counts(rows) for name, rows in self.tokens.items()},
+            others="the log-probabilities of other pairs: remove it, and they are measured anew",
+            remedy="remove it, and they are measured anew",
+        )
 
     def _with_counts(self, tokens: Sequence[Row]) -> np.ndarray:
         sides = ("chosen_labels", "rejected_labels")
@@ -227,6 +186,3 @@ def pair_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     logps = gapo.sequence_logps(logits, batch.labels, backend="torch")
     half = len(logps) // 2
     return logps[:half], logps[half:]
-
-
-__all__ = ["Batch", "Material", "Split", "flipped", "length", "load_split", "pair_logps"]

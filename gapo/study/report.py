@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -16,11 +16,9 @@ from gapo.study import frames as tables
 from gapo.study.cells import Cell
 from gapo.study.frames import NAMES
 from gapo.study.markdown import facts, render_markdown
+from gapo.study.outcome import Study
 from gapo.study.statistics import Interval, bootstrap, intervals
 from gapo.study.study_config import as_dict
-
-if TYPE_CHECKING:
-    from gapo.study.study import Study
 
 _TEST = "reward accuracy, clean test pairs, %"
 _TRUE = "reward accuracy, true labels of train pairs, %"

@@ -8,47 +8,23 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gapo.files import require_writable, write_text
 from gapo.runs.errors import ConfigError
 from gapo.runs.ranks import require_one
-from gapo.runs.train.train import versions
+from gapo.runs.versions import versions
 from gapo.study.arms import ARMS, Settings
 from gapo.study.cell_run import before, draw
 from gapo.study.cells import Cell, settings_key
 from gapo.study.grid import Grid, one_thread
+from gapo.study.outcome import Study
 from gapo.study.policy import Material, Split, load_split
 from gapo.study.report import write_report
 from gapo.study.study_config import StudyConfig, as_dict
 from gapo.study.tune import tune
-
-
-@dataclass(frozen=True)
-class Study:
-    """Everything that was measured, as the report takes it.
-
-    Attributes:
-        config: the study's settings.
-        chosen: settings of each arm.
-        tries: every try of them.
-        records: the cells of the grid, curves and valuation with their records.
-        parts: the same cells by part: "grid", "rho", "anchor", "valuation".
-        left_out: (mode, rate) that the pairs do not allow, with the reason.
-        facts: policy, data, versions, times.
-    """
-
-    config: StudyConfig
-    chosen: dict[str, Settings]
-    tries: list[dict[str, Any]]
-    records: dict[Cell, dict[str, Any]]
-    parts: dict[str, list[Cell]]
-    left_out: dict[str, str]
-    facts: dict[str, Any]
 
 
 def run_study(config: StudyConfig) -> Study:

@@ -1,13 +1,12 @@
-"""What `gapo study` can be told: one flat set of fields, from YAML and from the command line."""
+"""The settings of `gapo study`: one flat set of fields, from YAML and from the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from gapo.runs.errors import require_limit
-from gapo.runs.train.train_config import TrainConfig
+from gapo.runs.config_bases import TrainingConfig
 from gapo.study.arms import ARMS
 
 TUNE_SEED = 1000  # the first seed of the tries; the study's own count from 0
@@ -17,21 +16,15 @@ _LISTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig:
+class StudyConfig(TrainingConfig):
     """The study: pairs, policy, arms (the objectives), noise, budgets.
 
     Args:
-        pairs: training pairs: a file (.json, .jsonl, each also .gz, .csv, .parquet), a data set's folder or Hub name,
-            or "demo" for generated ones.
         eval_pairs: pairs to test on, likewise; none to hold out a share of the training pairs.
-        split: split of a data set to train on.
-        eval_split: split of the data set eval_pairs; none for the only one named test, validation, eval or the like.
-        demo_size: number of generated training pairs, for pairs "demo".
-        limit: use only so many training pairs.
         arms: the objectives to compare, comma separated, or "all". "gapo" has its controls beside it: "gapo-rho0",
             "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order".
         flip_modes: which labels are flipped, comma separated: "random", or "length" to favour longer answers.
-        flip_rates: shares of the training labels to flip. What is no longer possible in a mode is left out and said.
+        flip_rates: shares of the training labels to flip. A share that a mode cannot reach is left out and named.
         control_flip_rates: shares for the controls of GAPO, fewer to save time; empty for all of flip_rates.
         control_seeds: seeds of the controls, the curves and the valuation, fewer to save time; 0 for all of them.
         seeds: number of seeds. A seed draws the training pairs, their order and the flips, the same for every arm.
@@ -41,7 +34,6 @@ class StudyConfig:
         epochs: passes over the training pairs.
         batch_size: pairs in a step; they share an anchor.
         warmup_ratio: share of the steps in which the learning rate rises; a cosine follows.
-        max_length: most tokens of prompt and answer.
         learning_rates: the coarse grid of peak learning rates that every arm tries.
         tune_flip_rate: share of the training labels flipped at random while settings are chosen.
         tune_seeds: runs of each try, on seeds that the study itself does not use.
@@ -52,15 +44,6 @@ class StudyConfig:
         valuation_rates: shares of labels flipped at random at which SimPO is trained on the pairs with the lowest, the
             highest and random gaps; empty for none.
         valuation_share: share of the training pairs that are kept there.
-        tiny_hidden_size: width of the policy, a small Llama.
-        tiny_layers: number of its layers.
-        tiny_heads: its number of attention heads.
-        tiny_vocab: most tokens of its tokenizer.
-        tiny_text: plain text (.txt, .txt.gz) to warm it up on, before the answers; none to use the answers alone.
-        tiny_text_steps: steps of warm-up on the plain text.
-        tiny_answer_steps: steps of warm-up on prompts with either answer, chosen and rejected alike.
-        tiny_batch_size: sequences of 128 tokens in a warm-up step.
-        tiny_learning_rate: peak learning rate of the warm-up.
         cache_dir: folder where warmed-up policies and their log-probabilities are kept.
         output_dir: folder of the study.
         overwrite: forget the finished runs in output_dir and start anew.
@@ -68,12 +51,7 @@ class StudyConfig:
         seed: of the policy and of the held-out split.
     """
 
-    pairs: str = "demo"
-    eval_pairs: str | None = None
-    split: str = "train"
-    eval_split: str | None = None
     demo_size: int = 2000
-    limit: int | None = None
     arms: str = "all"
     flip_modes: str = "random,length"
     flip_rates: list[float] | tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4)
@@ -96,28 +74,15 @@ class StudyConfig:
     valuation_rates: list[float] | tuple[float, ...] = ()
     valuation_share: float = 0.3
     tiny_hidden_size: int = 64
-    tiny_layers: int = 2
-    tiny_heads: int = 4
-    tiny_vocab: int = 1024
-    tiny_text: str | None = None
-    tiny_text_steps: int = 300
-    tiny_answer_steps: int = 150
-    tiny_batch_size: int = 16
-    tiny_learning_rate: float = 2e-3
-    cache_dir: str = "runs/cache"
     output_dir: str = "runs/study"
-    overwrite: bool = False
     workers: int = 0
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = ("demo_size", "seeds", "train_pairs", "validation_pairs", "test_pairs", "epochs", "batch_size")
+        super().__post_init__()
+        whole = ("seeds", "train_pairs", "validation_pairs", "test_pairs", "epochs", "batch_size")
         for name in (*whole, "tune_seeds"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
-        require_limit(self.limit)
-        if self.eval_pairs is None and self.eval_split is not None:
-            raise ValueError(f"eval_split={self.eval_split!r} is a split of eval_pairs: give eval_pairs too")
         for name in ("workers", "control_seeds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}")
@@ -129,9 +94,9 @@ class StudyConfig:
             "curve_flip_rate",
             "warmup_ratio",
         ):
-            given = getattr(self, name)
-            if not all(0 <= rate <= 1 for rate in (given if isinstance(given, (list, tuple)) else [given])):
-                raise ValueError(f"{name} must be in [0, 1], got {given!r}")
+            rates = getattr(self, name)
+            if not all(0 <= rate <= 1 for rate in (rates if isinstance(rates, (list, tuple)) else [rates])):
+                raise ValueError(f"{name} must be in [0, 1], got {rates!r}")
         if not 0 < self.valuation_share < 1:
             raise ValueError(f"valuation_share must be in (0, 1), got {self.valuation_share!r}")
         for name in ("learning_rates", "flip_rates"):
@@ -144,17 +109,16 @@ class StudyConfig:
         for pairs in self.curve_anchor_pairs:
             if pairs < 1 or self.batch_size % pairs:
                 raise ValueError(f"curve_anchor_pairs must divide batch_size={self.batch_size}, got {pairs!r}")
-        _known("flip_modes", self.modes, ("random", "length"))
-        _known("arms", self.arm_names, tuple(ARMS))
+        _require_among("flip_modes", self.modes, ("random", "length"))
+        _require_among("arms", self.arm_names, tuple(ARMS))
         self._check_lists()
-        self.policy()  # checks what it takes
 
     def _check_lists(self) -> None:
-        """No value twice, which would count a run twice; nothing asked for that could not be done."""
+        """Refuse a value that stands twice, which would count a run twice, and parts that lack an arm or pairs."""
         for name in _LISTS:
-            given = getattr(self, name)
-            if len(set(given)) < len(given):
-                raise ValueError(f"{name} must not name a value twice, got {given!r}")
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must not name a value twice, got {values!r}")
         unknown = [rate for rate in self.control_flip_rates if rate not in self.flip_rates]
         if unknown and any(ARMS[name].control for name in self.arm_names):
             raise ValueError(f"control_flip_rates must be among flip_rates={self.flip_rates!r}, got {unknown!r}")
@@ -185,21 +149,15 @@ class StudyConfig:
         """The arms, one by one, in the order of the registry for "all"."""
         return list(ARMS) if self.arms == "all" else list(dict.fromkeys(_words(self.arms)))
 
-    def policy(self) -> TrainConfig:
-        """The same, as far as the tiny model and where its pairs come from are concerned."""
-        shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(self)}
-        wanted = {name for name in shared if name.startswith("tiny_")} | {"cache_dir", "seed", "max_length"}
-        return TrainConfig(**{name: getattr(self, name) for name in wanted}, pairs="study")
-
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _known(name: str, given: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [word for word in given if word not in known]
-    if unknown or not given:
-        raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(map(repr, unknown)) or 'none'}")
+def _require_among(name: str, words: Sequence[str], accepted: Sequence[str]) -> None:
+    unknown = [word for word in words if word not in accepted]
+    if unknown or not words:
+        raise ValueError(f"{name} must be among {', '.join(accepted)}, got {', '.join(map(repr, unknown)) or 'none'}")
 
 
 def as_dict(config: StudyConfig) -> dict[str, Any]:

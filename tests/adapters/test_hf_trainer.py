@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,13 @@ def test_parsers_and_yaml(tmp_path: Path) -> None:
     assert args.step_config() == gapo.GAPOConfig(adaptive=False, probe="margin")
     assert args.model_init_kwargs == {"dtype": "auto"}
     help_text = HfArgumentParser(GAPOConfig).format_help()
-    for name in gapo.GAPOConfig.__dataclass_fields__:
+    hints, core_hints = typing.get_type_hints(GAPOConfig), typing.get_type_hints(gapo.GAPOConfig)
+    for name, core in gapo.GAPOConfig.__dataclass_fields__.items():
+        carried = GAPOConfig.__dataclass_fields__[name]
         assert f"--{name}" in help_text
-        assert GAPOConfig.__dataclass_fields__[name].metadata["help"]
+        assert (carried.default, carried.metadata) == (core.default, core.metadata)
+        assert hints[name] == core_hints[name]
+    assert "--probe {loss,margin}" in help_text
 
 
 def test_the_example_in_trls_style(saved: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_bad_row_is_named_by_number(tmp_path: Path) -> None:
             trainer(tmp_path, rows)
     with pytest.raises(ValueError, match=r"row 0 of train_dataset: a row is no preference pair: not an object with c"):
         trainer(tmp_path, ["text"])
-    with pytest.raises(ValueError, match=r"row 1 of train_dataset: column 'images' holds what is no text"):
+    with pytest.raises(ValueError, match=r"row 1 of train_dataset: column 'images' holds media, not text"):
         trainer(tmp_path, [GOOD, {**GOOD, "images": ["a.png"]}])
     with pytest.raises(ValueError, match=r"train_dataset: no pair is left"):
         trainer(tmp_path, [EQUAL])

@@ -226,7 +226,7 @@ def test_a_forward_that_is_another_when_run_again_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
 def test_first_order_where_mlx_has_no_forward_derivative(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Against central differences of the margins along delta, which the exact anchor's two radii give."""
-    backend_mlx._say_pair_by_pair.cache_clear()
+    backend_mlx._log_pair_by_pair.cache_clear()
     model, batch = mlx_models.make(kind), mlx_models.batch()
     options: dict[str, Any] = {"adaptive": False, "probe": "margin"}
 

@@ -14,9 +14,11 @@ from torch import nn
 
 import gapo
 from gapo.adapters.hf.margins import pair_logps
+from gapo.backends.torch import TorchBackend
 from gapo.backends.torch import cut as cut_module
 from gapo.backends.torch import forward as forward_module
 from gapo.backends.torch.cut import cut_below
+from gapo.backends.torch.pairgrads import Verdicts
 
 LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "pythia": "gpt_neox.layers", "lora": "model.layers"}
 BOTH = ("chosen", "rejected")
@@ -25,13 +27,21 @@ BOTH = ("chosen", "rejected")
 def step_of(model: nn.Module, fn: Any = pair_logps, seed: int = 0, **options: Any) -> gapo.StepResult:
     config = gapo.GAPOConfig(**{"rho": 0.5, "last_layers": 1, **options})
     torch.manual_seed(seed)
-    result: gapo.StepResult = gapo.value_and_grad(fn, config, backend="torch")(model, hf_models.batch())[0]
-    return result
+    forward = BACKENDS[-1].forward(fn, model, hf_models.batch(), config)
+    return gapo.step.run(forward, config, BACKENDS[-1])[0]
+
+
+BACKENDS: list[TorchBackend] = []
+
+
+@pytest.fixture(autouse=True)
+def _a_backend_for_each_test() -> None:
+    BACKENDS[:] = [TorchBackend()]
 
 
 def whole(monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> gapo.StepResult:
     with monkeypatch.context() as patch:
-        patch.setattr(forward_module, "cut_below", lambda module, names: None)
+        patch.setattr(forward_module, "cut_below", lambda *_: None)
         return step_of(*args, **options)
 
 
@@ -174,7 +184,7 @@ def test_layers_return_after_an_exception() -> None:
 def test_no_cut_where_the_first_layer_moves() -> None:
     model = hf_models.make("llama")
     names = [name for name, _ in model.named_parameters()]
-    assert cut_below(model, names) is None
-    assert cut_below(model, [name for name in names if ".layers." in name]) is None
-    assert cut_below(model, ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"]) is None
-    assert cut_below(model, ["model.layers.1.mlp.up_proj.weight"]) is not None
+    assert cut_below(model, names, Verdicts()) is None
+    assert cut_below(model, [name for name in names if ".layers." in name], Verdicts()) is None
+    assert cut_below(model, ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"], Verdicts()) is None
+    assert cut_below(model, ["model.layers.1.mlp.up_proj.weight"], Verdicts()) is not None

@@ -298,7 +298,7 @@ def test_a_reading_is_of_one_function() -> None:
 
         reading = readings.of(logps, "shapes", partial(read, logps, names, leaves))
         assert reading.head == {name}
-    assert len(readings._found) == 1  # those of earlier functions are gone
+    assert len(readings._by_signature) == 1  # those of earlier functions are gone
 
 
 class TorchTied(nn.Module):

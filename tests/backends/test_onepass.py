@@ -20,7 +20,8 @@ import gapo
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.base import by_pairs
 from gapo.backends.torch import OnePassForward, TorchBackend
-from gapo.backends.torch.rules import Explicit, Outer, rule_for
+from gapo.backends.torch.pairgrads.parts import Explicit, Outer
+from gapo.backends.torch.pairgrads.rules import rule_for
 
 
 def both(model: nn.Module, batch: Any, fn: Any = pair_logps, **options: Any) -> tuple[Any, Any]:
@@ -111,7 +112,7 @@ def test_both_forms_of_a_matrix_gradient() -> None:
         for layer in (nn.Linear(5, 7).double(), Conv1D(7, 5).double()):
             a = torch.randn(2, 3, tokens, 5, dtype=torch.float64)
             g = torch.randn(2, 3, tokens, 7, dtype=torch.float64)
-            parts = dict(rule_for(layer)(layer, a, g))
+            parts = dict(rule_for(layer).grads(layer, a, g))
             assert isinstance(parts["weight"], form)
             weights, delta = torch.randn(3).double(), torch.randn_like(layer.weight)
             out = layer(a)
@@ -182,7 +183,7 @@ def test_a_norms_bias_that_was_zero_at_first_is_no_offset() -> None:
 
 
 def test_attention_projects_by_the_rule_of_linear_layers() -> None:
-    assert rule_for(nn.MultiheadAttention(2, 1).out_proj) is rule_for(nn.Linear(2, 2))
+    assert rule_for(nn.MultiheadAttention(2, 1).out_proj) == rule_for(nn.Linear(2, 2))
 
 
 class Scale(nn.Module):
@@ -215,11 +216,19 @@ class Mixing(Net):
 
 
 class Flat(Net):
-    """Flattens tokens in front of a layer, as experts do: rows are no longer answers."""
+    """Flattens tokens in front of a layer, as experts do."""
 
     def hidden(self, ids: Tensor) -> Tensor:
         x = super().hidden(ids)
         return self.norms[0](x.flatten(0, 1)).unflatten(0, ids.shape)
+
+
+class Packed(Net):
+    """Flattens some tokens only, as code that leaves padding out does: whose they are cannot be told."""
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = super().hidden(ids)
+        return torch.cat([self.norms[0](x[:, :5].flatten(0, 1)).unflatten(0, (len(ids), 5)), x[:, 5:]], 1)
 
 
 class TimeFirst(Net):
@@ -231,7 +240,7 @@ class TimeFirst(Net):
 
 
 class ByKeyword(Net):
-    """Calls a layer by keyword, where a hook does not see what it receives."""
+    """Calls a layer by keyword, which rules do not know."""
 
     def hidden(self, ids: Tensor) -> Tensor:
         return self.norms[0](x=super().hidden(ids))
@@ -260,16 +269,22 @@ def unknown() -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("make", [unknown, ByKeyword, Gated, Flat])
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_layers_that_no_rule_stands_for_run_again(make: Any, anchor: str) -> None:
+    model, batch = make().double(), hf_models.batch()
+    assert_same(*both(model, batch, anchor=anchor))
+    assert_same(*both(model, batch, anchor=anchor, sft_weight=0.5))
+    assert backwards_of(model, batch) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (unknown, "no rule for layers of type Scale"),
         (Untold, "its gradients differ from autograd's"),
-        (Mixing, "no rule for layers of type BatchNorm1d"),
-        (ByKeyword, "RMSNorm is called by keyword, or with more than one input"),
-        (Gated, "GatedRMSNorm is called by keyword, or with more than one input"),
-        (Flat, "RMSNorm receives (66, 8): not one row for each answer of 3 pairs"),
-        (TimeFirst, "Conv1D receives (11, 6, 24): not one row for each answer of 3 pairs"),
+        (Mixing, "BatchNorm1d mixes the rows of a batch"),
+        (Packed, "RMSNorm receives (30, 8): its first axis is not the rows of 3 groups"),
+        (TimeFirst, "Linear receives (11, 6, 8): its first axis is not the rows of 3 groups"),
     ],
 )
 def test_the_slower_way_where_it_does_not_fit(make: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -277,9 +292,9 @@ def test_the_slower_way_where_it_does_not_fit(make: Any, reason: str, caplog: py
     for anchor in ("exact", "first_order"):
         with caplog.at_level(logging.WARNING, logger="gapo"):
             assert_same(*both(model, batch, anchor=anchor))
-    told = [record.message for record in caplog.records]
-    assert len(told) == 1, told
-    assert reason in told[0]
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == 2, warnings  # one for each step function
+    assert all(reason in warning for warning in warnings)
     assert backwards_of(model, batch) == 2
 
 
@@ -302,13 +317,15 @@ def test_a_model_that_writes_to_what_its_layers_gave(anchor: str) -> None:
     assert TorchBackend().forward(pair_logps, model, batch, gapo.GAPOConfig()).one_pass
 
 
+def side_logps(model: Any, batch: Any, side: str) -> Tensor:
+    logits = model(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"]).logits
+    logps: Tensor = gapo.sequence_logps(logits, batch[f"{side}_labels"])
+    return logps
+
+
 def separate(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """Chosen and rejected answers in a forward each."""
-    sides = []
-    for side in ("chosen", "rejected"):
-        logits = model(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"]).logits
-        sides.append(gapo.sequence_logps(logits, batch[f"{side}_labels"]))
-    return sides[0], sides[1]
+    return side_logps(model, batch, "chosen"), side_logps(model, batch, "rejected")
 
 
 def interleaved(model: Any, batch: Any) -> Tensor:
@@ -346,9 +363,9 @@ def test_what_is_spent_is_let_go(fn: Any) -> None:
     assert isinstance(forward, OnePassForward)
     cotangents = [torch.ones_like(output) for output in forward.outputs]
     forward.pullback(cotangents, ["lm_head.weight"])
-    assert bool(forward._parts) == (fn is separate)
+    assert (forward._grads is not None) == (fn is separate)
     forward.pullback(cotangents)
-    assert not forward._parts
+    assert forward._grads is None or not forward._grads.parts
 
 
 def test_a_hundredth_in_a_wrong_order_is_found(caplog: pytest.LogCaptureFixture) -> None:
@@ -425,11 +442,22 @@ def test_a_parameter_that_is_not_used_gets_zeros(one_pass: bool) -> None:
     assert bool(result.anchor_gaps.isfinite().all())
 
 
-def test_sft_and_float16_take_the_two_pass_step() -> None:
-    model, batch = Net().double(), hf_models.batch()
-    assert_same(*both(model, batch, sft_weight=0.5))
-    backend = TorchBackend()
-    assert not isinstance(backend.forward(pair_logps, model, batch, gapo.GAPOConfig(sft_weight=0.5)), OnePassForward)
+def rejected_first(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """A forward for each side, in an order that is not assumed."""
+    rejected = side_logps(model, batch, "rejected")
+    return side_logps(model, batch, "chosen"), rejected
+
+
+@pytest.mark.parametrize("fn", [pair_logps, separate, rejected_first])
+@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+def test_sft_weighs_the_rows_of_a_pair_apart(fn: Any, anchor: str) -> None:
+    model, batch = Net(depth=2).double(), hf_models.batch()
+    assert_same(*both(model, batch, fn, sft_weight=0.5, anchor=anchor))
+    assert (backwards_of(model, batch, fn, sft_weight=0.5) == 1) == (fn is not rejected_first)
+
+
+def test_float16_takes_the_two_pass_step() -> None:
+    backend, batch = TorchBackend(), hf_models.batch()
     with torch.autocast("cpu", dtype=torch.float16):
         forward = backend.forward(pair_logps, Net(), batch, gapo.GAPOConfig())
     assert not isinstance(forward, OnePassForward)

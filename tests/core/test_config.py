@@ -120,3 +120,14 @@ def test_it_cannot_change_and_every_field_is_documented() -> None:
     documented = inspect.getdoc(gapo.GAPOConfig) or ""  # Python 3.13 takes the indentation off by itself
     for field in dataclasses.fields(config):
         assert f"\n    {field.name}: " in documented
+
+
+def test_every_setting_carries_its_help_and_its_choices() -> None:
+    fields = {field.name: field for field in dataclasses.fields(gapo.GAPOConfig)}
+    for name, field in fields.items():
+        assert len(field.metadata["help"].split()) >= 3, name
+        for choice in field.metadata.get("choices", []):
+            assert getattr(gapo.GAPOConfig(**{name: choice}), name) == choice
+    assert fields["rho"].metadata["help"].startswith("radius of the perturbation")
+    assert fields["anchor"].metadata["help"].endswith("GAPO logs the choice once.")  # of four lines
+    assert fields["probe"].metadata["choices"] == ["loss", "margin"]

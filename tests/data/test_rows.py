@@ -63,7 +63,7 @@ def test_answers_of_rendered_texts_begin_behind_their_head(tmp_path: Path, ask: 
     found = data.read_pairs(tmp_path / "a.jsonl")
     (row,) = found.rows
     assert row == {"prompt": before + head, "chosen": "The cat", "rejected": "The dog"}
-    assert "part within a turn of the user" in found.problems[0].reason
+    assert "differ within a turn of the user" in found.problems[0].reason
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_answers_of_rendered_texts_begin_behind_their_head(tmp_path: Path, ask: 
         ({**GOOD, "chosen": json.dumps(WHOLE["chosen"])}, "column 'chosen' is a list of messages written out as text"),
         ({**GOOD, "prompt": str(CONVERSATION["prompt"])}, "column 'prompt' is a list of messages written out as text"),
         ({**GOOD, "prompt": CONVERSATION["prompt"]}, "text and messages are mixed"),
-        ({"chosen": f"{HUMAN} A\n\nHuman: b", "rejected": f"{HUMAN} A\n\nHuman: c"}, "part within a turn of the user"),
+        ({"chosen": f"{HUMAN} A\n\nHuman: b", "rejected": f"{HUMAN} A\n\nHuman: c"}, "differ within a turn of the u"),
     ],
 )  # fmt: skip
 def test_rows_whose_prompt_and_answers_do_not_agree(tmp_path: Path, row: Any, reason: str) -> None:

@@ -13,8 +13,8 @@ import pytest
 import gapo
 from gapo import data
 from gapo.data.streams import stream
-from gapo.runs.holdout import load_data
 from gapo.runs.score.score_table import plan
+from gapo.runs.train.run_data import load_data
 from gapo.runs.train.train_config import TrainConfig
 from gapo.study.policy import load_split
 from gapo.study.study_config import StudyConfig

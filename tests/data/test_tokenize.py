@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from token_pairs import bytes_tokenizer, tokenizer
 
 from gapo.data import generate_pairs, tokenize_pair, tokenize_pairs
-from gapo.data.chat import say_once
+from gapo.data.chat import warn_once
 
 TURNS = "{% for m in messages %}{{ m.role }}:{{ m.content }}<e>{% endfor %}"
 OPENED = TURNS + "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -130,21 +130,21 @@ def test_a_prompt_that_the_answers_repeat_is_taken_from_them() -> None:
 @pytest.mark.parametrize(
     ("row", "template", "match"),
     [
-        (ASKED, "{{ messages | length }}" + OPENED, r"renders the prompt otherwise once the chosen answer follows: "
-         r"alone it goes on with '1user:hi<e>assistant:', before the answer with '2user"),
+        (ASKED, "{{ messages | length }}" + OPENED, r"renders the prompt differently once the chosen answer follows\. "
+         r"Alone, it continues with '1user:hi<e>assistant:'; before the answer, with '2user"),
         (ASKED, "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}", "renders the prom"),
-        (ASKED, TURNS + "{% if add_generation_prompt %}bot:{% endif %}", "renders the prompt otherwise"),
-        (ASKED, TURNS + "{% if add_generation_prompt %}answer:{% endif %}", "alone it goes on with 'nswer:', before"),
+        (ASKED, TURNS + "{% if add_generation_prompt %}bot:{% endif %}", "renders the prompt differently"),
+        (ASKED, TURNS + "{% if add_generation_prompt %}answer:{% endif %}", "Alone, it continues with 'nswer:';"),
         ({**ASKED, "chosen": [user("hi"), assistant("yes")]}, OPENED, "'chosen' repeats the messages of the prompt"),
         ({**ASKED, "chosen": [user("you"), assistant("yes")]}, OPENED, "'chosen', without the prompt, begins with a m"),
         ({**ASKED, "chosen": [assistant("yes"), user("so?")]}, OPENED, "ends with a message of the role 'user'"),
         ({**ASKED, "prompt": []}, OPENED, "the prompt has no message"),
-        ({**ASKED, "prompt": [user([{"type": "text", "text": "hi"}])]}, OPENED, "has no place for a content that is a"),
+        ({**ASKED, "prompt": [user([{"type": "text", "text": "hi"}])]}, OPENED, "cannot render a content that is a"),
         ({**ASKED, "prompt": [user([{"type": "image"}])]}, OPENED, "column 'prompt' has a part of the type 'image'"),
-        ({**ASKED, "images": ["a.png"]}, OPENED, "column 'images' holds what is no text, and would be dropped"),
+        ({**ASKED, "images": ["a.png"]}, OPENED, "column 'images' holds media, not text, and would be dropped"),
         ({**ASKED, "tools": "{"}, OPENED, "column 'tools' is text that is not valid JSON"),
         ({**ASKED, "tools": {"a": 1}}, OPENED, "column 'tools' must be a list, or JSON of one; got dict"),
-        ({**ASKED, "chat_template_kwargs": {"tokenize": False}}, OPENED, "chat_template_kwargs may hold what the te"),
+        ({**ASKED, "chat_template_kwargs": {"tokenize": False}}, OPENED, "chat_template_kwargs may hold variables"),
         (ASKED, "{% for m in messages %}{{ m.role }}{% endfor %}", "are the same tokens as the tokenizer and its cha"),
         (ASKED, "{% for m in messages %}{{ 'a' + 1 }}{% endfor %}", "chat template refuses messages of the roles user"),
     ],
@@ -197,7 +197,7 @@ def test_a_tokenizer_that_draws_at_random_is_refused() -> None:
         def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
             return {"input_ids": [len(text), *range(len(text))]}
 
-    with pytest.raises(ValueError, match=r"reads the prompt otherwise once an answer follows: only 0 of its 32 tokens"):
+    with pytest.raises(ValueError, match=r"splits the prompt differently once an answer follows: only 0 of its 32"):
         tokenize_pair(row, Drawing())
 
 
@@ -259,7 +259,7 @@ def test_what_was_cut_and_left_out_is_counted(caplog: pytest.LogCaptureFixture) 
         assert "are the same tokens within max_length=6: such a pair teaches nothing" in caplog.messages[-1]
     with pytest.raises(ValueError, match=r"pairs: no pair is left; .*Raise max_length"):
         tokenize_pairs(rows[3:], BYTES, max_length=6)
-    with pytest.raises(ValueError, match=r"row 1 of pairs: column 'image' holds what is no text"):
+    with pytest.raises(ValueError, match=r"row 1 of pairs: column 'image' holds media, not text"):
         tokenize_pairs([rows[0], {**rows[1], "image": "a.png"}], BYTES)
 
 
@@ -271,7 +271,7 @@ def test_limits_are_whole_numbers(limit: Any) -> None:
 
 
 def test_what_stays_as_in_trl_though_it_may_surprise_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     t = bytes_tokenizer(OPENED)
     several = [assistant("wait"), {"role": "tool", "content": "sun"}, assistant("yes")]
     with caplog.at_level(logging.WARNING, logger="gapo"):
@@ -279,5 +279,5 @@ def test_what_stays_as_in_trl_though_it_may_surprise_is_said_once(caplog: pytest
             found = parts({**ASKED, "chosen": several, "tools": [TOOL]}, t)
             tokenize_pair({"prompt": "a b", "chosen": "a b c", "rejected": "a b d"}, t)
     assert found[0] == ("user:hi<e>assistant:", "wait<e>tool:sun<e>assistant:yes<e>")
-    for part in ("has no place for tools", "messages that the policy did not write", "begin with the whole prompt"):
+    for part in ("does not render tools", "messages that the policy did not write", "begin with the whole prompt"):
         assert sum(part in message for message in caplog.messages) == 1

@@ -19,13 +19,14 @@ import hf_models
 import numpy as np
 import pytest
 
-from gapo import cli, data, files
+from gapo import cli, data
 from gapo.commands import study as study_command
 from gapo.commands.train import parse
-from gapo.data import sources
+from gapo.data import raw_rows
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, load_tokenizer
 from gapo.runs.output import plots
+from gapo.runs.output.tensors import open_tensors
 from gapo.runs.score import score_page as score_report
 from gapo.runs.train import train_page as report
 from gapo.study.markdown import render_markdown
@@ -75,7 +76,7 @@ def test_the_pickle_of_these_tests_does_run(tmp_path: Path) -> None:
         ("a.csv", CSV + b'Q? ,yes,no\nQ? ,"yes,no\nQ? ,yes,no\n', 1, ["4: not valid CSV: unexpected end of data"]),
         ("a.csv", CSV + b"Q? ,yes, of course,no\nQ? ,yes,no\n", 1, ["2: more cells than the first line names: quote"]),
         ("a.csv", b"chosen,rejected,prompt\nyes,no\nyes,no,Q\n", 1, ["2: fewer cells than the first line names"]),
-        ("a.jsonl", LINE + b'\n{"chosen": "a", "rejected": "b", "chosen": "c"}', 1, ["2: column 'chosen' stands t"]),
+        ("a.jsonl", LINE + b'\n{"chosen": "a", "rejected": "b", "chosen": "c"}', 1, ["2: column 'chosen' occurs t"]),
         ("a.csv", CSV + b"Q? ,yes,\xff\nQ? ,yes,no\n", 1, ["2: not UTF-8"]),
         # The name that a gzip file carries inside is not used.
         ("a.jsonl.gz", b"\x1f\x8b\x08\x08" + bytes(6) + b"../../b\0" + gzip.compress(LINE, mtime=0)[10:], 1, []),
@@ -98,7 +99,7 @@ def test_what_can_be_read_is(tmp_path: Path, name: str, content: bytes, rows: in
     ("name", "content", "match"),
     [
         ("a.jsonl", LINE.decode().encode("utf-16"), "a.jsonl is UTF-16: save it as UTF-8"),
-        ("a.csv", b"prompt,chosen,chosen,rejected\na,b,c,d\n", "a.csv: column 'chosen' stands twice in the first line"),
+        ("a.csv", b"prompt,chosen,chosen,rejected\na,b,c,d\n", "a.csv: column 'chosen' occurs twice in the first line"),
         ("a.csv", b'prompt,"chosen,rejected\na,b,c\n', "a.csv: the first line, .*, is not valid CSV"),
         ("a.parquet", b"", "a.parquet is not a whole Parquet file"),
         *((f"a{end}", b"", "no usable pair found") for end in (".json", ".csv", ".jsonl.gz")),
@@ -174,13 +175,13 @@ def test_names_that_no_file_can_have(name: str) -> None:
 
 
 def test_a_gzip_bomb_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_HARMLESS", 1 << 20)
+    monkeypatch.setattr(raw_rows, "_HARMLESS", 1 << 20)
     packed = gzip.compress(LINE + b" " * (1 << 24))
     assert len(packed) * 500 < 1 << 24
     (tmp_path / "a.jsonl.gz").write_bytes(packed)
     with pytest.raises(data.PairError, match=r"a\.jsonl\.gz unpacks to more than 100 times its size.*without \.gz"):
         data.read_pairs(tmp_path / "a.jsonl.gz")
-    monkeypatch.setattr(sources, "_HARMLESS", 1 << 25)
+    monkeypatch.setattr(raw_rows, "_HARMLESS", 1 << 25)
     assert data.read_pairs(tmp_path / "a.jsonl.gz").rows == [GOOD]
 
 
@@ -401,8 +402,7 @@ def test_a_checkpoint_that_holds_a_pickle_is_refused(
 
 def test_kept_arrays_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
     material = Material.__new__(Material)
-    material.tokens = {"test": []}
-    path = tmp_path / "reference.npz"
+    path = tmp_path / "reference.safetensors"
     evil = np.array([Evil(tmp_path / "ran")], dtype=object)
     np.savez(path, test=evil)
     raw = io.BytesIO()
@@ -412,8 +412,8 @@ def test_kept_arrays_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
     evils = [path.read_bytes(), pickle.dumps(Evil(tmp_path / "ran")), raw.getvalue()]
     for content in (*evils, numbers.getvalue(), b"", b"PK\x05\x06broken", b"PK\x03\x04broken"):
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"reference\.npz does not hold the log-probabilities .*: remove it"):
-            material._references(path)
+        with pytest.raises(ConfigError, match=r"reference\.safetensors is damaged .*: remove it, and they are"):
+            material._references(path, "digest")
     assert not (tmp_path / "ran").exists()
 
 
@@ -421,7 +421,7 @@ def test_kept_tensors_that_are_damaged_are_told_by_name(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     for content in (b"", pickle.dumps(Evil(tmp_path / "ran")), b"\xff" * 64):
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"state\.safetensors is damaged .*: remove it"), files.open_tensors(path):
+        with pytest.raises(ConfigError, match=r"state\.safetensors is damaged .*: remove it"), open_tensors(path):
             pass
     assert not (tmp_path / "ran").exists()
 

@@ -24,7 +24,7 @@ from gapo.runs.models.pretrained import require_fit, require_model
 from gapo.runs.train import train as train_module
 from gapo.runs.train import train_torch
 from gapo.runs.train.recorder import joined
-from gapo.runs.train.run_data import total_steps
+from gapo.runs.train.schedule import total_steps
 from gapo.runs.train.train_config import TrainConfig
 from gapo.study.study_config import StudyConfig
 

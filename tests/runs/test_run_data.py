@@ -10,8 +10,9 @@ import pytest
 
 from gapo import cli, data
 from gapo.runs.errors import ConfigError
-from gapo.runs.holdout import in_both, load_data
+from gapo.runs.held_out import in_both
 from gapo.runs.splits import evaluation_split, require_split
+from gapo.runs.train.run_data import load_data
 from gapo.runs.train.train_config import TrainConfig
 from gapo.study.policy import load_split
 from gapo.study.study_config import StudyConfig

@@ -153,14 +153,14 @@ def test_another_process_may_make_the_same_tiny_model_first(tmp_path: Path, monk
             (made / "config.json").write_text(str(made))
 
     monkeypatch.setattr(tiny, "_make", make)
-    rows = data.generate_pairs(2)
+    texts = ["an answer"]
     for other in (True, False):
-        folder = tiny.tiny_model(TrainConfig(pairs="a", cache_dir=str(tmp_path), seed=int(other)), rows)
+        folder = tiny.tiny_model(TrainConfig(pairs="a", cache_dir=str(tmp_path), seed=int(other)), texts)
         assert [path.name for path in folder.iterdir()] == ["config.json"]
     assert not list(tmp_path.glob("*.part*"))
     monkeypatch.setattr(tiny.os, "replace", raising(full()))
     with pytest.raises(OSError, match=r"tiny-[0-9a-f]+ could not be written: No space left on device"):
-        tiny.tiny_model(TrainConfig(pairs="a", cache_dir=str(tmp_path), seed=3), rows)
+        tiny.tiny_model(TrainConfig(pairs="a", cache_dir=str(tmp_path), seed=3), texts)
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -8,9 +8,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 import gapo
+from gapo._fields import carried
 from gapo.objectives import OBJECTIVES, resolve
-
-_CORE = gapo.GAPOConfig()
 
 
 @dataclass
@@ -37,51 +36,20 @@ class GAPOConfig(TrainingArguments):
         default=False, metadata={"help": "Must stay False: the model's forward does not name the pairs' columns."}
     )
 
-    beta: float = field(default=_CORE.beta, metadata={"help": "Logistic temperature, > 0."})
-    gamma: float = field(
-        default=_CORE.gamma,
-        metadata={"help": "Target gap times beta, the papers' gamma. SimPO's code takes gamma / beta."},
-    )
-    rho: float = field(
-        default=_CORE.rho, metadata={"help": "Radius of the anchor's perturbation, >= 0; at 0 all weights are equal."}
-    )
-    adaptive: bool = field(
-        default=_CORE.adaptive, metadata={"help": "Perturb in proportion to each weight; False for the L2 ball."}
-    )
-    probe: str = field(
-        default=_CORE.probe,
-        metadata={
-            "help": "What gives the direction: SimPO's loss or the mean margin.",
-            "choices": ["loss", "margin"],
-        },
-    )
-    direction: str = field(
-        default=_CORE.direction,
-        metadata={
-            "help": "Along the probe's gradient, or along a normal draw (a control).",
-            "choices": ["pessimistic", "gaussian"],
-        },
-    )
-    anchor: str = field(
-        default=_CORE.anchor,
-        metadata={
-            "help": "A forward at the moved weights, or the first-order gap, which is cheaper and rounds nothing. "
-            "auto: first order where weights or compute have 16 bits, exact elsewhere.",
-            "choices": ["auto", "exact", "first_order"],
-        },
-    )
-    perturb: str = field(
-        default=_CORE.perturb,
-        metadata={"help": "Parameters that move: backbone (all but the output head), all, or a regular expression."},
-    )
-    last_layers: int | None = field(default=None, metadata={"help": "Move the last so many layers only."})
-    loss_type: str = field(
-        default=_CORE.loss_type, metadata={"help": "Shape of the loss.", "choices": ["sigmoid", "hinge"]}
-    )
-    label_smoothing: float = field(default=_CORE.label_smoothing, metadata={"help": "In [0, 0.5)."})
-    sft_weight: float = field(
-        default=_CORE.sft_weight, metadata={"help": "Weight of the negative log-likelihood of chosen answers, >= 0."}
-    )
+    # The settings of the step: default, help and choices are those of the core's fields.
+    beta: float = carried(gapo.GAPOConfig, "beta")
+    gamma: float = carried(gapo.GAPOConfig, "gamma")
+    rho: float = carried(gapo.GAPOConfig, "rho")
+    adaptive: bool = carried(gapo.GAPOConfig, "adaptive")
+    probe: str = carried(gapo.GAPOConfig, "probe")
+    direction: str = carried(gapo.GAPOConfig, "direction")
+    anchor: str = carried(gapo.GAPOConfig, "anchor")
+    perturb: str = carried(gapo.GAPOConfig, "perturb")
+    last_layers: int | None = carried(gapo.GAPOConfig, "last_layers")
+    loss_type: str = carried(gapo.GAPOConfig, "loss_type")
+    label_smoothing: float = carried(gapo.GAPOConfig, "label_smoothing")
+    sft_weight: float = carried(gapo.GAPOConfig, "sft_weight")
+
     objective: str = field(
         default="gapo",
         metadata={

@@ -10,8 +10,9 @@ import torch
 
 from gapo.data.collate import TOKENIZED, check_padding, collate_pairs
 from gapo.data.limits import Limits
-from gapo.data.rows import ANSWERS, RowFault, as_pair
+from gapo.data.rows import RowFault, as_pair
 from gapo.data.tokenize import Tokens, equal_message, text_tokenizer, tokens_of
+from gapo.pairs import SIDES
 
 _logger = logging.getLogger("gapo")
 
@@ -130,7 +131,7 @@ def _refusal(row: Any, fault: RowFault) -> str:
     if not isinstance(row, dict):
         return text
     text += f"; got {sorted(map(str, row))}"
-    if all(name in row for name in ANSWERS):
+    if all(name in row for name in SIDES):
         return text
     return (
         f"{text}. If columns were there before, the Trainer dropped them: set "

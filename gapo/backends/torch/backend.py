@@ -14,8 +14,9 @@ from gapo import geometry
 from gapo.backends.base import MarginFn
 from gapo.backends.torch.forward import TorchForward
 from gapo.backends.torch.onepass import OnePassForward
+from gapo.backends.torch.pairgrads import Verdicts
 from gapo.backends.torch.plain import PlainForward
-from gapo.backends.torch.sharded import ShardedForward, by_rank, fsdp_units, is_shard, like_shard
+from gapo.backends.torch.sharded import PlainShardedForward, ShardedForward, by_rank, fsdp_units, is_shard, like_shard
 from gapo.backends.torch.token_logps import token_logps  # noqa: F401  (takes its place in gapo.logps)
 from gapo.backends.torch.zero3 import Zero3Forward, is_engine, is_zero3
 from gapo.config import GAPOConfig
@@ -25,12 +26,15 @@ class TorchBackend:
     """The `Backend` verbs on PyTorch. Ranks are those of `torch.distributed`'s default group, if initialised.
 
     With `one_pass` the backward runs once, where a model's layers allow it (`onepass`); else it runs twice.
+
+    What is proved about a model at its first step is proved for this object. Another backend proves it anew.
     """
 
     xp = xp
 
     def __init__(self, one_pass: bool = True) -> None:
         self._one_pass = one_pass
+        self._verdicts = Verdicts()
 
     def forward(
         self,
@@ -42,8 +46,8 @@ class TorchBackend:
         anchor: bool = True,
         by_side: bool = False,
         wrapper: nn.Module | None = None,
-    ) -> TorchForward | PlainForward:
-        """The clean forward by the way that fits the module: without an anchor; ZeRO-3; FSDP2; one pass or two.
+    ) -> PlainForward:
+        """The clean forward by the way that fits: without an anchor, under ZeRO-3 or FSDP2, in one pass or in two.
 
         Args:
             margin_fn, params, batch, config, anchor, by_side: as the protocol has them.
@@ -53,30 +57,30 @@ class TorchBackend:
         """
         if not isinstance(params, nn.Module):
             raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(params).__name__}')
-        if not anchor and wrapper is not None:
-            return PlainForward(margin_fn, params, batch, wrapper)
-        if is_zero3(params):
-            if wrapper is None:
-                raise ValueError(
-                    "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
-                    "Trainer, or shard with FSDP2 in a loop of your own"
-                )
-            return Zero3Forward(margin_fn, wrapper, batch, config)
+        partitioned = is_zero3(params)
+        if partitioned and wrapper is None:
+            raise ValueError(
+                "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
+                "Trainer, or shard with FSDP2 in a loop of your own"
+            )
+        shards = bool(fsdp_units(params))
+        if not anchor:
+            return (PlainShardedForward if shards else PlainForward)(margin_fn, params, batch, wrapper)
+        if partitioned:
+            return Zero3Forward(margin_fn, wrapper, batch, config, self._verdicts)
         if is_engine(wrapper):  # up to ZeRO-2 it would take the probe's backward for the update's
             wrapper = None
-        if fsdp_units(params):
-            return ShardedForward(margin_fn, params, batch, config, wrapper)
-        if not anchor:
-            return PlainForward(margin_fn, params, batch)
-        # The one pass keeps gradients pair by pair, not row by row. float16's gradient scaler must see the backward.
-        # Where autocast is within the model's forward, as accelerate puts it, its maker says one_pass=False.
+        if shards:
+            return ShardedForward(margin_fn, params, batch, config, self._verdicts, wrapper)
+        # float16's gradient scaler must see the backward. Where autocast is within the model's forward, as accelerate
+        # puts it, its maker says one_pass=False.
         float16 = any(
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
             for kind in ("cuda", "cpu")
         )
-        if self._one_pass and not by_side and not float16:
-            return OnePassForward(margin_fn, params, batch, config, wrapper)
-        return TorchForward(margin_fn, params, batch, config, wrapper)
+        if self._one_pass and not float16:
+            return OnePassForward(margin_fn, params, batch, config, self._verdicts, wrapper, by_side=by_side)
+        return TorchForward(margin_fn, params, batch, config, self._verdicts, wrapper)
 
     def differentiate(
         self, losses: Callable[[tuple[Tensor, ...]], Tensor], values: Sequence[Tensor]

@@ -18,27 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gapo.backends.torch.pairgrads import Verdicts
+from gapo.backends.torch.pairgrads.graph import walk
 from gapo.backends.torch.random_state import RandomState
-from gapo.backends.torch.rows import walk
-from gapo.backends.torch.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)
 
 _OF_MODULES = frozenset(vars(nn.Module()))  # hooks, parameters, the mode: what PyTorch keeps
 
-# Whether a model's outputs from the cut were those of its whole forward.
-_verdicts = Verdicts()
-
 
 class Cut:
     """The layers below the cut, and what each of them gave in the clean forward, call by call."""
 
-    def __init__(self, module: nn.Module, name: str, below: Sequence[nn.Module]) -> None:
-        self._module, self._name, self._below = module, name, below
+    def __init__(self, module: nn.Module, name: str, below: Sequence[nn.Module], verdicts: Verdicts) -> None:
+        self._module, self._name, self._below, self._verdicts = module, name, below, verdicts
         self._key: Hashable = None
-        self._kept: list[list[Any]] = [[] for _ in below]
+        self._returned: list[list[Any]] = [[] for _ in below]  # layer by layer, call by call, without its graph
         self._states: list[RandomState] = []  # as the last layer left it, call by call
-        self._given: list[tuple[Tensor, int]] = []  # what was kept, with its graph and version
+        self._tensors: list[tuple[Tensor, int]] = []  # what was returned, with its graph and version
         self._arguments: list[Any] = []  # what the layers that are running received
         self._wrote = False  # whether one of them left something there
         self._whole = False
@@ -47,14 +44,16 @@ class Cut:
     def kept(self, basis: Hashable) -> Iterator[None]:
         """Keep, during the clean forward, what leaves each layer below the cut. Verdicts rest on `basis`."""
         self._key = (self._name, basis)
-        self._whole = _verdicts.get(self._module, self._key) is False
+        self._whole = self._verdicts.get("cut", self._module, self._key) is False
         if self._whole:
             yield
             return
         handles = [
             # Before hooks of others, which run on what is kept once more.
-            layer.register_forward_hook(self._keeper(kept, layer is self._below[-1]), prepend=True, with_kwargs=True)
-            for layer, kept in zip(self._below, self._kept, strict=True)
+            layer.register_forward_hook(
+                self._keeper(returned, layer is self._below[-1]), prepend=True, with_kwargs=True
+            )
+            for layer, returned in zip(self._below, self._returned, strict=True)
         ]
         handles += [layer.register_forward_pre_hook(self._see_arguments, with_kwargs=True) for layer in self._below]
         try:
@@ -63,12 +62,12 @@ class Cut:
             for handle in handles:
                 handle.remove()
 
-    def _keeper(self, kept: list[Any], last: bool) -> Callable[..., None]:
+    def _keeper(self, returned: list[Any], last: bool) -> Callable[..., None]:
         def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if self._arguments.pop() != _left(layer, args, kwargs):
                 self._wrote = True
-            self._given.extend((x, x._version) for x in _tensors(output))
-            kept.append(_detached(output))
+            self._tensors.extend((x, x._version) for x in _tensors(output))
+            returned.append(_detached(output))
             if last:
                 self._states.append(RandomState(self._module))
 
@@ -79,21 +78,20 @@ class Cut:
 
     def see(self, outputs: Sequence[Tensor]) -> None:
         """Look whether the graph of `outputs` goes around what was kept, or the forward wrote to it."""
-        nodes = {x.grad_fn for x, _ in self._given if x.grad_fn is not None}
+        nodes = {x.grad_fn for x, _ in self._tensors if x.grad_fn is not None}
         if not self._whole and _reaches(outputs, self._below, nodes):
             self._refuse("autograd's graph has another way to a parameter below it")
-        if not self._whole and any(x._version != version for x, version in self._given):
+        if not self._whole and any(x._version != version for x, version in self._tensors):
             self._refuse("the forward writes to what a layer below it gave")
         if not self._whole and self._wrote:
             self._refuse("a layer below it leaves something in its arguments or attributes")
-        self._given.clear()
+        self._tensors.clear()
 
     def _refuse(self, why: str) -> None:
         self._whole = True
-        for kept in self._kept:
-            kept.clear()
-        if _verdicts.get(self._module, (self._name, why)) is None:  # told once
-            _verdicts.keep(self._module, (self._name, why), False)
+        for returned in self._returned:
+            returned.clear()
+        if self._verdicts.first("told of the cut", self._module, (self._name, why)):
             logger.warning("something besides %s passes the cut (%s): the anchor forward runs whole", self._name, why)
 
     def outputs(
@@ -104,7 +102,7 @@ class Cut:
         """
         if self._whole or not self._states:
             return forward()
-        known = _verdicts.get(self._module, self._key)
+        proved = self._verdicts.get("cut", self._module, self._key)
         short: tuple[Tensor, ...] = ()
         try:
             with self._passed_over():
@@ -113,9 +111,9 @@ class Cut:
             with again():
                 return forward()
         except Exception:  # what a layer would have left in its arguments is not there
-            if known:
+            if proved:
                 raise
-        if known:
+        if proved:
             return short
         with again():
             whole = forward()
@@ -123,7 +121,7 @@ class Cut:
             torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
             for a, b in zip(short, whole, strict=True)
         )
-        _verdicts.keep(self._module, self._key, same)
+        self._verdicts.keep("cut", self._module, self._key, same)
         if not same:
             self._refuse("its outputs differ from those of the whole forward")
         return whole
@@ -133,8 +131,8 @@ class Cut:
         """Let every layer below the cut return what was kept of it, its calls in their order."""
         own = [layer.__dict__.get("forward") for layer in self._below]
         try:
-            for layer, kept in zip(self._below, self._kept, strict=True):
-                layer.forward = self._return_kept(kept, layer is self._below[-1])
+            for layer, returned in zip(self._below, self._returned, strict=True):
+                layer.forward = self._passed(returned, layer is self._below[-1])
             yield
         finally:
             for layer, forward in zip(self._below, own, strict=True):
@@ -143,8 +141,8 @@ class Cut:
                 else:
                     layer.forward = forward
 
-    def _return_kept(self, kept: list[Any], last: bool) -> Callable[..., Any]:
-        calls, states = iter(kept), iter(self._states)
+    def _passed(self, returned: list[Any], last: bool) -> Callable[..., Any]:
+        calls, states = iter(returned), iter(self._states)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = next(calls)
@@ -155,10 +153,11 @@ class Cut:
         return forward
 
 
-def cut_below(module: nn.Module, names: Iterable[str]) -> Cut | None:
+def cut_below(module: nn.Module, names: Iterable[str], verdicts: Verdicts) -> Cut | None:
     """The cut of `module` where only the parameters `names` move; None where they reach down to the first layer.
 
-    All of them must lie in the numbered layers of one `nn.ModuleList`, as language models have them.
+    All of them must lie in the numbered layers of one `nn.ModuleList`, as language models have them. `verdicts` hold
+    what earlier steps found out.
     """
     names = list(names)
     for path, layers in module.named_modules():
@@ -166,7 +165,7 @@ def cut_below(module: nn.Module, names: Iterable[str]) -> Cut | None:
             continue
         first = min(int(name[len(path) + 1 :].partition(".")[0]) for name in names)
         if first:
-            return Cut(module, f"{path}.{first - 1}", list(layers)[:first])
+            return Cut(module, f"{path}.{first - 1}", list(layers)[:first], verdicts)
     return None
 
 

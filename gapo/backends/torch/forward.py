@@ -5,66 +5,68 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor, nn
 
-from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of, require_real
-from gapo.backends.torch.agreement import compared
+from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of
 from gapo.backends.torch.cut import cut_below
-from gapo.backends.torch.half import coarse_products, quantises, rounds
+from gapo.backends.torch.half import quantises, rounds
 from gapo.backends.torch.head import head_parameters
+from gapo.backends.torch.pairgrads import Verdicts
+from gapo.backends.torch.pairgrads.agreement import coarse_arithmetic, compared
+from gapo.backends.torch.pairgrads.verdicts import basis
+from gapo.backends.torch.plain import PlainForward
 from gapo.backends.torch.replay import Replay
-from gapo.backends.torch.verdicts import Verdicts, basis
 from gapo.config import GAPOConfig
 from gapo.selection import select
 
 logger = logging.getLogger(__name__)
 
-HALVES = (torch.float16, torch.bfloat16)
 
-# Whether a graph gives the same gradients when it is pulled back again. Kernels that write over what they saved do not.
-_lasting = Verdicts()
+class TorchForward(PlainForward):
+    """The clean forward of a module and its autograd graph, of which an anchor can be asked.
 
+    Some graphs can be pulled back once only: a kernel stores results over its saved tensors, or a compiled graph
+    donates them. The first step finds that out by pulling back twice. The update then gets a second clean forward.
 
-class TorchForward:
-    """The clean forward of a module and its autograd graph.
-
-    A graph whose backward spends it (a kernel stores results over its saved tensors; a compiled one donates them) is
-    found out at the first step, by pulling it back twice; the update then gets a second clean forward.
+    `verdicts` hold what earlier steps found out about this module; without them nothing is taken as known.
     """
 
     def __init__(
-        self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig, wrapper: nn.Module | None = None
+        self,
+        margin_fn: MarginFn,
+        module: nn.Module,
+        batch: Any,
+        config: GAPOConfig,
+        verdicts: Verdicts | None = None,
+        wrapper: nn.Module | None = None,
     ) -> None:
-        self._margin_fn, self._module, self._batch = margin_fn, module, batch
-        self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        require_real({name: p.is_complex() for name, p in self.parameters.items()})
-        self.head = head_parameters(module, self.parameters)
-        self._basis = basis(margin_fn, module)
-        self._replay = Replay(module)
+        self._config = config
+        self._verdicts = Verdicts() if verdicts is None else verdicts
         self._spent = False  # whether the graph behind `outputs` can be pulled back no more
-        self._prepare()
-        moved = () if config.anchor == "first_order" else select(self.parameters, self.head, config)
-        self._cut = cut_below(module, moved) if moved else None
-        with torch.enable_grad(), self._cut.kept(self._basis) if self._cut else nullcontext():
-            self.outputs = self._run(wrapper)  # DDP prepares its reduction in it
-        require_graph(self.outputs, bool(self.parameters))
+        super().__init__(margin_fn, module, batch, wrapper)
         if self._cut:
             self._cut.see(self.outputs)
 
     def _prepare(self) -> None:
-        """What is to be done before the clean forward."""
+        self.head = head_parameters(self._module, self.parameters)
+        self._basis = basis(self._margin_fn, self._module)
+        self._replay = Replay(self._module, self._verdicts)
+        exact = self._config.anchor != "first_order"
+        moved = select(self.parameters, self.head, self._config) if exact else ()
+        self._cut = cut_below(self._module, moved, self._verdicts) if moved else None
 
-    def _run(self, wrapper: nn.Module | None = None) -> tuple[Tensor, ...]:
-        """A forward through `wrapper`, or through the module alone."""
-        module = self._module if wrapper is None else wrapper
-        outputs: tuple[Tensor, ...] = outputs_of(self._margin_fn(module, self._batch))
-        return outputs
+    def _run_clean(self) -> tuple[Tensor, ...]:
+        with self._cut.kept(self._basis) if self._cut else nullcontext():
+            return super()._run_clean()
+
+    def _run(self) -> tuple[Tensor, ...]:
+        return outputs_of(self._margin_fn(self._module, self._batch))
 
     def _run_again(self) -> None:
         """A second clean forward: the same numbers, and a graph of its own."""
@@ -81,7 +83,7 @@ class TorchForward:
         wanted = list(self.parameters if names is None else names)
         if self._spent:
             self._run_again()
-        lasts = _lasting.get(self._module, self._basis)
+        lasts = self._verdicts.get("lasts", self._module, self._basis)
         if names is None or lasts is False:
             self._spent = True
             return self._gradients(cotangents, wanted, keep=False)
@@ -94,36 +96,26 @@ class TorchForward:
             if same is False:
                 self._do_not_keep(why)
             elif same:
-                _lasting.keep(self._module, self._basis, True)
+                self._verdicts.keep("lasts", self._module, self._basis, True)
         return grads
 
     def _coarse(self) -> bool:
         """Whether gradients are of 16-bit arithmetic, or of products as coarse."""
-        device = self.outputs[0].device.type
-        return (
-            torch.is_autocast_enabled(device)
-            or coarse_products(device)
-            or any(x.dtype in HALVES for x in (*self.parameters.values(), *self.outputs))
-        )
+        return coarse_arithmetic((*self.parameters.values(), *self.outputs), self.outputs[0].device.type)
 
     def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
         """The gradients by the parameters `wanted`; with `keep` the graph lives on, if it can."""
-        inputs = [self.parameters[name] for name in wanted]
-        with no_grads_left(self.parameters):
-            try:
-                grads = torch.autograd.grad(
-                    self.outputs, inputs, list(cotangents), retain_graph=keep, materialize_grads=True
-                )
-            except RuntimeError as error:
-                if not keep or "donated buffer" not in str(error):
-                    raise
-                self._do_not_keep("a compiled graph donates its buffers")
-                grads = torch.autograd.grad(self.outputs, inputs, list(cotangents), materialize_grads=True)
-        return dict(zip(wanted, grads, strict=True))
+        try:
+            return super()._gradients(cotangents, wanted, keep)
+        except RuntimeError as error:
+            if not keep or "donated buffer" not in str(error):
+                raise
+        self._do_not_keep("a compiled graph donates its buffers")
+        return super()._gradients(cotangents, wanted, keep=False)
 
     def _do_not_keep(self, reason: str) -> None:
         self._spent = True
-        _lasting.keep(self._module, self._basis, False)
+        self._verdicts.keep("lasts", self._module, self._basis, False)
         logger.warning(
             "the graph of this model can be pulled back once only (%s): each step runs a second clean forward for its "
             "update, which costs one forward more",
@@ -131,11 +123,9 @@ class TorchForward:
         )
 
     def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
-        """A scalar of this value whose `backward()` gives the pullback of `cotangents`: the way of training loops."""
         if self._spent:
             self._run_again()
-        pull = torch.stack([torch.sum(c * y) for c, y in zip(cotangents, self.outputs, strict=True)]).sum()
-        return value + (pull - pull.detach())
+        return super().as_loss(value, cotangents)
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
         # `.data` is written in place: storages stay where they are (views, buckets, CUDA graphs), and the version
@@ -184,44 +174,6 @@ class TorchForward:
             grads = self.pullback(on_outputs(one, self.outputs, xp), names).values()
             along.append(sum(torch.sum(g * d) for g, d in zip(grads, deltas, strict=True)))
         return torch.stack(along)
-
-
-def require_graph(outputs: Iterable[Tensor], trains: bool) -> None:
-    """Raise ValueError for outputs of a model that `trains` without a graph behind them."""
-    if trains and not all(output.requires_grad for output in outputs):
-        raise ValueError(
-            "the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad"
-        )
-
-
-@contextmanager
-def grads_aside(parameters: dict[str, Any]) -> Iterator[None]:
-    """Set every `.grad` aside; afterwards all are as they were, whatever a backward wrote there meanwhile."""
-    aside = {name: p.grad for name, p in parameters.items()}
-    try:
-        for p in parameters.values():
-            p.grad = None
-        yield
-    finally:
-        for name, p in parameters.items():
-            p.grad = aside[name]
-
-
-@contextmanager
-def no_grads_left(parameters: dict[str, Any]) -> Iterator[None]:
-    """The same for a backward that is to write to no `.grad`.
-
-    Raises:
-        RuntimeError: it wrote to one.
-    """
-    with grads_aside(parameters):
-        yield
-        for name, p in parameters.items():
-            if p.grad is not None:
-                raise RuntimeError(
-                    f"a backward within the backward wrote to the .grad of {name!r}, which would add to every update, "
-                    "as re-entrant checkpoints do: use torch.utils.checkpoint with use_reentrant=False"
-                )
 
 
 def is_shard(x: Any) -> bool:

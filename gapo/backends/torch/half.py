@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gapo.backends.torch.rows import walk
-
-# What may multiply float32 matrices faster and coarser, by device.
-_backends: Any = torch.backends
-_PRODUCTS = {"cuda": _backends.cuda.matmul, "cpu": _backends.mkldnn.matmul}
+from gapo.backends.torch.pairgrads.agreement import coarse_products
+from gapo.backends.torch.pairgrads.graph import walk
 
 
 def rounds(outputs: Iterable[Tensor]) -> bool:
@@ -31,12 +28,6 @@ def rounds(outputs: Iterable[Tensor]) -> bool:
     return any(
         any(_is_half(made.dtype) for made in node._input_metadata) or _saves_half(node) for node in walk(outputs)
     )
-
-
-def coarse_products(device: str) -> bool:
-    """Whether matrices of float32 are multiplied faster and coarser on `device`, by TF32 or bfloat16."""
-    products = _PRODUCTS.get(device)
-    return products is not None and products.fp32_precision in ("tf32", "bf16")
 
 
 def quantises(module: nn.Module) -> bool:

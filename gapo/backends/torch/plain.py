@@ -9,41 +9,48 @@ import torch
 from torch import Tensor, nn
 
 from gapo.backends.base import MarginFn, outputs_of, require_real
-from gapo.backends.torch.forward import no_grads_left, require_graph
+from gapo.backends.torch.pairgrads.graph import no_grads_left
 
 
 class PlainForward:
-    """The clean forward of a module, to be pulled back once."""
+    """The clean forward of a module, to be pulled back once.
+
+    It goes through `wrapper` where there is one, such as `DistributedDataParallel`, which prepares its reduction there.
+    """
 
     def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, wrapper: nn.Module | None = None) -> None:
-        self._module = module
+        self._margin_fn, self._module, self._batch = margin_fn, module, batch
+        self._wrapper = module if wrapper is None else wrapper
+        self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        require_real({name: p.is_complex() for name, p in self.parameters.items()})
+        self._prepare()
         with torch.enable_grad():
-            self.outputs: tuple[Tensor, ...] = outputs_of(margin_fn(module if wrapper is None else wrapper, batch))
-        require_graph(self.outputs, any(p.requires_grad for p in module.parameters()))
+            self.outputs = self._run_clean()
+        if self.parameters and not all(output.requires_grad for output in self.outputs):
+            raise ValueError(
+                "the outputs of margin_fn carry no gradient: it must not detach them or run under torch.no_grad"
+            )
 
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Every trainable parameter by name."""
-        parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        require_real({name: p.is_complex() for name, p in parameters.items()})
-        return parameters
+    def _prepare(self) -> None:
+        """What is to be done before the clean forward."""
+
+    def _run_clean(self) -> tuple[Tensor, ...]:
+        return outputs_of(self._margin_fn(self._wrapper, self._batch))
 
     def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Gradients of `sum_j <cotangents[j], outputs[j]>` by the parameters; the graph is spent."""
-        parameters = self.parameters
-        wanted = list(parameters if names is None else names)
-        with no_grads_left(parameters):
+        return self._gradients(cotangents, list(self.parameters if names is None else names), keep=False)
+
+    def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
+        """The gradients by the parameters `wanted`; with `keep` the graph lives on."""
+        inputs = [self.parameters[name] for name in wanted]
+        with no_grads_left(self.parameters):
             grads = torch.autograd.grad(
-                self.outputs, [parameters[name] for name in wanted], list(cotangents), materialize_grads=True
+                self.outputs, inputs, list(cotangents), retain_graph=keep, materialize_grads=True
             )
         return dict(zip(wanted, grads, strict=True))
 
     def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
-        """A scalar of this value whose `backward()` gives the pullback of `cotangents`."""
-        return linear_loss(value, cotangents, self.outputs)
-
-
-def linear_loss(value: Tensor, cotangents: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    """A scalar of this value, linear in `outputs`, with `cotangents` for its derivatives."""
-    pull = torch.stack([torch.sum(c * y) for c, y in zip(cotangents, outputs, strict=True)]).sum()
-    return value + (pull - pull.detach())
+        """A scalar of this value whose `backward()` gives the pullback of `cotangents`: the way of training loops."""
+        pull = torch.stack([torch.sum(c * y) for c, y in zip(cotangents, self.outputs, strict=True)]).sum()
+        return value + (pull - pull.detach())

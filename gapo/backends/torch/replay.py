@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -10,10 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gapo.backends.torch.pairgrads import Verdicts
 from gapo.backends.torch.random_state import RandomState
-
-# Which buffers a module writes to, looked at once, since kernels such as batch norm's do not count versions up.
-_written: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[str]]] = weakref.WeakKeyDictionary()
 
 # Running statistics, power iterations and counters are small; what is large (packed weights) is only watched.
 _SMALL = 2**16
@@ -40,7 +37,7 @@ class _Buffer(NamedTuple):
 class Replay:
     """The state before a clean forward: random streams, and the buffers that it writes (running statistics)."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, verdicts: Verdicts) -> None:
         self.random = RandomState(module)
         with torch.no_grad():
             self._buffers = {
@@ -49,8 +46,7 @@ class Replay:
                 for name, x in owner._buffers.items()
                 if isinstance(x, Tensor) and not x.is_inference()
             }
-        self._known = _written.setdefault(module, {})
-        self._training = module.training
+        self._module, self._verdicts, self._training = module, verdicts, module.training
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -59,10 +55,12 @@ class Replay:
         Raises:
             ValueError: the clean forward wrote to a large buffer, which is not kept.
         """
-        if self._training not in self._known:
-            self._known[self._training] = {name for name, buffer in self._buffers.items() if buffer.differs}
-        known = self._known[self._training]
-        written = [buffer for name, buffer in self._buffers.items() if name in known or buffer.written]
+        # Looked at once, by value, since kernels such as batch norm's do not count versions up.
+        changing = self._verdicts.get("buffers", self._module, self._training)
+        if changing is None:
+            changing = {name for name, buffer in self._buffers.items() if buffer.differs}
+            self._verdicts.keep("buffers", self._module, self._training, changing)
+        written = [buffer for name, buffer in self._buffers.items() if name in changing or buffer.written]
         for buffer in written:
             if buffer.copy is None:
                 raise ValueError(

@@ -16,20 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gapo.backends.base import LeafRule, MarginFn, on_outputs
-from gapo.backends.torch.forward import TorchForward, grads_aside, is_shard
-from gapo.config import GAPOConfig
+from gapo.backends.base import LeafRule, on_outputs
+from gapo.backends.torch.forward import TorchForward, is_shard
+from gapo.backends.torch.pairgrads.graph import grads_aside
+from gapo.backends.torch.plain import PlainForward
 
 
-class ShardedForward(TorchForward):
+class PlainShardedForward(PlainForward):
     """A clean forward through `torch.distributed.fsdp.fully_shard`; its gradients are the ranks' average, as shards."""
-
-    def __init__(
-        self, margin_fn: MarginFn, module: nn.Module, batch: Any, config: GAPOConfig, wrapper: nn.Module | None = None
-    ) -> None:
-        self._units = fsdp_units(module)  # the root first
-        self._reshard()  # after a forward without backward some parameters are still the gathered ones
-        super().__init__(margin_fn, module, batch, config, wrapper)
 
     def _gradients(self, cotangents: Sequence[Tensor], wanted: list[str], keep: bool) -> dict[str, Tensor]:
         with grads_aside(self.parameters):
@@ -42,6 +36,17 @@ class ShardedForward(TorchForward):
                 "accelerate.utils.GradientAccumulationPlugin, or call set_requires_gradient_sync(True)"
             )
         return {name: torch.zeros_like(self.parameters[name]) if (g := grads[name]) is None else g for name in wanted}
+
+
+class ShardedForward(TorchForward):
+    """A clean forward through `fully_shard` of which an anchor can be asked."""
+
+    _gradients = PlainShardedForward._gradients
+
+    def _prepare(self) -> None:
+        self._units = fsdp_units(self._module)  # the root first
+        self._reshard()  # after a forward without backward some parameters are still the gathered ones
+        super()._prepare()
 
     def _run_again(self) -> None:
         self._reshard()

@@ -17,6 +17,8 @@ _CHUNK = {"cpu": 2**18, "cuda": 2**26}
 class _TokenLogps(torch.autograd.Function):
     """(batch, seq) from logits (batch, seq, vocab) and targets (batch, seq); computed in float32 or wider."""
 
+    rows_first = True  # what it returns has the rows of the batch, where `pairgrads` asks whose they are
+
     @staticmethod
     def forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits.dtype, torch.float32)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.backends.torch.pairgrads import Verdicts
 from gapo.backends.torch.sharded import ShardedForward
 from gapo.config import GAPOConfig
 
@@ -30,7 +31,14 @@ class Zero3Forward(ShardedForward):
     `parameters` are this rank's partitions as flat `DTensor`s that share their memory.
     """
 
-    def __init__(self, margin_fn: MarginFn, engine: Any, batch: Any, config: GAPOConfig) -> None:
+    def __init__(
+        self,
+        margin_fn: MarginFn,
+        engine: Any,
+        batch: Any,
+        config: GAPOConfig,
+        verdicts: Verdicts | None = None,
+    ) -> None:
         if config.anchor == "first_order":
             raise ValueError(
                 'anchor="first_order" is not supported under DeepSpeed ZeRO-3: use FSDP2, or anchor="exact" with '
@@ -40,7 +48,7 @@ class Zero3Forward(ShardedForward):
         self._gathered = dict(engine.module.named_parameters())
         for name, p in self._gathered.items():
             _require_supported(name, p)
-        super().__init__(margin_fn, engine.module, batch, config)
+        super().__init__(margin_fn, engine.module, batch, config, verdicts)
         self.parameters = {name: _partition(self._gathered[name]) for name in self.parameters}
 
     def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:

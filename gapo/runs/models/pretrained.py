@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ def require_fit(settings: Any, name: str, *, highest: int, longest: int) -> None
         raise ConfigError(
             f"a pair has {longest} tokens, and model {name!r} has {positions} positions: --max_length {positions}"
         )
+
+
+def extent(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """(greatest token id, most tokens) of tokenised rows, for `require_fit`."""
+    ids = [row[f"{side}_input_ids"] for row in rows for side in ("chosen", "rejected")]
+    return max(map(max, ids)), max(map(len, ids))
 
 
 def load_tokenizer(name: str) -> Any:

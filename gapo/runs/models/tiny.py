@@ -11,18 +11,17 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gapo.data import warmup_text
-from gapo.data.pairs import text_of
+from gapo.data.messages import text_of
 from gapo.files import cannot_write, partial_of, sweep, write_errors
 from gapo.runs import ranks
-from gapo.runs.train.train_config import TrainConfig
+from gapo.runs.config_bases import TrainingConfig
 
 SEQUENCE = 128
 # What torchrun and `accelerate launch` tell a process of its group.
@@ -33,21 +32,19 @@ _GROUP = (
 END = "<|end|>"
 
 
-def tiny_model(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> Path:
+def tiny_model(config: TrainingConfig, answers: Sequence[str]) -> Path:
     """Folder of the warmed-up tiny model and its tokenizer, made on the first call and kept under `config.cache_dir`.
 
-    The same settings, text and pairs give the same folder, so that runs that are compared start from one policy. Labels
-    do not matter: flipping pairs changes nothing.
+    The same settings and texts give the same folder, so that runs that are compared start from one policy.
 
     Args:
-        config: its `tiny_*` fields, `cache_dir` and `seed`.
-        rows: the training pairs.
+        config: its `tiny_*` fields, `cache_dir`, `max_length` and `seed`.
+        answers: texts to warm up on after the plain text, such as those of `answer_texts`.
 
     Raises:
         FileNotFoundError: `tiny_text` does not exist.
     """
     plain = _plain_text(config)
-    answers = _answer_texts(config, rows)
     folder = Path(config.cache_dir) / f"tiny-{_key(config, plain, answers)}"
     if not folder.exists():
         sweep(folder)
@@ -81,7 +78,7 @@ def _alone(work: Callable[..., None], *arguments: Any) -> None:
         os.environ |= group
 
 
-def _plain_text(config: TrainConfig) -> str:
+def _plain_text(config: TrainingConfig) -> str:
     if config.tiny_text is None:
         return ""
     path = Path(config.tiny_text)
@@ -91,17 +88,16 @@ def _plain_text(config: TrainConfig) -> str:
     return raw.decode("utf-8", errors="replace")
 
 
-def _answer_texts(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> list[str]:
-    if config.pairs == "demo":
-        return warmup_text(2 * config.demo_size, seed=config.seed).replace("\n", "\0").split("\0")
+def answer_texts(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Each prompt with either answer. Flipping pairs changes nothing, so that no label leaks into the warm-up."""
     texts = []
     for row in rows:
-        sides = sorted(text_of(row[side]) for side in ("chosen", "rejected"))  # the order does not tell the label
+        sides = sorted(text_of(row[side]) for side in ("chosen", "rejected"))  # in an order that tells no label
         texts += [text_of(row["prompt"]) + side for side in sides]
     return texts
 
 
-def _key(config: TrainConfig, plain: str, answers: list[str]) -> str:
+def _key(config: TrainingConfig, plain: str, answers: Sequence[str]) -> str:
     settings = {name: value for name, value in vars(config).items() if name.startswith("tiny_") and name != "tiny_text"}
     digest = hashlib.sha256(json.dumps([settings, config.seed], sort_keys=True).encode())
     for text in (plain, *sorted(answers)):
@@ -109,7 +105,7 @@ def _key(config: TrainConfig, plain: str, answers: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _make(config: TrainConfig, plain: str, answers: list[str], folder: Path) -> None:
+def _make(config: TrainingConfig, plain: str, answers: Sequence[str], folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -140,7 +136,7 @@ def _make(config: TrainConfig, plain: str, answers: list[str], folder: Path) -> 
     tokenizer.save_pretrained(folder)
 
 
-def _train_tokenizer(config: TrainConfig, plain: str, answers: list[str]) -> Any:
+def _train_tokenizer(config: TrainingConfig, plain: str, answers: Sequence[str]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -171,7 +167,7 @@ def _blocks(tokenizer: Any, texts: Sequence[str]) -> list[dict[str, list[int]]]:
     return [{"input_ids": block, "labels": block} for block in cut]
 
 
-def _warm_up(model: Any, blocks: list[Any], steps: int, config: TrainConfig, name: str, folder: Path) -> None:
+def _warm_up(model: Any, blocks: list[Any], steps: int, config: TrainingConfig, name: str, folder: Path) -> None:
     from transformers import Trainer, TrainingArguments, default_data_collator
 
     print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from gapo.config import GAPOConfig
 from gapo.data import read_pairs
 from gapo.files import JsonLines, read_lines, require_writable, write_text
+from gapo.runs import held_out
 from gapo.runs.errors import ConfigError
 from gapo.runs.output.tables import Row, read_table, write_table
 from gapo.runs.ranks import require_one
@@ -33,7 +33,7 @@ from gapo.runs.score.sources import (
     tokenizers_fingerprint,
 )
 from gapo.runs.splits import require_split
-from gapo.runs.train.train import versions
+from gapo.runs.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -130,13 +130,10 @@ class Files:
 
 def _settings(config: ScoreConfig, step: GAPOConfig, pairs: Sequence[Row], sources: list[Source]) -> Row:
     """All that the scores depend on, and by what name they know the pairs."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        digest.update(json.dumps(pair, sort_keys=True, default=str).encode())
     measured = {name: value for name, value in asdict(config).items() if name not in _FREE}
     return {
         "pairs": config.pairs,
-        "pairs_sha256": digest.hexdigest()[:16],
+        "pairs_sha256": held_out.fingerprint(pairs),
         "models": [source.name for source in sources],
         "weights_sha256": fingerprint(sources),
         "tokenizers_sha256": tokenizers_fingerprint(sources, config),

@@ -13,12 +13,11 @@ from gapo.adapters.hf.models import require_causal
 from gapo.backends.torch import TorchBackend
 from gapo.config import GAPOConfig
 from gapo.data.streams import stream
-from gapo.runs.models.pretrained import require_fit
+from gapo.runs.models.pretrained import extent, require_fit
 from gapo.runs.output.tables import Row
 from gapo.runs.score.score_config import ScoreConfig
 from gapo.runs.score.score_table import MEASURES, digits
 from gapo.runs.score.sources import Source, load
-from gapo.runs.train.run_data import extent
 from gapo.step import StepResult, run
 
 logger = logging.getLogger(__name__)

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gapo.runs.config_bases import PairSource
 from gapo.runs.output.tables import require_ending
 
 WHICH = ("lowest", "highest")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
+class ScoreConfig(PairSource):
     """Which pairs are scored, under which models, and where the scores go.
 
     Args:
-        pairs: a file (.json, .jsonl, each also .gz, .csv, .parquet), a data set's folder or Hub name.
         output: file of scores to write: .jsonl, .jsonl.gz or .parquet.
         model: folders or Hub names of causal language models; of adapters (peft), with the base that they name.
         adapter: folder or Hub name of an adapter (peft) to put on each model; its weights alone are then perturbed.
@@ -25,8 +25,6 @@ class ScoreConfig:
         batch_size: most pairs in a batch, which share an anchor; batches of a repeat differ by one pair at most.
         repeats: how often each pair is measured, each time in a batch of others.
         seed: of the batches.
-        max_length: most tokens of prompt and answer.
-        split: split of a data set.
         limit: score only so many pairs.
         strict: stop at the first bad row instead of leaving it out.
         dtype: of the weights. 16-bit ones round an exact anchor away; anchor auto takes first order for them.
@@ -39,7 +37,6 @@ class ScoreConfig:
         ValueError: a value is out of its range, or options contradict each other.
     """
 
-    pairs: str
     output: str
     model: tuple[str, ...] = ()
     adapter: str | None = None
@@ -48,9 +45,6 @@ class ScoreConfig:
     batch_size: int = 16
     repeats: int = 1
     seed: int = 0
-    max_length: int = 1024
-    split: str = "train"
-    limit: int | None = None
     strict: bool = False
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     device: str = "auto"
@@ -59,11 +53,10 @@ class ScoreConfig:
     select_output: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {"batch_size": 1, "repeats": 1, "max_length": 2, "seed": 0}.items():
+        super().__post_init__()
+        for name, least in {"batch_size": 1, "repeats": 1, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)!r}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be >= 1, or none for all pairs, got {self.limit!r}")
         require_ending("output", self.output)
         if (self.select is None) != (self.select_output is None):
             raise ValueError("select and select_output belong together: which pairs, and the file to write them to")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gapo.data.pairs import text_of
+from gapo.data.messages import text_of
 from gapo.files import write_text
 from gapo.runs.output import noise, plots
 from gapo.runs.output.pages import render_page

@@ -22,14 +22,15 @@ from gapo.logps import response_lengths
 from gapo.metrics import combine, reference_metrics, reward_metrics
 from gapo.objectives import LogProbs, without_anchor
 from gapo.runs.errors import ConfigError
+from gapo.runs.models.pretrained import extent
 from gapo.runs.output.tensors import open_tensors
 from gapo.runs.ranks import require_one
 from gapo.runs.reference_cache import with_kept_reference
-from gapo.runs.train.run_data import RunData, extent, step_row, tokenize_rows, total_steps
+from gapo.runs.train.run_data import RunData, step_line, tokenize_rows
+from gapo.runs.train.schedule import SHAPES, learning_rate, steps_between_evaluations, total_steps
 from gapo.runs.train.train_config import TrainConfig
 from gapo.step import StepResult
 
-_SCHEDULES = ("cosine", "linear", "constant")
 _TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "drift": False}
 
 
@@ -64,9 +65,9 @@ def require_supported(config: TrainConfig) -> None:
             )
     if config.backend == "mlx" and config.max_grad_norm == 0:
         raise ConfigError("max_grad_norm=0 clips every gradient to 0 with backend mlx: give a large number for none")
-    if config.scheduler not in _SCHEDULES:
+    if config.scheduler not in SHAPES:
         raise ConfigError(
-            f"scheduler must be one of {', '.join(map(repr, _SCHEDULES))} for backend {config.backend}, "
+            f"scheduler must be one of {', '.join(map(repr, SHAPES))} for backend {config.backend}, "
             f"got {config.scheduler!r}"
         )
 
@@ -88,7 +89,7 @@ def train(
             batch_size=4 * config.batch_size,
         )
     total = total_steps(config, len(train_rows))
-    every = config.eval_steps or max(1, total // 10)
+    every = steps_between_evaluations(config, total)
     checkpoint = folder / "checkpoints" / "state.safetensors"
     if config.overwrite:
         checkpoint.unlink(missing_ok=True)
@@ -125,7 +126,7 @@ def train(
                         window.setdefault(name, []).append((float(value), len(batch["index"])))
                     if result is not None:
                         flipped = [train_rows[i]["is_flipped"] for i in batch["index"]]
-                        steps_log.write(step_row(now, result, flipped, batch["index"]))
+                        steps_log.write(step_line(now, result, flipped, batch["index"]))
                 bar.update()
                 if now % config.logging_steps == 0:
                     means = {name: combine(name, *zip(*values, strict=True)) for name, values in window.items()}
@@ -161,16 +162,6 @@ def _require_finite(metrics: Mapping[str, Any], step: int, index: np.ndarray, ch
                 f"{name} is {float(value)} in step {step}: look at training pairs {index.tolist()} (counted from 0), "
                 f"at rho and at the learning rate. {way}"
             )
-
-
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Learning rate of the step numbered from 0: a linear warm-up, then the scheduler, as transformers has them."""
-    warmup = round(config.warmup_ratio * total)
-    if step < warmup:
-        return config.learning_rate * step / max(1, warmup)
-    progress = (step - warmup) / max(1, total - warmup)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
-    return config.learning_rate * shape[config.scheduler]
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from gapo.files import JsonLines, read_lines
 from gapo.runs import ranks
-from gapo.runs.train.run_data import step_row
+from gapo.runs.train.run_data import step_line
 from gapo.step import StepResult
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ class Recorder(TrainerCallback):
     def on_step(self, result: StepResult, batch: Row) -> None:
         """One line for a micro-batch, in the order of its pairs."""
         if result.anchor_gaps is not None:
-            row = step_row(self._step, result, batch["is_flipped"].tolist(), batch["pair"].tolist())
+            row = step_line(self._step, result, batch["is_flipped"].tolist(), batch["pair"].tolist())
             if ranks.count() == 1:
                 self._logs["steps"].write(row)
             else:

@@ -1,17 +1,23 @@
-"""What every training loop of `gapo train` shares: its pairs as tokens, and the line it writes of a micro-batch."""
+"""The pairs of a run: read, held out, flipped, tokenised; and the line that every loop writes of a micro-batch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gapo.data import tokenize_pairs
+from gapo.data import Pairs, flip_pairs, tokenize_pairs
+from gapo.data.flip import true_labels
+from gapo.data.streams import stream
+from gapo.runs.errors import ConfigError
+from gapo.runs.held_out import Row, Rows, hold_out_share, in_both, read_both, report_in_both
 from gapo.runs.train.train_config import TrainConfig
 from gapo.step import StepResult
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,21 +27,68 @@ class RunData:
     Attributes:
         train: training pairs with "is_flipped", labels as trained on.
         held_out: held-out pairs, labels true.
-        summary: where they came from, and what was done to them.
-        held_out_flipped: how many held-out pairs came with a flipped label, which was turned back.
-        in_both: how many held-out pairs are training pairs too.
+        summary: the source of the pairs, and what was done to them.
+        held_out_flipped: number of held-out pairs whose label came flipped, and was turned back.
+        in_both: number of held-out pairs that are training pairs too.
     """
 
-    train: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
+    train: Rows
+    held_out: Rows
     summary: str
     held_out_flipped: int = 0
     in_both: int = 0
 
 
-def tokenize_rows(
-    config: TrainConfig, data: RunData, tokenizer: Any
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def load_data(run: TrainConfig) -> RunData:
+    """Read, hold out and flip. The training labels alone are flipped; held-out pairs get their true ones.
+
+    Raises:
+        ConfigError: no pair is left to train on or to evaluate on, or a data set lacks the split.
+        gapo.data.PairError: the pairs cannot be read.
+    """
+    pairs, evaluated = read_both(run, generated=max(200, run.demo_size // 10), strict=run.strict)
+    if evaluated is not None:
+        trained, held_out, source = pairs.rows, evaluated.rows, evaluated.summary()
+    else:
+        trained, held_out = hold_out_share(pairs.rows, run.eval_fraction, stream(run.seed, "hold-out"))
+        source = f"a random {run.eval_fraction:.0%} of the training file"
+    if not held_out:
+        raise ConfigError("no pair is held out to evaluate on: give eval_pairs, or a larger eval_fraction")
+    if not trained:
+        raise ConfigError(f"eval_fraction={run.eval_fraction} leaves no pair to train on: lower it")
+    rows = flip_pairs(trained, mode=run.flip_mode, rate=run.flip_rate, seed=run.flip_seed, favour=run.flip_favour)
+    came_flipped = sum(bool(row.get("is_flipped")) for row in held_out)
+    shared = in_both(held_out, trained)
+    if shared:
+        logger.warning(report_in_both(shared, len(held_out)))
+    lines = [
+        f"train: {Pairs(trained, pairs.problems, pairs.source).summary()}",
+        f"flipped: {_flips(trained, rows)} ({run.flip_mode}, rate {run.flip_rate})",
+        f"held out: {len(held_out)} pairs, {source}",
+    ]
+    if came_flipped:
+        lines.append(
+            f"{came_flipped} of the {len(held_out)} held-out pairs are flipped (is_flipped); they are evaluated on "
+            "their true labels"
+        )
+    if shared:
+        lines.append(report_in_both(shared, len(held_out)))
+    if run.batch_size > len(rows):
+        lines.append(f"batch_size={run.batch_size} is more than there are training pairs: each step takes all of them")
+    return RunData(rows, true_labels(held_out), "\n".join(lines), came_flipped, shared)
+
+
+def _flips(before: Rows, after: Rows) -> str:
+    """The number of flipped labels now, and before."""
+    text = f"{sum(row['is_flipped'] for row in after)} of {len(after)} training labels"
+    came = [i for i, row in enumerate(before) if row.get("is_flipped")]
+    if came:
+        undone = sum(not after[i]["is_flipped"] for i in came)
+        text += f"; {len(came)} came flipped, {undone} of which were flipped back"
+    return text
+
+
+def tokenize_rows(config: TrainConfig, data: RunData, tokenizer: Any) -> tuple[Rows, Rows]:
     """Training and held-out rows with their token ids and labels."""
     train, held_out = (
         tokenize_pairs(rows, tokenizer, max_length=config.max_length, name=name)
@@ -44,26 +97,8 @@ def tokenize_rows(
     return train, held_out
 
 
-def extent(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """(greatest token id, most tokens) of tokenised rows."""
-    ids = [row[f"{side}_input_ids"] for row in rows for side in ("chosen", "rejected")]
-    return max(map(max, ids)), max(map(len, ids))
-
-
-def total_steps(config: TrainConfig, pairs: int, processes: int = 1) -> int:
-    """Optimiser steps of a run on so many training pairs, as transformers counts them."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return max(1, math.ceil(config.epochs * steps_per_epoch(config, pairs, processes)))
-
-
-def steps_per_epoch(config: TrainConfig, pairs: int, processes: int = 1) -> int:
-    """Optimiser steps of one pass; the last one may be of fewer pairs."""
-    return max(1, math.ceil(pairs / (config.batch_size * config.accumulation * processes)))
-
-
-def step_row(step: int, result: StepResult, is_flipped: Iterable[Any], pairs: Iterable[Any]) -> dict[str, Any]:
-    """The line of steps.jsonl on one micro-batch: margins, gaps and weights, and which training pairs they are of."""
+def step_line(step: int, result: StepResult, is_flipped: Iterable[Any], pairs: Iterable[Any]) -> Row:
+    """The line of steps.jsonl on one micro-batch: margins, gaps and weights, each (N,), and their training pairs."""
     columns = {name: np.asarray(getattr(result, name)) for name in ("margins", "anchor_gaps", "weights")}
     rounded = {name: [round(float(v), 5) for v in column] for name, column in columns.items()}
     return {"step": step, **rounded, "is_flipped": [int(v) for v in is_flipped], "pair": [int(v) for v in pairs]}

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
-import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import gapo
 from gapo._extras import named_extra
 from gapo.config import GAPOConfig
+from gapo.data import warmup_text
 from gapo.files import require_writable, write_text
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
-from gapo.runs.holdout import fingerprint, load_data
-from gapo.runs.models.tiny import tiny_model
+from gapo.runs.held_out import fingerprint
+from gapo.runs.models.tiny import answer_texts, tiny_model
 from gapo.runs.train.loop import require_supported
-from gapo.runs.train.run_data import RunData
+from gapo.runs.train.run_data import RunData, load_data
 from gapo.runs.train.train_config import TrainConfig, as_dict, require_loss_settings
 from gapo.runs.train.train_page import write_report
+from gapo.runs.versions import versions
 
 _FILES = (
     *("summary.json", "report.html", "metrics.jsonl", "steps.jsonl", "config.json", "reference.safetensors"),
@@ -29,7 +28,6 @@ _FILES = (
 )
 # Of held-out pairs and batches: raised when other ones are drawn, so that no run goes on with them.
 _DRAWS = 2
-_VERSIONS = ("torch", "transformers", "accelerate", "peft", "jax", "flax", "mlx", "mlx-lm", "numpy", "tokenizers")
 
 
 def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
         print(data.summary, flush=True)
         _write_settings(folder, run, step, data, known)
     with ranks.first_ahead():
-        model = str(tiny_model(run, data.train)) if run.model == "tiny" else run.model
+        model = str(tiny_model(run, _warmup_answers(run, data.train))) if run.model == "tiny" else run.model
     began = time.monotonic()
     before, after = loop.run(run, step, data, model, folder)
     summary = {
@@ -75,21 +73,16 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
     return summary
 
 
+def _warmup_answers(run: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
+    if run.pairs == "demo":
+        return warmup_text(2 * run.demo_size, seed=run.seed).split("\n")
+    return answer_texts(rows)
+
+
 def _loop(backend: str) -> Any:
     """The training loop of a backend, imported first of all: no file is touched where it is not installed."""
     with named_extra(f"gapo train with backend {backend}", {"torch": "hf", "jax": "flax", "mlx": "mlx-lm"}[backend]):
         return importlib.import_module(f"gapo.runs.train.train_{backend}")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of gapo and of what it ran on."""
-    found = {"python": platform.python_version(), "gapo": gapo.__version__}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _require_folder(folder: Path, run: TrainConfig, step: GAPOConfig) -> None:

@@ -7,32 +7,27 @@ from typing import Any, Literal
 
 from gapo.config import GAPOConfig
 from gapo.objectives import OBJECTIVES, without_anchor
-from gapo.runs.errors import ConfigError, require_limit, require_seed
+from gapo.runs.config_bases import TrainingConfig, require_not_negative, require_positive
+from gapo.runs.errors import ConfigError, require_seed
 
 _POSITIVE = (
-    *("demo_size", "batch_size", "accumulation", "logging_steps", "epochs", "learning_rate", "drift_pairs"),
-    *("drift_max_new_tokens", "tiny_hidden_size", "tiny_layers", "tiny_heads", "tiny_vocab", "tiny_batch_size"),
+    "batch_size",
+    "accumulation",
+    "logging_steps",
+    "epochs",
+    "learning_rate",
+    "drift_pairs",
+    "drift_max_new_tokens",
 )
-_NOT_NEGATIVE = (
-    *("eval_steps", "save_steps", "weight_decay", "max_grad_norm", "lora_r", "drift_prompts"),
-    *("tiny_text_steps", "tiny_answer_steps", "tiny_learning_rate"),
-)
+_NOT_NEGATIVE = ("eval_steps", "save_steps", "weight_decay", "max_grad_norm", "lora_r", "drift_prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(TrainingConfig):
     """The run: data, model and training loop. The fields of `gapo.GAPOConfig` stand beside these.
 
     Args:
-        pairs: training pairs: a file (.json, .jsonl, each also .gz, .csv, .parquet), a data set's folder or Hub name,
-            or "demo" for generated ones.
-        eval_pairs: pairs to evaluate on, likewise; none to hold out a share of the training pairs. Those that say
-            is_flipped are evaluated on their true labels.
         eval_fraction: share of the training pairs held out when eval_pairs is not given.
-        split: split of a data set to train on.
-        eval_split: split of the data set eval_pairs; none for the only one named test, validation, eval or the like.
-        limit: use only so many training pairs.
-        demo_size: number of generated training pairs, for pairs "demo".
         strict: stop at the first bad row instead of counting it.
         flip_mode: how training labels are flipped on purpose: "random", or "length" to favour longer or shorter
             answers.
@@ -41,16 +36,6 @@ class TrainConfig:
         flip_favour: which length flips of mode "length" favour.
         model: a Hub name, a local folder, or "tiny" for a small Llama trained on the spot.
         tokenizer: another tokenizer than the model's: a Hub name or folder.
-        tiny_hidden_size: width of the tiny model.
-        tiny_layers: number of layers of the tiny model.
-        tiny_heads: its number of attention heads.
-        tiny_vocab: most tokens of its tokenizer.
-        tiny_text: plain text (.txt, .txt.gz) to warm it up on, before the answers; none to use the answers alone.
-        tiny_text_steps: steps of warm-up on the plain text.
-        tiny_answer_steps: steps of warm-up on prompts with either answer, chosen and rejected alike.
-        tiny_batch_size: sequences of 128 tokens in a warm-up step.
-        tiny_learning_rate: peak learning rate of the warm-up.
-        cache_dir: folder where warmed-up tiny models are kept.
         lora_r: rank of LoRA adapters (peft); 0 trains all weights.
         lora_alpha: scale of the adapters.
         lora_targets: names of the modules that get them, comma separated; none for peft's default.
@@ -60,7 +45,6 @@ class TrainConfig:
             and "simpo" take theirs from the fields of GAPOConfig.
         backend: framework that trains.
         output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
-        overwrite: start anew in a folder that holds a finished run.
         resume: go on from the last checkpoint in output_dir, if there is one.
         seed: of the shuffling, the initial weights and the held-out split.
         epochs: passes over the training pairs.
@@ -72,7 +56,6 @@ class TrainConfig:
         scheduler: shape of the learning rate afterwards (names of transformers).
         weight_decay: strength of the weight decay of AdamW.
         max_grad_norm: gradient clipping.
-        max_length: most tokens of prompt and answer.
         eval_steps: evaluate every so many steps; 0 for ten times a run.
         save_steps: checkpoint every so many steps; 0 with each evaluation.
         logging_steps: log every so many steps.
@@ -85,13 +68,7 @@ class TrainConfig:
         drift_max_new_tokens: most tokens of a generated response.
     """
 
-    pairs: str = "demo"
-    eval_pairs: str | None = None
     eval_fraction: float = 0.05
-    split: str = "train"
-    eval_split: str | None = None
-    limit: int | None = None
-    demo_size: int = 4000
     strict: bool = False
     flip_mode: Literal["random", "length"] = "random"
     flip_rate: float = 0.0
@@ -99,16 +76,6 @@ class TrainConfig:
     flip_favour: Literal["longer", "shorter"] = "longer"
     model: str = "tiny"
     tokenizer: str | None = None
-    tiny_hidden_size: int = 128
-    tiny_layers: int = 2
-    tiny_heads: int = 4
-    tiny_vocab: int = 1024
-    tiny_text: str | None = None
-    tiny_text_steps: int = 300
-    tiny_answer_steps: int = 150
-    tiny_batch_size: int = 16
-    tiny_learning_rate: float = 2e-3
-    cache_dir: str = "runs/cache"
     lora_r: int = 0
     lora_alpha: int = 16
     lora_targets: str | None = None
@@ -116,9 +83,7 @@ class TrainConfig:
     loss_settings: dict[str, float] = field(default_factory=dict)
     backend: Literal["torch", "jax", "mlx"] = "torch"
     output_dir: str = "runs/gapo"
-    overwrite: bool = False
     resume: bool = True
-    seed: int = 0
     epochs: float = 1.0
     max_steps: int = -1
     batch_size: int = 16
@@ -128,7 +93,6 @@ class TrainConfig:
     scheduler: str = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    max_length: int = 1024
     eval_steps: int = 0
     save_steps: int = 0
     logging_steps: int = 10
@@ -141,29 +105,15 @@ class TrainConfig:
     drift_max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
-        for name in _NOT_NEGATIVE:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}")
+        super().__post_init__()
+        require_positive(self, _POSITIVE)
+        require_not_negative(self, _NOT_NEGATIVE)
         for name in ("flip_rate", "eval_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
-        for name in ("seed", "flip_seed"):
-            require_seed(name, getattr(self, name))
-        require_limit(self.limit)
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be >= 2, one token of prompt and one of answer; got {self.max_length}")
+        require_seed("flip_seed", self.flip_seed)
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be >= 1, or -1 for all epochs; got {self.max_steps}")
-        if self.tiny_hidden_size % (2 * self.tiny_heads):
-            raise ValueError(
-                f"tiny_hidden_size must be an even multiple of tiny_heads={self.tiny_heads}, "
-                f"got {self.tiny_hidden_size}"
-            )
-        if self.eval_pairs is None and self.eval_split is not None:
-            raise ValueError(f"eval_split={self.eval_split!r} is a split of eval_pairs: give eval_pairs too")
         if self.eval_pairs is None and self.pairs != "demo" and not 0 < self.eval_fraction < 1:
             raise ValueError(
                 f"eval_fraction must be in (0, 1) without eval_pairs, to leave pairs on both sides; "

@@ -30,10 +30,11 @@ from gapo.files import cannot_write, write_errors
 from gapo.objectives import without_anchor
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
-from gapo.runs.models.pretrained import load_model, load_tokenizer, require_fit, require_model
+from gapo.runs.models.pretrained import extent, load_model, load_tokenizer, require_fit, require_model
 from gapo.runs.reference_cache import with_kept_reference
 from gapo.runs.train.recorder import Recorder
-from gapo.runs.train.run_data import RunData, extent, steps_per_epoch, tokenize_rows, total_steps
+from gapo.runs.train.run_data import RunData, tokenize_rows
+from gapo.runs.train.schedule import steps_between_evaluations, steps_per_epoch, total_steps
 from gapo.runs.train.train_config import TrainConfig
 
 
@@ -153,7 +154,7 @@ def _load_model(config: TrainConfig, name: str) -> tuple[Any, Any]:
 
 def _arguments(config: TrainConfig, checkpoints: Path, pairs: int) -> TrainingArguments:
     steps = total_steps(config, pairs, ranks.count())
-    eval_steps = config.eval_steps or max(1, steps // 10)
+    eval_steps = steps_between_evaluations(config, steps)
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=config.epochs,

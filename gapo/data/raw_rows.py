@@ -1,4 +1,8 @@
-"""Rows of files and data sets, each with its line: JSON, JSON lines, CSV, Parquet, and what `datasets` loads."""
+"""Rows of files and data sets, each with its line: JSON, JSON lines, CSV, Parquet, and data sets of `datasets`.
+
+Files come from strangers. A damaged row becomes `Unreadable` with its reason; a file that may run code or fill the
+memory is refused.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +24,16 @@ _FILES = ".json, .jsonl (each also .gz), .csv, .parquet"
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".joblib")
 _COLUMNS = ("prompt", "chosen", "rejected")
 _BLOCK = 1 << 20
-# Text seldom shrinks to less than a twentieth; what grows more than this, and past this many bytes, is meant to harm.
+# gzip seldom shrinks text to less than a twentieth. A file that grows a hundredfold, past 100 MiB, is taken for a bomb.
 _GROWTH, _HARMLESS = 100, 100 * _BLOCK
 
 
 class PairError(ValueError):
-    """A source of pairs cannot be read, or a row of it is no pair and `strict` was asked for."""
+    """A source of pairs cannot be read, or one of its rows is not a pair and `strict` is set."""
 
 
 class Unreadable(str):
-    """Stands for a row that cannot be read: the reason."""
+    """Replaces a row that cannot be read; the text is the reason."""
 
     __slots__ = ()
 
@@ -38,11 +42,10 @@ def read_rows(source: str | Path, split: str) -> Rows:
     """Each row of `source` with its line (from 1; row number for Parquet and data sets), or `Unreadable`.
 
     Args:
-        source: as in `gapo.data.read_pairs`.
-        split: likewise.
+        source: as in `gapo.data.read_pairs`; so is `split`.
 
     Raises:
-        PairError: nothing can be read from `source`. So may the iteration.
+        PairError: `source` cannot be read. The iteration may raise it too.
         ModuleNotFoundError: Parquet or a data set, without the `datasets` library.
     """
     path = Path(source)
@@ -75,7 +78,7 @@ def _bytes(path: Path) -> bytes:
 
     Raises:
         OSError: the file cannot be opened.
-        PairError: it is no whole gzip file, unpacks to far more than it should, or is UTF-16.
+        PairError: the gzip file is damaged or unpacks to far more than text does, or the text is UTF-16.
     """
     raw = path.read_bytes()
     if path.suffix.lower() == ".gz":
@@ -95,8 +98,8 @@ def _unpacked(raw: bytes, path: Path) -> bytes:
                 size += len(block)
                 if size > most:
                     raise PairError(
-                        f"{path} unpacks to more than {_GROWTH} times its size, as no text does: look whether it is "
-                        "made to fill the memory; if not, unpack it and give the file without .gz"
+                        f"{path} unpacks to more than {_GROWTH} times its size, which text never does, and may be "
+                        "meant to fill the memory: if you trust it, unpack it and give the file without .gz"
                     )
     except (OSError, EOFError, zlib.error) as error:
         raise PairError(f"{path} is not a whole gzip file: {error}") from error
@@ -116,7 +119,7 @@ def _lines(raw: bytes) -> Iterator[tuple[int, Any]]:
 def _read_json(path: Path) -> Rows:
     raw = _bytes(path)
     parsed = _parse(raw)
-    # One object a line under a .json name is common.
+    # Many .json files are JSON lines.
     return enumerate(parsed, start=1) if isinstance(parsed, list) else _lines(raw)
 
 
@@ -132,10 +135,10 @@ def _parse(raw: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Any:
-    """A JSON object; `Unreadable` where an answer stands twice in it, of which the first would be lost."""
+    """A JSON object; `Unreadable` if it repeats a column of a pair, whose first value Python would drop."""
     names = [name for name, _ in pairs]
     twice = next((name for name in _COLUMNS if names.count(name) > 1), None)
-    return dict(pairs) if twice is None else Unreadable(f"column {twice!r} stands twice in the row")
+    return dict(pairs) if twice is None else Unreadable(f"column {twice!r} occurs twice in the row")
 
 
 def _read_csv(path: Path) -> Rows:
@@ -151,7 +154,10 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 row = next(reader)
             except csv.Error as error:
-                yield reader.reader.line_num, Unreadable(f"not valid CSV: {error}")  # its own count stands still
+                yield (
+                    reader.reader.line_num,
+                    Unreadable(f"not valid CSV: {error}"),
+                )  # the reader's own line number does not advance
             else:
                 yield reader.line_num, _csv_row(row)
     except StopIteration:
@@ -167,14 +173,14 @@ def _require_distinct(reader: csv.DictReader[str], path: Path) -> None:
         raise PairError(f"{path}: the first line, the names of the columns, is not valid CSV: {error}") from error
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise PairError(f"{path}: column {twice!r} stands twice in the first line: rename one")
+        raise PairError(f"{path}: column {twice!r} occurs twice in the first line: rename one")
 
 
 def _csv_row(row: dict[Any, Any]) -> dict[str, Any] | Unreadable:
     if any(not is_utf8(cell) for pair in row.items() for cell in pair if isinstance(cell, str)):
         return Unreadable("not UTF-8")
     if None in row:
-        return Unreadable("more cells than the first line names: quote a text that holds commas")
+        return Unreadable("more cells than the first line names: quote texts that hold commas")
     if row.get("prompt", "") is None:
         return Unreadable("fewer cells than the first line names, so that the prompt is missing")
     flag = {"true": True, "false": False, "1": True, "0": False}
@@ -184,7 +190,7 @@ def _csv_row(row: dict[Any, Any]) -> dict[str, Any] | Unreadable:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether `text` can be written as UTF-8: half a surrogate pair cannot."""
+    """Whether `text` can be encoded as UTF-8; half a surrogate pair cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -204,7 +210,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
-    except Exception as error:  # the library raises many kinds; all mean that nothing more can be read
+    except Exception as error:  # PyArrow raises many kinds; all mean that the rest is unreadable
         raise PairError(f"{path} is not a whole Parquet file: {' '.join(str(error).split())}") from error
 
 
@@ -221,7 +227,7 @@ def _load_dataset(name: str, split: str) -> Iterable[Any]:
             loaded = datasets.load_from_disk(name)
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         return datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library raises many kinds; all mean that nothing can be read
+    except Exception as error:  # `datasets` raises many kinds; all mean that the source is unreadable
         raise PairError(
             f"{name!r} is neither a file ({_FILES}) nor a data set that could be loaded (split {split!r}): "
             f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Read preference pairs from files and data sets; count and name the rows that are no pair."""
+"""Read preference pairs from files and data sets; count and name the rows that are not pairs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gapo.data.messages import text_of as text_of
+from gapo.data.raw_rows import PairError, Unreadable, read_rows
 from gapo.data.rows import RowFault, as_pair
-from gapo.data.sources import PairError, Unreadable, read_rows
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that is no pair: its line (from 1; row number for Parquet and data sets) and why."""
+    """A row that is not a pair: its line (from 1; row number for Parquet and data sets), and the reason."""
 
     line: int
     reason: str
@@ -22,12 +21,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Checked pairs, and what was left out.
+    """Checked pairs, and the rows that were left out.
 
     Attributes:
-        rows: the good rows: "prompt", "chosen", "rejected" (text, or lists of messages) and whatever else stood there.
-        problems: the bad ones, in order.
-        source: where they came from.
+        rows: the pairs: "prompt", "chosen", "rejected" (text, or lists of messages), and the row's other columns.
+        problems: the rows left out, in order.
+        source: the file or data set.
     """
 
     rows: list[dict[str, Any]]
@@ -48,21 +47,29 @@ class Pairs:
 def read_pairs(source: str | Path, *, split: str = "train", strict: bool = False, limit: int | None = None) -> Pairs:
     """Read and check preference pairs.
 
-    A pair has "chosen" and "rejected", two different non-empty answers, and mostly "prompt": text, or lists of
-    {"role", "content"} messages (TRL's standard and conversational formats). Without "prompt", what both answers begin
-    with is the prompt; answers that are whole conversations may repeat it, also beside a prompt of text (the layout of
-    UltraFeedback). Other columns are kept; "is_flipped" must be true, false or missing.
+    A pair has "chosen" and "rejected", two different non-empty answers, and usually "prompt". Each is text, or a list
+    of {"role", "content"} messages (TRL's standard and conversational formats). Without "prompt", the common start of
+    both answers is the prompt. Answers that are whole conversations may repeat the prompt, which may then be text (the
+    layout of UltraFeedback). Other columns are kept; "is_flipped" must be true, false or missing.
 
     Args:
         source: a file (.json, .jsonl, each also .gz, .csv, .parquet), a folder saved by `datasets`, or the name of a
             data set on the Hub.
-        split: which split of a data set; files have none.
-        strict: True raises at the first bad row; False counts and names them in `problems`.
-        limit: stop after this many good rows.
+        split: the split of a data set; ignored for files.
+        strict: True raises at the first row that is not a pair; False lists such rows in `problems`.
+        limit: stop after this many pairs.
 
     Raises:
-        PairError: nothing can be read from `source`, no good row is in it, or `strict` and a row is bad.
+        PairError: `source` cannot be read or holds no pair, or a row is not a pair and `strict` is True.
         ModuleNotFoundError: Parquet or a data set, without the `datasets` library.
+
+    >>> from tempfile import mkdtemp
+    >>> from gapo.data import generate_pairs, write_rows
+    >>> path = f"{mkdtemp()}/pairs.jsonl"
+    >>> write_rows(path, [*generate_pairs(3), {"chosen": "Yes.", "rejected": "Yes."}])
+    >>> pairs = read_pairs(path)
+    >>> len(pairs.rows), pairs.problems
+    (3, [Problem(line=4, reason='chosen equals rejected')])
     """
     rows: list[dict[str, Any]] = []
     problems: list[Problem] = []

@@ -1,7 +1,7 @@
 """What was found out about a model, and for whom it holds: answers by module and by everything that they rest on.
 
-A verdict is taken from the code that ran: the margin function with all that it closes over, and the classes and
-`forward`s of the module's layers. Where one of these is another, nothing is known.
+A verdict rests on the code that ran: the function of the outputs with all that it closes over, and the classes, modes
+and `forward`s of the module's layers. Where one of these changes, the verdict does not hold.
 """
 
 from __future__ import annotations
@@ -24,30 +24,44 @@ _GATHERS = (int, float, complex, list, dict, set, torch.Tensor)
 
 
 class Verdicts:
-    """Answers by module and key. They go with the module; of too many, the oldest go."""
+    """Answers by subject, module and key. Whoever takes the steps holds them, so that another one starts with none.
+
+    They go with the module; of too many under one subject, the oldest go.
+    """
 
     def __init__(self) -> None:
-        self._found: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Any]] = weakref.WeakKeyDictionary()
+        self._answers: weakref.WeakKeyDictionary[nn.Module, dict[str, OrderedDict[Hashable, Any]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
-    def get(self, module: nn.Module, key: Hashable) -> Any:
-        """What was kept for `key`, or None."""
-        found = self._found.get(module)
-        return None if found is None else found.get(key)
+    def get(self, subject: str, module: nn.Module, key: Hashable) -> Any:
+        """The answer kept for `key`, or None."""
+        answers = self._answers.get(module, {}).get(subject)
+        return None if answers is None else answers.get(key)
 
-    def keep(self, module: nn.Module, key: Hashable, answer: Any) -> None:
+    def keep(self, subject: str, module: nn.Module, key: Hashable, answer: Any) -> None:
         """Keep an answer."""
-        found = self._found.setdefault(module, OrderedDict())
-        found[key] = answer
-        if len(found) > _MOST:
-            found.popitem(last=False)
+        answers = self._answers.setdefault(module, {}).setdefault(subject, OrderedDict())
+        answers[key] = answer
+        if len(answers) > _MOST:
+            answers.popitem(last=False)
+
+    def first(self, subject: str, module: nn.Module, key: Hashable) -> bool:
+        """Whether this is asked for the first time: what is said once."""
+        if self.get(subject, module, key):
+            return False
+        self.keep(subject, module, key, True)
+        return True
 
 
-def basis(margin_fn: Any, module: nn.Module) -> Hashable:
-    """All that a verdict on `margin_fn(module, batch)` rests on, the batch aside; equal only where all of it is."""
-    layers = hash(tuple((type(m), type(m).forward, identity(vars(m).get("forward"))) for m in module.modules()))
+def basis(function: Any, module: nn.Module) -> Hashable:
+    """All that a verdict on `function(module, batch)` rests on, the batch aside; equal only where all of it is."""
+    layers = hash(
+        tuple((type(m), type(m).forward, identity(vars(m).get("forward")), m.training) for m in module.modules())
+    )
     trained = tuple(name for name, p in module.named_parameters() if p.requires_grad)
     autocast = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
-    return identity(margin_fn), layers, trained, module.training, autocast
+    return identity(function), layers, trained, autocast
 
 
 def identity(thing: Any, depth: int = _DEEPEST) -> Hashable:
@@ -63,8 +77,8 @@ def identity(thing: Any, depth: int = _DEEPEST) -> Hashable:
     if isinstance(thing, types.MethodType):
         return identity(thing.__func__, depth - 1), _attributes(thing.__self__, depth)
     if isinstance(thing, types.FunctionType):
-        given = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).items())
-        return thing.__code__, inner(_cells(thing)), inner(given), tuple(map(_global, _globals(thing)))
+        defaults = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).items())
+        return thing.__code__, inner(_cells(thing)), inner(defaults), tuple(map(_global, _globals(thing)))
     if isinstance(thing, functools.partial):
         return functools.partial, identity(thing.func, depth - 1), inner(thing.args), inner(thing.keywords.items())
     if type(thing) is tuple:
@@ -79,8 +93,8 @@ def _attributes(thing: Any, depth: int) -> Hashable:
     own = getattr(thing, "__dict__", None)
     if isinstance(thing, (type, nn.Module, types.BuiltinFunctionType)) or type(own) is not dict:
         return _Itself(thing)
-    kept = {name: x for name, x in own.items() if isinstance(x, (bool, str)) or not isinstance(x, _GATHERS)}
-    return type(thing), _identities(kept.items(), depth - 1)
+    stable = {name: x for name, x in own.items() if isinstance(x, (bool, str)) or not isinstance(x, _GATHERS)}
+    return type(thing), _identities(stable.items(), depth - 1)
 
 
 def _cells(function: types.FunctionType) -> Iterator[Any]:

@@ -1,0 +1,86 @@
+"""What the benchmarks share: a random Llama and its batch of pairs, interleaved rounds, pictures."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import numpy as np
+from transformers import LlamaConfig
+
+
+def add_size_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """`--pairs`, `--tokens`, `--width`, `--depth` and `--vocab`, with these defaults."""
+    meanings = {
+        "pairs": "pairs in the batch",
+        "tokens": "tokens of prompt and answer",
+        "width": "hidden size",
+        "depth": "layers",
+        "vocab": "size of the vocabulary",
+    }
+    for name, meaning in meanings.items():
+        parser.add_argument(f"--{name}", type=int, default=defaults[name], help=meaning)
+
+
+def llama_config(options: argparse.Namespace, intermediate_size: int) -> LlamaConfig:
+    """A Llama of the sizes in `options`, with heads of 64 and an output head of its own."""
+    return LlamaConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=options.depth,
+        num_attention_heads=max(1, options.width // 64),
+        tie_word_embeddings=False,
+    )
+
+
+def random_batch(options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Random pairs of equal length, the first quarter of each row a prompt."""
+    rng = np.random.default_rng(0)
+    batch = {}
+    for side in ("chosen", "rejected"):
+        ids = rng.integers(1, options.vocab, (options.pairs, options.tokens))
+        labels = ids.copy()
+        labels[:, : options.tokens // 4] = -100
+        batch |= {f"{side}_input_ids": ids, f"{side}_labels": labels, f"{side}_attention_mask": np.ones_like(ids)}
+    return batch
+
+
+def time_rounds(
+    steps: Mapping[str, Callable[[], Any]], budget: float, synchronise: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each step, round by round, for `budget` seconds and at least five rounds.
+
+    Each round takes every step once, so that a noisy machine disturbs all alike. `synchronise` waits for the device.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()  # the first step compiles, or examines the model
+    deadline, rounds = time.monotonic() + budget, 0
+    while time.monotonic() < deadline or rounds < 5:
+        rounds += 1
+        for name, step in steps.items():
+            synchronise()
+            start = time.perf_counter()
+            step()
+            synchronise()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios_to_simpo(seconds: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Lower quartile, median and upper quartile of each step's time over SimPO's, taken within each round."""
+    return {
+        name: quantiles([a / b for a, b in zip(times, seconds["simpo"], strict=True)], n=4)
+        for name, times in seconds.items()
+    }
+
+
+def write_picture(path: Path, svg: str) -> None:
+    """Write an SVG of `gapo.runs.output.plots`, in a grey that reads on light and on dark."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(svg.replace("currentColor", "#777777"), encoding="utf-8")

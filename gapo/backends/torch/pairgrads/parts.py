@@ -1,0 +1,77 @@
+"""The gradients of every group by one parameter, as one layer contributes them: what a rule makes.
+
+Each part is a way to hold N gradients without writing more numbers than needed. Both questions that are asked of it
+are linear in the gradients: a weighted sum over groups, and an inner product with a direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Part(Protocol):
+    """The gradient of every group's output by one parameter theta, explicit or implied."""
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """`sum_i weights[i] * grad_i`, shape of theta; `weights` (N,)."""
+
+    def along(self, delta: Tensor) -> Tensor:
+        """`<grad_i, delta>`, (N,); `delta` has the shape of theta."""
+
+
+@dataclass
+class Explicit:
+    """(N, *theta.shape) numbers: cheapest where a group has more tokens than theta has rows and columns."""
+
+    grads: Tensor
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        return torch.tensordot(weights.to(self.grads.dtype), self.grads, dims=1)
+
+    def along(self, delta: Tensor) -> Tensor:
+        return self.grads.flatten(1).to(delta.dtype) @ delta.flatten()
+
+
+@dataclass
+class Outer:
+    """A (blocks, N, tokens, in) and G (blocks, N, tokens, out) of theta (out, in), or (in, out) if transposed.
+
+    `grad_i = sum_t G[i, t] A[i, t]^T` is never formed: its product with delta is that of `A delta^T` with G.
+    """
+
+    a: Tensor
+    g: Tensor
+    transposed: bool
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        g = self.g * weights.to(self.g.dtype)[None, :, None, None]
+        left, right = (self.a, g) if self.transposed else (g, self.a)
+        return left.flatten(0, 2).T @ right.flatten(0, 2)
+
+    def along(self, delta: Tensor) -> Tensor:
+        moved = self.a @ (delta if self.transposed else delta.T).to(self.a.dtype)
+        return (moved.to(delta.dtype) * self.g.to(delta.dtype)).sum((0, 2, 3))
+
+
+@dataclass
+class Lookup:
+    """Ids (blocks, N, tokens) and G (blocks, N, tokens, width) of a table (entries, width)."""
+
+    ids: Tensor
+    g: Tensor
+    shape: torch.Size
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        g = self.g * weights.to(self.g.dtype)[None, :, None, None]
+        return g.new_zeros(self.shape).index_add_(0, self.ids.flatten(), g.flatten(0, 2))
+
+    def along(self, delta: Tensor) -> Tensor:
+        return (delta[self.ids] * self.g.to(delta.dtype)).sum((0, 2, 3))
+
+
+Parts = Iterator[tuple[str, Part]]

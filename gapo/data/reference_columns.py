@@ -1,0 +1,70 @@
+"""Reference log-probabilities as columns of tokenised pairs: computed once, before training changes the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gapo.data.collate import TOKENIZED, collate_pairs
+from gapo.pairs import REFERENCE, require_reference  # noqa: F401
+
+Measure = Callable[[Mapping[str, np.ndarray]], tuple[Any, Any]]
+
+
+def with_reference_logps(
+    tokenized: Sequence[dict[str, Any]],
+    measure: Measure,
+    *,
+    pad_token_id: int,
+    batch_size: int = 16,
+    progress: str | None = "reference log-probabilities",
+) -> list[dict[str, Any]]:
+    """The rows with "ref_chosen_logps" and "ref_rejected_logps": summed log-probabilities under the reference, nats.
+
+    Rows of similar length share a batch. The result is reproducible: the same rows in the same order give the same
+    numbers.
+
+    Args:
+        tokenized: rows of `tokenize_pair`.
+        measure: takes a batch of `collate_pairs` and returns (chosen, rejected), each (N,): log-probabilities summed
+            over the answer's tokens. The reference is the model that training starts from.
+        pad_token_id: pads the rows of a batch.
+        batch_size: pairs in a batch.
+        progress: label of the progress bar, which needs tqdm; None for no bar.
+
+    Returns:
+        New rows, in the order of `tokenized`.
+
+    Raises:
+        ValueError: a row is not tokenised.
+        FloatingPointError: a log-probability is not finite; names the row.
+
+    >>> rows = [{"chosen_input_ids": [1, 2], "chosen_labels": [-100, 2],
+    ...          "rejected_input_ids": [1, 3], "rejected_labels": [-100, 3]}]
+    >>> half = lambda batch: (np.log([0.5]), np.log([0.25]))
+    >>> row, = with_reference_logps(rows, half, pad_token_id=0, progress=None)
+    >>> round(row["ref_chosen_logps"], 3), round(row["ref_rejected_logps"], 3)
+    (-0.693, -1.386)
+    """
+    lengths = [max(len(row.get(name, ())) for name in TOKENIZED) for row in tokenized]
+    order = sorted(range(len(tokenized)), key=lambda i: -lengths[i])  # if memory runs out, it does so at once
+    batches: Any = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if progress is not None:
+        from tqdm.auto import tqdm
+
+        batches = tqdm(batches, desc=progress, unit="batch")
+    logps = np.empty((len(tokenized), 2))
+    for index in batches:
+        batch = collate_pairs([tokenized[i] for i in index], pad_token_id=pad_token_id, pad_to_multiple_of=32)
+        logps[index] = np.stack([np.asarray(side, dtype=np.float64) for side in measure(batch)], axis=-1)
+    for i, (chosen, rejected) in enumerate(logps):
+        if not np.isfinite([chosen, rejected]).all():
+            raise FloatingPointError(
+                f"the reference log-probabilities of row {tokenized[i].get('id', i)} are {chosen} (chosen) and "
+                f"{rejected} (rejected): look at its tokens, or at the model"
+            )
+    return [
+        {**row, **dict(zip(REFERENCE, pair, strict=True))} for row, pair in zip(tokenized, logps.tolist(), strict=True)
+    ]
