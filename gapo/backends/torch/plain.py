@@ -13,10 +13,14 @@ from gapo.backends.torch.pairgrads.graph import no_grads_left
 
 
 class PlainForward:
-    """The clean forward of a module, to be pulled back once."""
+    """The clean forward of a module, to be pulled back once.
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
+    It goes through `wrapper` where there is one, such as `DistributedDataParallel`, which prepares its reduction there.
+    """
+
+    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, wrapper: nn.Module | None = None) -> None:
         self._margin_fn, self._module, self._batch = margin_fn, module, batch
+        self._wrapper = module if wrapper is None else wrapper
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         require_real({name: p.is_complex() for name, p in self.parameters.items()})
         self._prepare()
@@ -31,11 +35,7 @@ class PlainForward:
         """What is to be done before the clean forward."""
 
     def _run_clean(self) -> tuple[Tensor, ...]:
-        return self._run()
-
-    def _run(self) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = outputs_of(self._margin_fn(self._module, self._batch))
-        return outputs
+        return outputs_of(self._margin_fn(self._wrapper, self._batch))
 
     def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Gradients of `sum_j <cotangents[j], outputs[j]>` by the parameters; the graph is spent."""

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from gapo.adapters.hf import PreferenceCollator
-from gapo.adapters.hf.causal import require_causal
 from gapo.adapters.hf.margins import pair_logps, stack_pairs
+from gapo.adapters.hf.models import require_causal
 from gapo.backends import get_backend
 from gapo.config import GAPOConfig
 from gapo.data.streams import stream

@@ -23,7 +23,7 @@ from transformers.integrations import get_available_reporting_integrations
 from gapo._extras import named_extra
 from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
-from gapo.adapters.hf.reference import summed_logps
+from gapo.adapters.hf.reference_model import summed_logps
 from gapo.config import GAPOConfig
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
