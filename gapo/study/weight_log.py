@@ -28,7 +28,7 @@ class WeightLog:
     def add(
         self, share: float, index: np.ndarray, margins: np.ndarray, weights: np.ndarray, gaps: np.ndarray | None
     ) -> None:
-        """One micro-batch of the pairs `index`, at this share of the run; no gaps where there is no anchor."""
+        """One micro-batch, at this share of the run, of the pairs `index`; `gaps` is None without an anchor."""
         self._index.append(index)
         self._shares.append(np.full(len(index), share))
         for name, values in (("margin", margins), ("weight", weights), ("gap", gaps)):

@@ -1,4 +1,4 @@
-"""The `Trainer` of `gapo train` on PyTorch: flips in training batches, whole checkpoints, one line an evaluation."""
+"""The `Trainer` of `gapo train` on PyTorch: flips in its training batches, whole checkpoints, a line per evaluation."""
 
 from __future__ import annotations
 
