@@ -24,7 +24,8 @@ def parser_of(classes: Sequence[type], **about: str) -> Any:
     Types and defaults are the fields', the help is that of their docstrings, and the choices those of their metadata.
     `about` goes to `argparse.ArgumentParser`: prog, description, epilog.
     """
-    parser = ArgumentParser(**about, exit_on_error=False)
+    # Abbreviated, `--conf` would read a file that `config_files` does not see, and so does not check.
+    parser = ArgumentParser(**about, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", metavar="CONFIG.yaml", help="the same as the first argument")
     for cls in classes:
         add_fields(parser, cls)

@@ -98,6 +98,8 @@ def test_a_file_names_code_only_with_trust_on_the_command_line(folder: Path) -> 
     for more in ([], ["--trust_code=true"], ["--loss=my_losses:squares"]):
         with pytest.raises(ConfigError, match=r"b\.yaml: trust_code is accepted on the command line alone"):
             parse(["b.yaml", *more])
+    with pytest.raises(ConfigError, match=r"unrecognized arguments: --conf a\.yaml"):  # no way around by abbreviation
+        parse(["--conf", "a.yaml"])
     assert not (folder / "imported").exists()
     for trusted in (["--trust_code", "true"], ["--trust_code"], ["--loss", "my_losses:squares"]):
         assert parse(["a.yaml", *trusted])[0].loss == "my_losses:squares"

@@ -45,12 +45,11 @@ class Recorder(TrainerCallback):
 
     def on_step(self, result: StepResult, batch: Row) -> None:
         """One line for a micro-batch, in the order of its pairs."""
-        if result.anchor_gaps is not None:
-            row = step_line(self._step, result, batch["is_flipped"].tolist(), batch["pair"].tolist())
-            if ranks.count() == 1:
-                self._logs["steps"].write(row)
-            else:
-                self._waiting.append(row)
+        row = step_line(self._step, result, batch["is_flipped"].tolist(), batch["pair"].tolist())
+        if ranks.count() == 1:
+            self._logs["steps"].write(row)
+        else:
+            self._waiting.append(row)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_log or control.should_evaluate or control.should_save:
