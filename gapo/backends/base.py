@@ -124,11 +124,11 @@ def require_real(kinds: Mapping[str, bool]) -> None:
 
     Their gradients are conjugated or not by framework, and neither |theta| nor the pairs' gaps are defined for them.
     """
-    found = [name for name, is_complex in kinds.items() if is_complex]
-    if found:
+    complex_names = [name for name, is_complex in kinds.items() if is_complex]
+    if complex_names:
+        names = ", ".join(map(repr, complex_names[:3])) + (" ..." if complex_names[3:] else "")
         raise ValueError(
-            f"trainable parameters must be real, and {', '.join(map(repr, found[:3]))}{' ...' if found[3:] else ''} "
-            f"{'are' if found[1:] else 'is'} complex: freeze what does not train (in JAX keep it out of params), or "
+            f"trainable parameters must be real, and {names} {'are' if complex_names[1:] else 'is'} complex: freeze what does not train (in JAX keep it out of params), or "
             "train real and imaginary parts as two real parameters"
         )
 
