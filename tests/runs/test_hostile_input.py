@@ -412,9 +412,7 @@ def test_kept_arrays_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
     evils = [path.read_bytes(), pickle.dumps(Evil(tmp_path / "ran")), raw.getvalue()]
     for content in (*evils, numbers.getvalue(), b"", b"PK\x05\x06broken", b"PK\x03\x04broken"):
         path.write_bytes(content)
-        with pytest.raises(
-            ConfigError, match=r"reference\.safetensors is damaged .*: remove it, and they are"
-        ):
+        with pytest.raises(ConfigError, match=r"reference\.safetensors is damaged .*: remove it, and they are"):
             material._references(path, "digest")
     assert not (tmp_path / "ran").exists()
 
