@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import shared
 import torch
-from transformers import LlamaForCausalLM
+import transformers
 
 import gapo
 from gapo import objectives
@@ -61,10 +61,45 @@ GAPO = {
 }
 
 
+# Class of the configuration, and what a family calls by other names or has beside.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "gemma": ("GemmaConfig", {"head_dim": 64}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 64}),
+    "cohere": ("CohereConfig", {}),
+    "falcon": ("FalconConfig", {"new_decoder_architecture": True}),
+    "opt": ("OPTConfig", {"dropout": 0.0}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 8}),
+    "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}),
+}
+
+
+def model_config(options: argparse.Namespace) -> Any:
+    """The configuration of a family's model in these sizes."""
+    name, special = FAMILIES[options.family]
+    heads, inner = options.width // 64, round(8 / 3 * options.width / 32) * 32
+    sizes: dict[str, Any] = {"intermediate_size": inner, "num_key_value_heads": heads}
+    if options.family == "falcon":
+        sizes = {"num_kv_heads": heads, "ffn_hidden_size": inner}
+    if options.family == "opt":
+        sizes = {"ffn_dim": inner, "word_embed_proj_dim": options.width}
+    return getattr(transformers, name)(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        num_hidden_layers=options.depth,
+        num_attention_heads=heads,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **sizes,
+        **special,
+    )
+
+
 def make_steps(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Step]]:
-    """A Llama of random weights, and the steps to time on it; with --lora, adapters on attention, whose B is not 0."""
+    """A model of random weights, and the steps to time on it; with --lora, adapters on attention, whose B is not 0."""
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(shared.llama_config(options, round(8 / 3 * options.width / 32) * 32))
+    model: Any = transformers.AutoModelForCausalLM.from_config(model_config(options))
     if options.lora:
         from peft import LoraConfig, get_peft_model
 
@@ -96,6 +131,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "commit": commit(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "family": options.family,
         "pairs": options.pairs,
         "tokens": options.tokens,
         "dtype": options.dtype,
@@ -189,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shared.add_size_arguments(parser, pairs=4, tokens=256, width=256, depth=8, vocab=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="llama", help="architecture of the model")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
     parser.add_argument("--seconds", type=float, default=120, help="duration of the measurement")
