@@ -160,7 +160,7 @@ class Attachment:
         self._gave_loss = True
         loss, config = self._settings.loss, self._config
         if loss.needs_reference:
-            require_reference(loss.name, inputs)
+            require_reference(loss.name, inputs, "gapo.adapters.hf.with_reference_logps")
         bare = self.trainer.accelerator.unwrap_model(model)
         rows = stack_pairs(inputs, forward_parameters(bare))
         forward = self._backend.forward(
@@ -218,7 +218,7 @@ class Attachment:
         inputs = self.trainer._prepare_inputs(inputs)
         loss = self._settings.loss
         if loss.evaluated.needs_reference:
-            require_reference(loss.name, inputs)
+            require_reference(loss.name, inputs, "gapo.adapters.hf.with_reference_logps")
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             rows = stack_pairs(inputs, forward_parameters(model))
             logps = LogProbs.of_step(rows_logps(model, rows), constants_of(inputs, rows))

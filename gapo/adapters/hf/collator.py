@@ -10,7 +10,7 @@ import torch
 
 from gapo.data.collate import TOKENIZED, check_padding, collate_pairs
 from gapo.data.limits import Limits
-from gapo.data.rows import RowFault, as_pair
+from gapo.data.pair_rows import RowFault, as_pair
 from gapo.data.tokenize import Tokens, equal_message, text_tokenizer, tokens_of
 from gapo.pairs import SIDES
 

@@ -47,7 +47,7 @@ class TorchBackend:
         by_side: bool = False,
         wrapper: nn.Module | None = None,
     ) -> PlainForward:
-        """The clean forward by the way that fits: without an anchor, under ZeRO-3 or FSDP2, in one pass or in two.
+        """The clean forward by the way that fits the module: without an anchor; ZeRO-3; FSDP2; one pass or two.
 
         Args:
             margin_fn, params, batch, config, anchor, by_side: as the protocol has them.
@@ -57,21 +57,23 @@ class TorchBackend:
         """
         if not isinstance(params, nn.Module):
             raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(params).__name__}')
-        partitioned = is_zero3(params)
-        if partitioned and wrapper is None:
-            raise ValueError(
-                "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
-                "Trainer, or shard with FSDP2 in a loop of your own"
-            )
-        shards = bool(fsdp_units(params))
-        if not anchor:
-            return (PlainShardedForward if shards else PlainForward)(margin_fn, params, batch, wrapper)
-        if partitioned:
+        if not anchor and wrapper is not None:
+            return PlainForward(margin_fn, params, batch, wrapper)
+        if is_zero3(params):
+            if wrapper is None:
+                raise ValueError(
+                    "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
+                    "Trainer, or shard with FSDP2 in a loop of your own"
+                )
             return Zero3Forward(margin_fn, wrapper, batch, config, self._verdicts)
         if is_engine(wrapper):  # up to ZeRO-2 it would take the probe's backward for the update's
             wrapper = None
+        shards = bool(fsdp_units(params))
+        if not anchor:
+            return (PlainShardedForward if shards else PlainForward)(margin_fn, params, batch)
+        options: dict[str, Any] = {"verdicts": self._verdicts, "wrapper": wrapper}
         if shards:
-            return ShardedForward(margin_fn, params, batch, config, self._verdicts, wrapper)
+            return ShardedForward(margin_fn, params, batch, config, **options)
         # float16's gradient scaler must see the backward. Where autocast is within the model's forward, as accelerate
         # puts it, its maker says one_pass=False.
         float16 = any(
@@ -79,8 +81,8 @@ class TorchBackend:
             for kind in ("cuda", "cpu")
         )
         if self._one_pass and not float16:
-            return OnePassForward(margin_fn, params, batch, config, self._verdicts, wrapper, by_side=by_side)
-        return TorchForward(margin_fn, params, batch, config, self._verdicts, wrapper)
+            return OnePassForward(margin_fn, params, batch, config, by_side=by_side, **options)
+        return TorchForward(margin_fn, params, batch, config, **options)
 
     def differentiate(
         self, losses: Callable[[tuple[Tensor, ...]], Tensor], values: Sequence[Tensor]

@@ -65,9 +65,6 @@ class TorchForward(PlainForward):
         with self._cut.kept(self._basis) if self._cut else nullcontext():
             return super()._run_clean()
 
-    def _run(self) -> tuple[Tensor, ...]:
-        return outputs_of(self._margin_fn(self._module, self._batch))
-
     def _run_again(self) -> None:
         """A second clean forward: the same numbers, and a graph of its own."""
         # Not through DDP, which has prepared its reduction in the first one, and whose ranks may not all run again.

@@ -54,4 +54,5 @@ def _plain(layer: nn.Module) -> bool:
 
 register_rule(nn.Linear, linear, fits=_plain)
 register_rule(NonDynamicallyQuantizableLinear, linear, fits=_plain)
+register_rule("transformers.models.falcon.modeling_falcon.FalconLinear", linear, fits=_plain)
 register_rule("transformers.pytorch_utils.Conv1D", conv1d, fits=lambda layer: owns(layer) == {"weight", "bias"})
