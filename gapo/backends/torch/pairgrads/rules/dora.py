@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapo.backends.torch.pairgrads.parts import Explicit, Parts
+from gapo.backends.torch.pairgrads.parts import Explicit, Parts, over_tokens
+from gapo.backends.torch.pairgrads.rules.library import agrees
 from gapo.backends.torch.pairgrads.rules.registry import owns, register_rule
 
 
 def magnitude(layer: Any, read: tuple[Tensor, ...], g: Tensor) -> Parts:
     """`read`: see `_reads`."""
-    yield "weight", Explicit((g * _unit(*read).reshape(g.shape)).sum((0, 2)))
+    yield "weight", Explicit(over_tokens(g * _unit(*read).reshape(g.shape)))
 
 
 def _unit(base: Tensor, low: Tensor, up: Tensor, shift: Tensor, norm: Tensor) -> Tensor:
@@ -59,8 +60,7 @@ def _taken(
 @torch.no_grad()
 def _is_linear(layer: Any, read: tuple[Tensor, ...], output: Tensor) -> bool:
     expected = layer.weight * _unit(*read) - read[0]
-    error, size = (output - expected).double().norm(), (output.double().norm() + read[0].double().norm())
-    return bool(error <= (3e-2 if output.dtype.itemsize < 4 else 1e-4) * size)
+    return agrees(expected, output, output.norm() + read[0].norm())
 
 
 register_rule(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gapo.backends.torch.pairgrads.parts import Parts
-from gapo.backends.torch.pairgrads.rules.library import from_transformers
+from gapo.backends.torch.pairgrads.rules.library import agrees, from_transformers
 from gapo.backends.torch.pairgrads.rules.registry import Rule, owns, register_family
 
 # What transformers' decorator `use_experts_implementation` says of a class, and what every class has.
@@ -131,9 +131,7 @@ def are_as_understood(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -
     hidden = _activated(module, _product(module, _first(module), _Slots(x, routing.tokens), routing))
     y = _product(module, "down_proj", _Slots(hidden), routing) * scores.flatten()[routing.order, None]
     again = torch.zeros_like(output, dtype=y.dtype).index_add_(0, routing.tokens, y)
-    half = output.dtype in (torch.float16, torch.bfloat16)
-    error, size = (again - output).double().norm(), output.double().norm()
-    return bool(error <= (3e-2 if half else 1e-4) * size)
+    return agrees(again, output, output.norm())
 
 
 def _reads(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
