@@ -61,7 +61,7 @@ GAPO = {
 }
 
 
-# Class of the configuration, and what a family calls by other names or has beside.
+# The class of each family's configuration, and the settings that it has beside the sizes.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": False}),
     "gemma": ("GemmaConfig", {"head_dim": 64}),
@@ -74,16 +74,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def model_config(options: argparse.Namespace) -> Any:
-    """The configuration of a family's model in these sizes."""
+def make_model(options: argparse.Namespace) -> torch.nn.Module:
+    """A model of random weights; with --lora, adapters on attention, whose B is not 0."""
+    torch.manual_seed(0)
     name, special = FAMILIES[options.family]
-    heads, inner = options.width // 64, round(8 / 3 * options.width / 32) * 32
+    heads, inner = max(1, options.width // 64), round(8 / 3 * options.width / 32) * 32
     sizes: dict[str, Any] = {"intermediate_size": inner, "num_key_value_heads": heads}
     if options.family == "falcon":
         sizes = {"num_kv_heads": heads, "ffn_hidden_size": inner}
     if options.family == "opt":
         sizes = {"ffn_dim": inner, "word_embed_proj_dim": options.width}
-    return getattr(transformers, name)(
+    config = getattr(transformers, name)(
         vocab_size=options.vocab,
         hidden_size=options.width,
         num_hidden_layers=options.depth,
@@ -94,18 +95,17 @@ def model_config(options: argparse.Namespace) -> Any:
         **sizes,
         **special,
     )
-
-
-def make_steps(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Step]]:
-    """A model of random weights, and the steps to time on it; with --lora, adapters on attention, whose B is not 0."""
-    torch.manual_seed(0)
-    model: Any = transformers.AutoModelForCausalLM.from_config(model_config(options))
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
     if options.lora:
         from peft import LoraConfig, get_peft_model
 
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         model = get_peft_model(model, LoraConfig(r=16, target_modules=targets, init_lora_weights=False))
-    model = model.to(options.device, getattr(torch, options.dtype))
+    return model.to(options.device, getattr(torch, options.dtype))
+
+
+def make_steps(model: torch.nn.Module, options: argparse.Namespace) -> dict[str, Step]:
+    """The steps to time, on one batch."""
     batch = {name: torch.from_numpy(x).to(options.device) for name, x in shared.random_batch(options).items()}
 
     def gapo_step(settings: dict[str, Any]) -> Step:
@@ -113,12 +113,13 @@ def make_steps(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, 
         return lambda: step(model, batch) and None  # gradients are freed at once, as after an optimizer's step
 
     steps = {"simpo": lambda: simpo(model, batch), "three-forward": lambda: three_forward(model, batch)}
-    return model, steps | {name: gapo_step(settings) for name, settings in GAPO.items()}
+    return steps | {name: gapo_step(settings) for name, settings in GAPO.items()}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table, one for each step."""
-    model, steps = make_steps(options)
+    model = make_model(options)
+    steps = make_steps(model, options)
     seconds = time_steps(steps, options, options.seconds)
     ratios = shared.ratios_to_simpo(seconds)
     flops = {name: count_flops(step) for name, step in steps.items()}
@@ -161,7 +162,9 @@ def growth(options: argparse.Namespace) -> None:
         medians: dict[str, list[float]] = {}
         for value in values:
             changed = argparse.Namespace(**{**vars(options), size: value})
-            for name, times in time_steps(make_steps(changed)[1], options, options.seconds / 12).items():
+            for name, times in time_steps(
+                make_steps(make_model(changed), changed), options, options.seconds / 12
+            ).items():
                 medians.setdefault(name, []).append(median(times))
         print(f"{size} {' '.join(map(str, values))}")
         for name, times in medians.items():

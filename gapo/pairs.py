@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gapo._namespace import Array, Namespace, at_least_float32, like, namespace, stop_gradient
+from gapo._namespace import Array, Namespace, at_least_float32, library, like, namespace, stop_gradient
 from gapo.logps import response_lengths, sequence_logps
 from gapo.objective import check_batches
 
@@ -72,21 +72,14 @@ class BatchConstants:
 
     @classmethod
     def of(cls, batch: Any) -> BatchConstants:
-        """From the columns of a batch: labels or lengths, and `REFERENCE`; nothing of what is no mapping."""
-        if not isinstance(batch, Mapping):
-            return cls()
-        fields = {name: batch[name] for name in _LENGTHS if name in batch}
-        for side in SIDES:
-            if f"{side}_labels" in batch and f"{side}_lengths" not in fields:
-                fields[f"{side}_lengths"] = response_lengths(batch[f"{side}_labels"])
-        reference = {name.removesuffix("_logps"): batch[name] for name in REFERENCE if name in batch}
-        return cls(**fields, **reference)
-
-    @property
-    def complete(self) -> bool:
-        """Whether lengths and reference are all known."""
-        fields = (self.chosen_lengths, self.rejected_lengths, self.ref_chosen, self.ref_rejected)
-        return all(x is not None for x in fields)
+        """From the columns of a batch that are arrays: labels or lengths, and `REFERENCE`."""
+        columns = batch if isinstance(batch, Mapping) else {}
+        arrays = {name: columns[name] for name in (*_LENGTHS, *REFERENCE) if library(columns.get(name)) is not None}
+        for side, name in zip(SIDES, _LENGTHS, strict=True):
+            labels: Any = columns.get(f"{side}_labels")
+            if name not in arrays and library(labels) is not None and len(labels.shape) == 2:
+                arrays[name] = response_lengths(labels)
+        return cls(**{name.removesuffix("_logps"): x for name, x in arrays.items()})
 
 
 def require_reference(objective: str, columns: Iterable[str], function: str = "gapo.data.with_reference_logps") -> None:
@@ -127,14 +120,6 @@ class LogProbs:
     """
 
     xp: Namespace
-    chosen: Array
-    rejected: Array
-    chosen_lengths: Array
-    rejected_lengths: Array
-    ref_chosen: Array
-    ref_rejected: Array
-    anchor_chosen: Array
-    anchor_rejected: Array
 
     def __init__(
         self,
@@ -171,13 +156,9 @@ class LogProbs:
             ref_chosen: (N,) summed, nats, as the columns of a data set hold them; None without a reference.
             ref_rejected: (N,) likewise.
         """
-        by_side = (None, None) if lengths is None else halves(lengths)
-        return cls.of_step(
-            (chosen, rejected),
-            BatchConstants(
-                chosen_lengths=by_side[0], rejected_lengths=by_side[1], ref_chosen=ref_chosen, ref_rejected=ref_rejected
-            ),
-        )
+        by_side = {} if lengths is None else dict(zip(SIDES, halves(lengths), strict=True))
+        reference = {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
+        return cls.of_arrays(reference, {"chosen": chosen, "rejected": rejected}, by_side)
 
     @classmethod
     def of_step(
@@ -293,11 +274,6 @@ class LogProbs:
         return self._anchor_gaps + (self.margins - stop_gradient(self.margins))
 
     @property
-    def anchor_margins(self) -> Any:
-        """M at the anchor (N,), nats per token, without gradient."""
-        return stop_gradient(self.margins - self.anchor_gaps)
-
-    @property
     def margins_alone(self) -> bool:
         """Whether nothing but margins is known of the policy."""
         return "margins" in self._averages
@@ -308,8 +284,9 @@ class LogProbs:
         return (kind == "anchor" and self._anchor_gaps is not None) or {f"{kind}_{side}" for side in SIDES} <= names
 
     def log_ratio_margins(self) -> Array | None:
-        """`z`, or None without a reference."""
-        return self.z if self.has("ref") else None
+        """`z`, or None where the reference or the numbers of tokens are unknown."""
+        sums_known = "chosen" in self._sums or (len(self._lengths) == 2 and not self.margins_alone)
+        return self.z if self.has("ref") and sums_known else None
 
     def per_token(self) -> LogProbs:
         """The same with every log-probability divided by its response's length: nats per token."""

@@ -137,7 +137,7 @@ def run(
         weights=weights,
         chosen_logps=outputs[0] if len(outputs) == 2 else None,
         rejected_logps=outputs[1] if len(outputs) == 2 else None,
-        log_ratio_margins=logps.log_ratio_margins() if len(outputs) == 2 and constants.complete else None,
+        log_ratio_margins=logps.log_ratio_margins(),
         **(anchor.figures if anchor else {}),
     )
     return result, tuple(xp.astype(c, y.dtype) for c, y in zip(slopes, forward.outputs, strict=True))

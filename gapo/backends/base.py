@@ -143,7 +143,7 @@ def by_pairs(margin_fn: MarginFn) -> MarginFn:
 
 
 def outputs_of(returned: Any) -> tuple[Array, ...]:
-    """What a `margin_fn` returned, as one or two (N,) arrays. Raises TypeError or ValueError naming what came."""
+    """What a `margin_fn` returned, as one or two (N,) arrays. Raises TypeError or ValueError for anything else."""
     outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
     accepted = "margin_fn must return margins (N,), or (chosen_logps, rejected_logps), each (N,)"
     if len(outputs) not in (1, 2):

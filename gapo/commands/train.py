@@ -61,7 +61,30 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
     """
     parser = make_parser()
     from gapo.runs.options import parse_fields
-    from gapo.runs.train.train_config import TrainConfig, require_loss_settings
+    from gapo.runs.train.loss_option import require_loss_settings
+    from gapo.runs.train.train_config import TrainConfig
 
-    run, step = parse_fields(parser, arguments, (TrainConfig, GAPOConfig), require_loss_settings)
+    def check(run: TrainConfig, step: GAPOConfig) -> None:
+        _require_trust(run, arguments)  # before the loss is imported
+        require_loss_settings(run.loss, step, run.loss_settings)
+
+    run, step = parse_fields(parser, arguments, (TrainConfig, GAPOConfig), check)
     return run, step
+
+
+def _require_trust(run: TrainConfig, arguments: Sequence[str]) -> None:
+    """Raise ConfigError where a YAML file would run code that the command line does not name or trust."""
+    import yaml
+
+    from gapo.runs.options import config_files, values_of, with_config
+    from gapo.runs.train.loss_option import is_own
+
+    files = config_files(with_config(arguments))
+    for path in files:
+        if "trust_code" in yaml.safe_load(path.read_text(encoding="utf-8-sig")):
+            raise ConfigError(f"{path}: trust_code is accepted on the command line alone, --trust_code true: remove it")
+    if files and is_own(run.loss) and not run.trust_code and run.loss not in values_of("loss", arguments):
+        raise ConfigError(
+            f"{files[-1]}: loss {run.loss!r} is code, which a file may not run by itself: if you trust it, give "
+            f"--trust_code true, or --loss {run.loss}, on the command line"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gapo._namespace import Array, Namespace, stop_gradient
 from gapo.objective import pair_losses
-from gapo.objectives.registry import objective
+from gapo.objectives.formulas import objective
 from gapo.pairs import LogProbs
 
 _LARGEST_EXPONENT = 60.0

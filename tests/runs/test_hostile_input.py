@@ -412,9 +412,7 @@ def test_kept_arrays_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
     evils = [path.read_bytes(), pickle.dumps(Evil(tmp_path / "ran")), raw.getvalue()]
     for content in (*evils, numbers.getvalue(), b"", b"PK\x05\x06broken", b"PK\x03\x04broken"):
         path.write_bytes(content)
-        with pytest.raises(
-            ConfigError, match=r"reference\.safetensors is damaged .*: remove it, and they are"
-        ):
+        with pytest.raises(ConfigError, match=r"reference\.safetensors is damaged .*: remove it, and they are"):
             material._references(path, "digest")
     assert not (tmp_path / "ran").exists()
 
@@ -478,8 +476,8 @@ def train_page(folder: Path, given: str) -> str:
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "data.txt").write_text(given)
     (folder / "config.json").write_text(json.dumps({given: given, "pairs": [given]}))
-    summary = {"loss": given, "train_pairs": 8, "flipped": 4, "held_out_pairs": 8, "seconds": 1.0, "before": measures,
-               "after": measures, "versions": {given: given}}  # fmt: skip
+    summary = {"loss": given, "needs_anchor": True, "train_pairs": 8, "flipped": 4, "held_out_pairs": 8,
+               "seconds": 1.0, "before": measures, "after": measures, "versions": {given: given}}  # fmt: skip
     return report.render(folder, summary)
 
 

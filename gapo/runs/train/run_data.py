@@ -28,7 +28,7 @@ class RunData:
         train: training pairs with "is_flipped", labels as trained on.
         held_out: held-out pairs, labels true.
         summary: the source of the pairs, and what was done to them.
-        held_out_flipped: number of held-out pairs whose label came flipped, and was turned back.
+        held_out_flipped: number of held-out pairs whose label was flipped in their file, and was turned back.
         in_both: number of held-out pairs that are training pairs too.
     """
 
@@ -98,7 +98,10 @@ def tokenize_rows(config: TrainConfig, data: RunData, tokenizer: Any) -> tuple[R
 
 
 def step_line(step: int, result: StepResult, is_flipped: Iterable[Any], pairs: Iterable[Any]) -> Row:
-    """The line of steps.jsonl on one micro-batch: margins, gaps and weights, each (N,), and their training pairs."""
-    columns = {name: np.asarray(getattr(result, name)) for name in ("margins", "anchor_gaps", "weights")}
-    rounded = {name: [round(float(v), 5) for v in column] for name, column in columns.items()}
+    """The line of steps.jsonl on one micro-batch, its columns (N,): margins, weights, training pairs, flips.
+
+    An objective with an anchor has anchor gaps too.
+    """
+    columns = {name: getattr(result, name) for name in ("margins", "anchor_gaps", "weights")}
+    rounded = {name: [round(float(v), 5) for v in np.asarray(x)] for name, x in columns.items() if x is not None}
     return {"step": step, **rounded, "is_flipped": [int(v) for v in is_flipped], "pair": [int(v) for v in pairs]}

@@ -17,8 +17,9 @@ from gapo.runs.errors import ConfigError
 from gapo.runs.held_out import fingerprint
 from gapo.runs.models.tiny import answer_texts, tiny_model
 from gapo.runs.train.loop import require_supported
+from gapo.runs.train.loss_option import code_digest, loss_of, require_loss_settings
 from gapo.runs.train.run_data import RunData, load_data
-from gapo.runs.train.train_config import TrainConfig, as_dict, require_loss_settings
+from gapo.runs.train.train_config import TrainConfig, as_dict
 from gapo.runs.train.train_page import write_report
 from gapo.runs.versions import versions
 
@@ -26,7 +27,7 @@ _FILES = (
     *("summary.json", "report.html", "metrics.jsonl", "steps.jsonl", "config.json", "reference.safetensors"),
     *("pairs.json", "data.txt"),
 )
-# Of held-out pairs and batches: raised when other ones are drawn, so that no run goes on with them.
+# Version of the drawing of held-out pairs and batches: a run of another version is not resumed.
 _DRAWS = 2
 
 
@@ -40,23 +41,24 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
         gapo.data.PairError: the pairs cannot be read.
         ModuleNotFoundError: the backend's libraries are not installed.
     """
-    require_loss_settings(run, step)
+    require_loss_settings(run.loss, step, run.loss_settings)
     loop = _loop(run.backend)
     folder = Path(run.output_dir)
     _require_folder(folder, run, step)
-    getattr(loop, "require", require_supported)(run)  # what would else be found out after minutes of reading
+    getattr(loop, "require", require_supported)(run)  # before minutes of reading
     data = load_data(run)
-    known = _require_same_pairs(folder, run, data)
+    identity = _require_same_pairs(folder, run, data)
     ranks.meet()  # nobody writes before everybody has looked
     if ranks.is_first():
         print(data.summary, flush=True)
-        _write_settings(folder, run, step, data, known)
+        _write_settings(folder, run, step, data, identity)
     with ranks.first_ahead():
         model = str(tiny_model(run, _warmup_answers(run, data.train))) if run.model == "tiny" else run.model
     began = time.monotonic()
     before, after = loop.run(run, step, data, model, folder)
     summary = {
         "loss": run.loss,
+        "needs_anchor": loss_of(run.loss, step, run.loss_settings).needs_anchor,
         "before": before,
         "after": after,
         "train_pairs": len(data.train),
@@ -80,7 +82,7 @@ def _warmup_answers(run: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _loop(backend: str) -> Any:
-    """The training loop of a backend, imported first of all: no file is touched where it is not installed."""
+    """The training loop of a backend. It is imported before any file is touched, since it may not be installed."""
     with named_extra(f"gapo train with backend {backend}", {"torch": "hf", "jax": "flax", "mlx": "mlx-lm"}[backend]):
         return importlib.import_module(f"gapo.runs.train.train_{backend}")
 
@@ -110,11 +112,12 @@ def _require_folder(folder: Path, run: TrainConfig, step: GAPOConfig) -> None:
 
 
 def _require_same_pairs(folder: Path, run: TrainConfig, data: RunData) -> dict[str, Any]:
-    """What identifies the run's pairs and draws; raises where `folder` holds an unfinished run of others."""
+    """What identifies the run's pairs, draws and own loss. Raises where `folder` holds an unfinished run of others."""
     rows = {"train": fingerprint(data.train), "held_out": fingerprint(data.held_out)}
-    known = {"draws": _DRAWS, "processes": ranks.count(), **rows}
+    code = {} if (digest := code_digest(run.loss)) is None else {"loss": digest}
+    identity = {"draws": _DRAWS, "processes": ranks.count(), **rows, **code}
     if run.overwrite or not (folder / "config.json").exists():
-        return known
+        return identity
     path = folder / "pairs.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     remedy = "give another output_dir, or --overwrite true"
@@ -128,19 +131,24 @@ def _require_same_pairs(folder: Path, run: TrainConfig, data: RunData) -> dict[s
             f"{run.output_dir} holds an unfinished run in {old.get('processes')} processes, and here are "
             f"{ranks.count()}, whose steps would be of other pairs: start as many, or {remedy}"
         )
-    if old != known:
-        which = " and ".join(name.replace("_", "-") for name in ("train", "held_out") if old.get(name) != known[name])
+    if old.get("loss") != identity.get("loss"):
+        raise ConfigError(
+            f"{run.output_dir} holds an unfinished run, and the code of its loss {run.loss!r} has changed since it "
+            f"began: {remedy}, or end it with the code of then"
+        )
+    if old != identity:
+        which = " and ".join(name.replace("_", "-") for name in rows if old.get(name) != identity[name])
         raise ConfigError(
             f"{run.output_dir} holds an unfinished run of other {which} pairs: the data have changed since it began; "
             f"{remedy}"
         )
-    return known
+    return identity
 
 
-def _write_settings(folder: Path, run: TrainConfig, step: GAPOConfig, data: RunData, known: dict[str, Any]) -> None:
+def _write_settings(folder: Path, run: TrainConfig, step: GAPOConfig, data: RunData, identity: dict[str, Any]) -> None:
     if run.overwrite:
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
-    write_text(folder / "pairs.json", json.dumps(known, indent=2) + "\n")
+    write_text(folder / "pairs.json", json.dumps(identity, indent=2) + "\n")
     write_text(folder / "config.json", json.dumps(as_dict(run, step), indent=2) + "\n")
     write_text(folder / "data.txt", data.summary + "\n")
