@@ -57,7 +57,9 @@ def accuracy(rows: list[Row], test: list[Row]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("pairs", help="training pairs: any file that gapo reads")
     parser.add_argument("test", help="clean test pairs")
     parser.add_argument("--sizes", type=int, nargs="+", default=[960, 4000], help="numbers of training pairs")

@@ -1,6 +1,6 @@
 """Error of the first-order gap against the exact one as rho grows, pair by pair, on a trained model.
 
-Prints a table and draws it. The relative error of a batch is ||gap_1 - gap|| / ||gap|| over its pairs.
+Prints a table; with --plot, also draws it. The relative error of a batch is ||gap_1 - gap|| / ||gap|| over its pairs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a random Llama and its batch of pairs, interleaved rounds, pictures."""
+"""What the benchmarks share: sizes, a random batch of pairs, interleaved rounds, pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from statistics import quantiles
 from typing import Any
 
 import numpy as np
-from transformers import LlamaConfig
 
 
 def add_size_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None:
@@ -24,18 +23,6 @@ def add_size_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None
     }
     for name, meaning in meanings.items():
         parser.add_argument(f"--{name}", type=int, default=defaults[name], help=meaning)
-
-
-def llama_config(options: argparse.Namespace, intermediate_size: int) -> LlamaConfig:
-    """A Llama of the sizes in `options`, with heads of 64 and an output head of its own."""
-    return LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.width,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=options.depth,
-        num_attention_heads=max(1, options.width // 64),
-        tie_word_embeddings=False,
-    )
 
 
 def random_batch(options: argparse.Namespace) -> dict[str, np.ndarray]:

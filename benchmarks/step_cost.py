@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import shared
 import torch
-from transformers import LlamaForCausalLM
+import transformers
 
 import gapo
 from gapo import objectives
@@ -61,16 +61,51 @@ GAPO = {
 }
 
 
-def make_steps(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Step]]:
-    """A Llama of random weights, and the steps to time on it; with --lora, adapters on attention, whose B is not 0."""
+# The class of each family's configuration, and the settings that it has beside the sizes.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "gemma": ("GemmaConfig", {"head_dim": 64}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 64}),
+    "cohere": ("CohereConfig", {}),
+    "falcon": ("FalconConfig", {"new_decoder_architecture": True}),
+    "opt": ("OPTConfig", {"dropout": 0.0}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 8}),
+    "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}),
+}
+
+
+def make_model(options: argparse.Namespace) -> torch.nn.Module:
+    """A model of random weights; with --lora, adapters on attention, whose B is not 0."""
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(shared.llama_config(options, round(8 / 3 * options.width / 32) * 32))
+    name, special = FAMILIES[options.family]
+    heads, inner = max(1, options.width // 64), round(8 / 3 * options.width / 32) * 32
+    sizes: dict[str, Any] = {"intermediate_size": inner, "num_key_value_heads": heads}
+    if options.family == "falcon":
+        sizes = {"num_kv_heads": heads, "ffn_hidden_size": inner}
+    if options.family == "opt":
+        sizes = {"ffn_dim": inner, "word_embed_proj_dim": options.width}
+    config = getattr(transformers, name)(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        num_hidden_layers=options.depth,
+        num_attention_heads=heads,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **sizes,
+        **special,
+    )
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
     if options.lora:
         from peft import LoraConfig, get_peft_model
 
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         model = get_peft_model(model, LoraConfig(r=16, target_modules=targets, init_lora_weights=False))
-    model = model.to(options.device, getattr(torch, options.dtype))
+    return model.to(options.device, getattr(torch, options.dtype))
+
+
+def make_steps(model: torch.nn.Module, options: argparse.Namespace) -> dict[str, Step]:
+    """The steps to time, on one batch."""
     batch = {name: torch.from_numpy(x).to(options.device) for name, x in shared.random_batch(options).items()}
 
     def gapo_step(settings: dict[str, Any]) -> Step:
@@ -78,12 +113,13 @@ def make_steps(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, 
         return lambda: step(model, batch) and None  # gradients are freed at once, as after an optimizer's step
 
     steps = {"simpo": lambda: simpo(model, batch), "three-forward": lambda: three_forward(model, batch)}
-    return model, steps | {name: gapo_step(settings) for name, settings in GAPO.items()}
+    return steps | {name: gapo_step(settings) for name, settings in GAPO.items()}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table, one for each step."""
-    model, steps = make_steps(options)
+    model = make_model(options)
+    steps = make_steps(model, options)
     seconds = time_steps(steps, options, options.seconds)
     ratios = shared.ratios_to_simpo(seconds)
     flops = {name: count_flops(step) for name, step in steps.items()}
@@ -96,6 +132,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "commit": commit(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "family": options.family,
         "pairs": options.pairs,
         "tokens": options.tokens,
         "dtype": options.dtype,
@@ -125,7 +162,9 @@ def growth(options: argparse.Namespace) -> None:
         medians: dict[str, list[float]] = {}
         for value in values:
             changed = argparse.Namespace(**{**vars(options), size: value})
-            for name, times in time_steps(make_steps(changed)[1], options, options.seconds / 12).items():
+            for name, times in time_steps(
+                make_steps(make_model(changed), changed), options, options.seconds / 12
+            ).items():
                 medians.setdefault(name, []).append(median(times))
         print(f"{size} {' '.join(map(str, values))}")
         for name, times in medians.items():
@@ -189,6 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shared.add_size_arguments(parser, pairs=4, tokens=256, width=256, depth=8, vocab=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="llama", help="architecture of the model")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
     parser.add_argument("--seconds", type=float, default=120, help="duration of the measurement")

@@ -70,16 +70,29 @@ def mlx_steps(folder: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[
     return {name: compiled(loss) for name, loss in losses.items()}
 
 
-def main() -> None:
-    from transformers import LlamaForCausalLM
+def save_model(options: argparse.Namespace, folder: str) -> None:
+    """Save a Llama of random weights, as `save_pretrained` leaves it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        intermediate_size=3 * options.width,
+        num_hidden_layers=options.depth,
+        num_attention_heads=max(1, options.width // 64),
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--framework", choices=("jax", "mlx"), required=True, help="the framework to time")
     shared.add_size_arguments(parser, pairs=4, tokens=128, width=128, depth=4, vocab=2048)
     parser.add_argument("--seconds", type=float, default=30, help="duration of the measurement")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(shared.llama_config(options, 3 * options.width)).save_pretrained(folder)
+        save_model(options, folder)
         make_steps = {"jax": jax_steps, "mlx": mlx_steps}[options.framework]
         steps = make_steps(folder, shared.random_batch(options))
     for step in steps.values():

@@ -9,7 +9,7 @@ from typing import Any
 
 import griffe
 
-_DECORATOR = "gapo.objectives.registry.objective"
+_DECORATOR = "gapo.objectives.formulas.objective"
 
 
 class PublicSignatures(griffe.Extension):

@@ -31,8 +31,9 @@ def described(cls: type) -> type:
 
 
 def docstring_entries(docstring: str) -> dict[str, str]:
-    """{name: text} of the section "Attributes:" of a Google-style docstring, each text on one line."""
-    section = inspect.cleandoc(docstring).partition("\nAttributes:\n")[2].partition("\n\n")[0]
+    """{name: text} of the section "Attributes:" or "Args:" of a Google-style docstring, each text on one line."""
+    _, _, section = re.sub("^Args:$", "Attributes:", inspect.cleandoc(docstring), flags=re.M).partition("Attributes:\n")
+    section = section.partition("\n\n")[0]
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
 

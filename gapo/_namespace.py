@@ -1,7 +1,6 @@
-"""What the Array API cannot say: which library an array is of, stop-gradient, and whether a value can be read now.
+"""Operations that the Array API lacks: the library of an array, stop-gradient, and whether values can be read now.
 
-No framework is imported here. A framework's module is looked up in `sys.modules`, where it stands already if an array
-of it exists.
+This module imports no framework. If an array of a framework exists, the framework is already in `sys.modules`.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ import array_api_compat
 Array = Any
 Namespace = Any
 
-# What `stop_gradient` does with a NumPy array, within `holding`.
+# The function that `stop_gradient` applies to a NumPy array within `holding`; None outside.
 _held: ContextVar[Callable[[Array], Array] | None] = ContextVar("gapo_constants", default=None)
 
-# The array types of each library, and where they stand.
+# The module of each library, and its array types.
 _ARRAYS = {
     "numpy": ("numpy", ("ndarray", "generic")),
     "torch": ("torch", ("Tensor",)),
@@ -41,14 +40,18 @@ def library(x: Array) -> str | None:
 def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
     """The Array-API namespace shared by the named arrays.
 
+    Args:
+        backend: "numpy", "torch", "jax" or "mlx", to require that library; None for any.
+        arrays: by the name that an error message uses.
+
     Raises:
-        TypeError: one is not an array, or they are not all of one library, which is the one that `backend` states.
-        ValueError: `backend` is not a known name.
+        TypeError: an argument is not an array, the arrays are of several libraries, or of one other than `backend`.
+        ValueError: `backend` is not one of the names.
     """
     if backend is not None and not (isinstance(backend, str) and backend in _ARRAYS):
         raise ValueError(f"backend must be one of {', '.join(map(repr, _ARRAYS))} or None, got {backend!r}")
-    kinds = {name: library(x) for name, x in arrays.items()}
-    for name, kind in kinds.items():
+    libraries = {name: library(x) for name, x in arrays.items()}
+    for name, kind in libraries.items():
         if kind is None:
             raise TypeError(
                 f"{name} must be an array of NumPy, PyTorch, JAX, MLX or another Array-API library, "
@@ -56,17 +59,17 @@ def namespace(backend: str | None = None, **arrays: Array) -> Namespace:
             )
         if backend is not None and kind != backend:
             raise TypeError(f"backend={backend!r} was stated, but {name} is an array of {kind} ({type(arrays[name])})")
-    if len(set(kinds.values())) > 1:
-        raise TypeError(f"all arrays must be of one library; got {kinds}")
-    if next(iter(kinds.values())) == "torch":
-        import array_api_compat.torch as xp  # as an import statement torch.compile traces it without a graph break
+    if len(set(libraries.values())) > 1:
+        raise TypeError(f"all arrays must be of one library; got {libraries}")
+    if next(iter(libraries.values())) == "torch":
+        import array_api_compat.torch as xp  # torch.compile breaks its graph at a look-up, not at an import
 
         return xp
     return array_api_compat.array_namespace(*arrays.values())
 
 
 def like(x: Array, of: Array) -> Array:
-    """`x` as an array of the library of `of`, and on its device, where it is one of NumPy or of another device."""
+    """`x` in the library and on the device of `of`, if `x` is a NumPy array or a tensor of another device."""
     kind = library(of)
     if kind == "torch" and library(x) in ("numpy", "torch"):
         return sys.modules["torch"].as_tensor(x, device=of.device)
@@ -76,7 +79,7 @@ def like(x: Array, of: Array) -> Array:
 
 
 def stop_gradient(x: Array) -> Array:
-    """`x` as a constant: no gradient flows through it. The same values, not copied."""
+    """`x` as a constant, without a copy: no gradient flows through it."""
     kind = library(x)
     if kind == "torch":
         return x.detach()
@@ -90,10 +93,15 @@ def stop_gradient(x: Array) -> Array:
 
 @contextmanager
 def holding(constants: list[Array], again: bool) -> Iterator[None]:
-    """Let finite differences, which NumPy is differentiated by, know constants.
+    """Keep constants constant while a function is differentiated by finite differences, as the NumPy backend does.
 
-    NumPy has no stop-gradient: a constant that is computed from what is moved would move along. So a first run, with
-    `again` False, writes down what passes `stop_gradient`; a run at a moved point gets the same values, in this order.
+    NumPy has no stop-gradient. A constant that is computed from the parameters would change with them, and its change
+    would count as gradient. The first run therefore records each array that passes `stop_gradient`; runs at other
+    points get the recorded arrays, in the same order.
+
+    Args:
+        constants: the record; the first run fills it.
+        again: False for the first run, True for the others.
     """
     values = iter(constants)
 
@@ -109,7 +117,7 @@ def holding(constants: list[Array], again: bool) -> Iterator[None]:
 
 
 def is_concrete(x: Array) -> bool:
-    """Whether the values of `x` can be read now: False under a tracer (jax.jit, torch.compile, mx.compile)."""
+    """Whether the values of `x` can be read now; False under a tracer (jax.jit, torch.compile, mx.compile)."""
     kind = library(x)
     if kind == "torch":
         return not sys.modules["torch"].compiler.is_compiling()
@@ -129,7 +137,7 @@ def is_half(dtype: Any, xp: Namespace) -> bool:
 
 
 def at_least_float32(x: Array, xp: Namespace) -> Array:
-    """`x`, with float16 and bfloat16 widened to float32; float32 and float64 as they are."""
+    """`x`, with float16 and bfloat16 widened to float32; float32 and float64 unchanged."""
     return xp.astype(x, xp.float32) if is_half(x.dtype, xp) else x
 
 

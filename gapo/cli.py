@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 import gapo
 
-# What a user can cause and mend: told in one line. Anything else is a defect of ours and keeps its traceback.
+# Errors that a user can cause and repair, reported in one line. Any other is a defect of gapo and keeps its traceback.
 _USER_ERRORS = (ValueError, KeyError, OSError, ModuleNotFoundError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `gapo` with `arguments` (default: the process's own); returns the exit status.
 
-    0 for success, 1 for an error (told in one line on stderr), 2 for a wrong command line, 130 for an interruption.
+    0 for success, 1 for an error (one line on stderr), 2 for a wrong command line, 130 for an interruption.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parser().parse_args(arguments or ["--help"])
         return 0
     except KeyboardInterrupt:
-        print("\ngapo: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ngapo: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
         memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # PyTorch's, not loaded
@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if memory:
             message = (
                 f"out of memory ({error}): lower batch_size or max_length, or set gradient_checkpointing, in another "
-                "output_dir; the same command goes on from its last checkpoint"
+                "output_dir; the same command resumes from its last checkpoint"
             )
         print(f"gapo: error: {_printable(' '.join(str(message).split()))}", file=sys.stderr)
         return 1
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal would obey, such as an escape sequence in the name of a file."""
+    """`text` with control characters written out: a file's name could hold an escape sequence for the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 

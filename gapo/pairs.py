@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gapo._namespace import Array, Namespace, at_least_float32, like, namespace, stop_gradient
+from gapo._namespace import Array, Namespace, at_least_float32, library, like, namespace, stop_gradient
 from gapo.logps import response_lengths, sequence_logps
 from gapo.objective import check_batches
 
@@ -20,6 +20,7 @@ COLUMNS = tuple(f"{side}_{part}" for side in SIDES for part in PARTS)
 # TRL's names for reference log-probabilities: sums over the response's tokens, nats.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _LENGTHS = ("chosen_lengths", "rejected_lengths")
+_Arrays = Mapping[str, Array | None]
 
 
 def stacked(batch: Mapping[str, Array], *parts: str) -> list[Array]:
@@ -72,21 +73,14 @@ class BatchConstants:
 
     @classmethod
     def of(cls, batch: Any) -> BatchConstants:
-        """From the columns of a batch: labels or lengths, and `REFERENCE`; nothing of what is no mapping."""
-        if not isinstance(batch, Mapping):
-            return cls()
-        fields = {name: batch[name] for name in _LENGTHS if name in batch}
-        for side in SIDES:
-            if f"{side}_labels" in batch and f"{side}_lengths" not in fields:
-                fields[f"{side}_lengths"] = response_lengths(batch[f"{side}_labels"])
-        reference = {name.removesuffix("_logps"): batch[name] for name in REFERENCE if name in batch}
-        return cls(**fields, **reference)
-
-    @property
-    def complete(self) -> bool:
-        """Whether lengths and reference are all known."""
-        fields = (self.chosen_lengths, self.rejected_lengths, self.ref_chosen, self.ref_rejected)
-        return all(x is not None for x in fields)
+        """From the columns of a batch that are arrays: labels or lengths, and `REFERENCE`."""
+        columns = batch if isinstance(batch, Mapping) else {}
+        arrays = {name: columns[name] for name in (*_LENGTHS, *REFERENCE) if library(columns.get(name)) is not None}
+        for side, name in zip(SIDES, _LENGTHS, strict=True):
+            labels: Any = columns.get(f"{side}_labels")
+            if name not in arrays and library(labels) is not None and len(labels.shape) == 2:
+                arrays[name] = response_lengths(labels)
+        return cls(**{name.removesuffix("_logps"): x for name, x in arrays.items()})
 
 
 def require_reference(objective: str, columns: Iterable[str], function: str = "gapo.data.with_reference_logps") -> None:
@@ -104,9 +98,7 @@ class LogProbs:
 
     It is made of sums, as here, or of length-normalised log-probabilities (`from_averages`). Each is computed from the
     other, by the lengths, when it is asked for. Reference and anchor carry no gradient, ever. float16 and bfloat16 are
-    widened to float32.
-
-    Every argument is an attribute of the same name.
+    widened to float32. Every argument is an attribute of the same name.
 
     Args:
         chosen: (N,) of each chosen response under the policy.
@@ -126,16 +118,6 @@ class LogProbs:
             value is asked for, ValueError: nothing that it is computed from is known.
     """
 
-    xp: Namespace
-    chosen: Array
-    rejected: Array
-    chosen_lengths: Array
-    rejected_lengths: Array
-    ref_chosen: Array
-    ref_rejected: Array
-    anchor_chosen: Array
-    anchor_rejected: Array
-
     def __init__(
         self,
         *,
@@ -149,9 +131,8 @@ class LogProbs:
         anchor_rejected: Array | None = None,
     ) -> None:
         arrays = (chosen, rejected, ref_chosen, ref_rejected, anchor_chosen, anchor_rejected)
-        self._fill(
-            dict(zip(_SIDES_UNDER, arrays, strict=True)), {}, {"chosen": chosen_lengths, "rejected": rejected_lengths}
-        )
+        lengths = dict(zip(SIDES, (chosen_lengths, rejected_lengths), strict=True))
+        self._fill(dict(zip(_SIDES_UNDER, arrays, strict=True)), {}, lengths)
 
     @classmethod
     def from_averages(
@@ -171,13 +152,9 @@ class LogProbs:
             ref_chosen: (N,) summed, nats, as the columns of a data set hold them; None without a reference.
             ref_rejected: (N,) likewise.
         """
-        by_side = (None, None) if lengths is None else halves(lengths)
-        return cls.of_step(
-            (chosen, rejected),
-            BatchConstants(
-                chosen_lengths=by_side[0], rejected_lengths=by_side[1], ref_chosen=ref_chosen, ref_rejected=ref_rejected
-            ),
-        )
+        by_side = {} if lengths is None else dict(zip(SIDES, halves(lengths), strict=True))
+        reference = {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
+        return cls.of_arrays(reference, {"chosen": chosen, "rejected": rejected}, by_side)
 
     @classmethod
     def of_step(
@@ -205,25 +182,21 @@ class LogProbs:
     @classmethod
     def of_arrays(cls, *arrays: Any) -> LogProbs:
         """From (sums, averages, lengths by side, anchor gaps), each a mapping by name but the last."""
-        logps = cls.__new__(cls)
-        logps._fill(*arrays)
+        (logps := cls.__new__(cls))._fill(*arrays)
         return logps
 
-    def _fill(
-        self,
-        sums: Mapping[str, Array | None],
-        averages: Mapping[str, Array | None],
-        lengths: Mapping[str, Array | None],
-        anchor_gaps: Array | None = None,
-    ) -> None:
+    def _fill(self, sums: _Arrays, averages: _Arrays, lengths: _Arrays, anchor_gaps: Array | None = None) -> None:
         policy: Any = next(x for name, x in {**averages, **sums}.items() if name in ("margins", *SIDES))
         # Reference and lengths come with the batch, which may lie elsewhere than the policy.
         self._sums, self._averages, self._lengths = (
             {name: like(x, policy) for name, x in arrays.items() if x is not None}
             for arrays in (sums, averages, lengths)
         )
-        self.xp = namespace(**self._averages, **self._sums)
+        self.xp: Namespace = namespace(**self._averages, **self._sums)
         check_batches({**self._averages, **self._sums}, self.xp)
+        for side, counts in self._lengths.items():
+            if tuple(counts.shape) != tuple(policy.shape):  # others would broadcast
+                raise ValueError(f"{side}_lengths must be {tuple(policy.shape)}, one for each pair, got {counts.shape}")
         for arrays in (self._sums, self._averages):
             for name, x in arrays.items():
                 wide = at_least_float32(x, self.xp)
@@ -234,9 +207,8 @@ class LogProbs:
     def __getattr__(self, name: str) -> Any:
         if name in _SIDES_UNDER:
             return self._sum(name)
-        side, _, lengths = name.partition("_")
-        if lengths == "lengths" and side in SIDES:
-            return self._lengths.get(side)
+        if name in _LENGTHS:
+            return self._lengths.get(name.partition("_")[0])
         raise AttributeError(f"LogProbs has no attribute {name!r}")
 
     def _sum(self, name: str) -> Any:
@@ -281,7 +253,7 @@ class LogProbs:
 
     @property
     def chosen_per_token(self) -> Any:
-        """(N,) length-normalised log-probability of each chosen response, nats per token."""
+        """Length-normalised log-probability of each chosen response (N,), nats per token."""
         return self._average("chosen")
 
     @property
@@ -291,11 +263,6 @@ class LogProbs:
             return self.margins - self._difference(self._average, "anchor_")
         # A first-order gap is far smaller than M: it keeps its digits, and M lends its derivative.
         return self._anchor_gaps + (self.margins - stop_gradient(self.margins))
-
-    @property
-    def anchor_margins(self) -> Any:
-        """M at the anchor (N,), nats per token, without gradient."""
-        return stop_gradient(self.margins - self.anchor_gaps)
 
     @property
     def margins_alone(self) -> bool:
@@ -308,8 +275,9 @@ class LogProbs:
         return (kind == "anchor" and self._anchor_gaps is not None) or {f"{kind}_{side}" for side in SIDES} <= names
 
     def log_ratio_margins(self) -> Array | None:
-        """`z`, or None without a reference."""
-        return self.z if self.has("ref") else None
+        """`z`, or None where the reference or the numbers of tokens are unknown."""
+        sums_known = "chosen" in self._sums or (len(self._lengths) == 2 and not self.margins_alone)
+        return self.z if self.has("ref") and sums_known else None
 
     def per_token(self) -> LogProbs:
         """The same with every log-probability divided by its response's length: nats per token."""

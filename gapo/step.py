@@ -60,7 +60,7 @@ def value_and_grad(
         FloatingPointError: from `step`: a margin, the loss, or the gradient of the probe is not finite.
 
     Warns:
-        RuntimeWarning: once for each cause: the gaps do not fit the gradient (`first_order_ratio` outside [0.5, 2]), or
+        RuntimeWarning: once for each cause. The gaps do not fit the gradient (`first_order_ratio` outside [0.5, 2]), or
             16-bit weights lost a tenth of the perturbation's radius.
 
     Source: method document, "The step"; arXiv 2602.04909.
@@ -137,7 +137,7 @@ def run(
         weights=weights,
         chosen_logps=outputs[0] if len(outputs) == 2 else None,
         rejected_logps=outputs[1] if len(outputs) == 2 else None,
-        log_ratio_margins=logps.log_ratio_margins() if len(outputs) == 2 and constants.complete else None,
+        log_ratio_margins=logps.log_ratio_margins(),
         **(anchor.figures if anchor else {}),
     )
     return result, tuple(xp.astype(c, y.dtype) for c, y in zip(slopes, forward.outputs, strict=True))

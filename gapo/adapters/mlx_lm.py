@@ -101,16 +101,17 @@ def make_loss(
     ) -> tuple[mx.array, mx.array]:
         _refuse_checkpointed_dropout(model)
         _warn_of_a_bare_quantised_base(model)
-        # The module's parameters are the tracers of mlx-lm's gradient here, and so this forward's outputs are too.
+        # The module's parameters are the tracers of mlx-lm's gradient here: it goes through `forward.traced`.
         forward = backend.forward(pair_logps, model, batch, config, anchor=target.needs_anchor, by_side=target.by_side)
         result, cotangents = run(forward, config, backend, loss=target, constants=constants)
         forward.require_repeatable()
-        if target.needs_anchor:  # the step has read its values; without an anchor they stay lazy
+        if target.needs_anchor:  # the step has read values; without an anchor it stays lazy, and so does its result
             result = detached(result)
         metrics = keep_training(model, step_metrics(result, config))
-        # A metric that nobody evaluates would keep the batch's graph alive. `depends` evaluates it with the gradient.
-        cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], metrics)
-        pulls = [mx.sum(c * y) for c, y in zip(cotangents, forward.outputs, strict=True)]
+        # A figure that nobody evaluates would keep the batch's graph alive. `depends` evaluates it with the gradient.
+        figures = [*metrics, *(x for x in vars(result).values() if x is not None)]
+        cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], figures)
+        pulls = [mx.sum(c * y) for c, y in zip(cotangents, forward.traced, strict=True)]
         pull = pulls[0] + pulls[1]
         if on_step is not None:
             on_step(result)

@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from gapo._namespace import is_concrete
+from gapo.backends.mlx import without_graph
+from gapo.result import StepResult
 from gapo.rounding import LEAST, MOST, far_from_linear
-from gapo.step import StepResult
 
 # The "_" keeps an entry of a module out of its parameters. Training and evaluation have an entry each: a compiled step
 # writes the module's state back by position, so that its entries must not change in between.
@@ -31,10 +32,7 @@ def detached(result: StepResult) -> StepResult:
 
     An array that is evaluated while MLX differentiates keeps its whole graph alive, several times the weights.
     """
-    if not is_concrete(result.loss):
-        return result
-    fields = {name: x for name, x in vars(result).items() if x is not None}
-    return replace(result, **{name: mx.array(x.tolist(), x.dtype) for name, x in fields.items()})
+    return replace(result, **{name: without_graph(x) for name, x in vars(result).items() if x is not None})
 
 
 def keep_training(model: nn.Module, metrics: Mapping[str, mx.array]) -> list[mx.array]:

@@ -124,12 +124,12 @@ def require_real(kinds: Mapping[str, bool]) -> None:
 
     Their gradients are conjugated or not by framework, and neither |theta| nor the pairs' gaps are defined for them.
     """
-    found = [name for name, is_complex in kinds.items() if is_complex]
-    if found:
+    names = [name for name, is_complex in kinds.items() if is_complex]
+    if names:
         raise ValueError(
-            f"trainable parameters must be real, and {', '.join(map(repr, found[:3]))}{' ...' if found[3:] else ''} "
-            f"{'are' if found[1:] else 'is'} complex: freeze what does not train (in JAX keep it out of params), or "
-            "train real and imaginary parts as two real parameters"
+            f"trainable parameters must be real, and {', '.join(map(repr, names[:3]))}{' ...' if names[3:] else ''} "
+            f"{'are' if names[1:] else 'is'} complex: freeze what does not train (in JAX keep it out of params). "
+            "Real and imaginary parts can train as two real parameters"
         )
 
 
@@ -143,7 +143,7 @@ def by_pairs(margin_fn: MarginFn) -> MarginFn:
 
 
 def outputs_of(returned: Any) -> tuple[Array, ...]:
-    """What a `margin_fn` returned, as one or two (N,) arrays. Raises TypeError or ValueError naming what came."""
+    """What a `margin_fn` returned, as one or two (N,) arrays. Raises TypeError or ValueError for anything else."""
     outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
     accepted = "margin_fn must return margins (N,), or (chosen_logps, rejected_logps), each (N,)"
     if len(outputs) not in (1, 2):

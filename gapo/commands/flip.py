@@ -53,8 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     write_rows(options.output, rows)
     print(pairs.summary())
     print(f"{sum(row['is_flipped'] for row in rows)} of {len(rows)} labels are flipped; written to {options.output}")
-    came = [new for old, new in zip(pairs.rows, rows, strict=True) if old.get("is_flipped")]
-    if came:
-        undone = sum(not row["is_flipped"] for row in came)
-        print(f"{len(came)} pairs came flipped, and {undone} of them were flipped back: another --seed draws others")
+    flipped = [new for old, new in zip(pairs.rows, rows, strict=True) if old.get("is_flipped")]
+    if flipped:
+        undone = sum(not row["is_flipped"] for row in flipped)
+        print(f"{len(flipped)} pairs came flipped, and {undone} of them were flipped back: another --seed draws others")
     return 0

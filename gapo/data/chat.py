@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from gapo.data.messages import OTHERS, bare, common_length, media_of, text_of
-from gapo.data.rows import require_turns
+from gapo.data.pair_rows import require_turns
 from gapo.pairs import SIDES
 
 # Arguments of `apply_chat_template` that this module sets, or that change the kind of its result.
@@ -29,8 +29,8 @@ def split_chat(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[lis
     whole conversation differs from the prompt.
 
     Raises:
-        ValueError: the template refuses the messages, leaves out a tool call, or renders the prompt differently once
-            an answer follows, so that the answer's first token is undefined.
+        ValueError: the template refuses the messages or leaves out a tool call. Or it renders the prompt differently
+            once an answer follows, so that the answer's first token is undefined.
     """
     if not row["prompt"]:
         raise ValueError("the prompt has no message, and a chat template begins an answer behind one")
@@ -131,8 +131,8 @@ class _Template:
     def require_same_prompt(self, prompt: list[dict[str, Any]], answer: list[dict[str, Any]], side: str) -> None:
         """Raise ValueError unless the conversation begins with the rendered prompt, up to its generation prompt.
 
-        Three differences are allowed: tokens that merge across the border, a generation prompt unlike the head of the
-        answer's turn (an empty block of thoughts, for example), and the text that closes every conversation.
+        Three differences are allowed: tokens that merge across the border; the text that closes every conversation; a
+        generation prompt unlike the head of the answer's turn, for example with an empty block of thoughts.
         """
         opening, text = self._text(prompt, generation=True), self._text([*prompt, *answer])
         shared = common_length(opening, text)

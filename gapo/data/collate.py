@@ -38,8 +38,8 @@ def collate_pairs(
         numbers: the rows' numbers in error messages; None counts from 0.
 
     Raises:
-        ValueError: there is no pair, a row lacks a column or has values other than ids and labels (the message names
-            the row), or `padding_side` is unknown.
+        ValueError: there is no pair, or `padding_side` is unknown. Or a row lacks a column, or has values other than
+            ids and labels; the message names the row.
 
     >>> row = {"chosen_input_ids": [1, 2, 3], "chosen_labels": [-100, 2, 3],
     ...        "rejected_input_ids": [1, 4], "rejected_labels": [-100, 4]}
@@ -116,7 +116,7 @@ def _checked(row: dict[str, Any], side: str, name: str) -> tuple[np.ndarray, np.
 
 def _are_shifted(ids: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> bool:
     """Whether each label that counts is the NEXT position's id, as where a model does not shift by itself."""
-    if (labels[counts] == ids[counts]).all():
+    if (labels[counts] == ids[counts]).all():  # as they should be; a text of one repeated token also looks shifted
         return False
     early = counts[:-1]
     return bool(early.any() and (labels[:-1] == ids[1:])[early].all())

@@ -85,6 +85,7 @@ def _words(name: str) -> set[str]:
 
 
 def _flip_favours(row: dict[str, Any], favour: str) -> bool:
+    # A flip makes the rejected answer the chosen one.
     growth = len(text_of(row["rejected"])) - len(text_of(row["chosen"]))
     return growth > 0 if favour == "longer" else growth < 0
 

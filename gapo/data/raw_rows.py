@@ -126,6 +126,7 @@ def _read_json(path: Path) -> Rows:
 def _parse(raw: bytes) -> Any:
     try:
         text = raw.decode("utf-8")
+        # Python keeps the last of two equal keys. The slower hook that sees both runs only where a key may be repeated.
         once = all(text.count(f'"{name}"') < 2 for name in _COLUMNS)
         return json.loads(text) if once else json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError:
@@ -142,6 +143,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
 
 
 def _read_csv(path: Path) -> Rows:
+    # Bytes that are not UTF-8 become lone surrogates, so that only their own row is unreadable.
     return _csv_rows(_bytes(path).decode("utf-8", errors="surrogateescape"), path)
 
 
@@ -179,7 +181,7 @@ def _require_distinct(reader: csv.DictReader[str], path: Path) -> None:
 def _csv_row(row: dict[Any, Any]) -> dict[str, Any] | Unreadable:
     if any(not is_utf8(cell) for pair in row.items() for cell in pair if isinstance(cell, str)):
         return Unreadable("not UTF-8")
-    if None in row:
+    if None in row:  # csv.DictReader's key for surplus cells; a missing cell has the value None
         return Unreadable("more cells than the first line names: quote texts that hold commas")
     if row.get("prompt", "") is None:
         return Unreadable("fewer cells than the first line names, so that the prompt is missing")

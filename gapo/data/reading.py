@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gapo.data.pair_rows import RowFault, as_pair
 from gapo.data.raw_rows import PairError, Unreadable, read_rows
-from gapo.data.rows import RowFault, as_pair
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from gapo.data.chat import has_turns_of_others, require_text, split_chat, warn_once
 from gapo.data.limits import Cuts, Limits
 from gapo.data.messages import common_length
-from gapo.data.rows import name_of, require_columns, with_prompt
+from gapo.data.pair_rows import name_of, require_columns, with_prompt
 from gapo.pairs import SIDES
 
 IGNORE_INDEX = -100
@@ -61,9 +61,9 @@ def tokenize_pair(
         "chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels", each a list of `seq` ids.
 
     Raises:
-        ValueError: the row is not a pair, or holds images or sounds; an answer has no token; both answers are the same
-            tokens (if truncation is the cause, a warning); the chat template refuses the messages, or the answer's
-            first token is undefined; a limit is too small.
+        ValueError: the row is not a pair, or holds images or sounds. An answer has no token, or both are the same
+            tokens (only a warning, if truncation is the cause). The chat template refuses the messages. The answer's
+            first token is undefined. A limit is too small.
     """
     limits = Limits(max_length, max_prompt_length)
     tokens = tokens_of(row, tokenizer, limits)
@@ -126,7 +126,7 @@ def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
     for side, answer in zip(SIDES, answers, strict=True):
         if not answer:
             raise ValueError(f"the {side} answer of row {name_of(row)} has no token")
-    if not prompt:
+    if not prompt:  # nor a beginning-of-text token; an answer that begins with the substitute loses its own
         prompt = [_start(tokenizer)]
         answers = [answer[1:] if answer[:1] == prompt and len(answer) > 1 else answer for answer in answers]
     return _truncated(prompt, answers, limits, tokenizer.bos_token_id)
@@ -148,7 +148,7 @@ def _truncated(prompt: list[int], answers: list[list[int]], limits: Limits, bos:
     short_answers = [answer[: most - 1] for answer in answers]  # one token of the prompt predicts an answer's first
     room = min(most - max(map(len, short_answers)), limits.max_prompt_length or sys.maxsize)
     short = prompt
-    if len(prompt) > room:
+    if len(prompt) > room:  # its last tokens stay, behind the beginning-of-text token
         opening = prompt[:1] if prompt[0] == bos else []
         short = opening + prompt[len(prompt) - room + len(opening) :]
     columns = {}
@@ -163,6 +163,7 @@ def _split_text(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[li
     opening, closing = _frame(tokenizer)
     eos = tokenizer.eos_token_id
 
+    # Special tokens are added here, not by the tokenizer, which would repeat one that the text already has.
     def encode(text: str) -> list[int]:
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return ids if ids[: len(opening)] == opening else opening + ids
@@ -191,7 +192,7 @@ def _split_text(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[li
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer adds before every text, and those that it adds after it."""
     framed, plain = list(tokenizer("a")["input_ids"]), list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    if not plain:  # a vocabulary without this letter
+    if not plain:  # the vocabulary lacks this letter: only the beginning-of-text token can be told from the rest
         start = int(framed[:1] == [tokenizer.bos_token_id])
         return framed[:start], framed[start:]
     start = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gapo._namespace import Array, stop_gradient
 from gapo.objective import logistic, pair_losses, sigmoid
-from gapo.objectives.registry import objective
+from gapo.objectives.formulas import objective
 from gapo.pairs import LogProbs
 
 

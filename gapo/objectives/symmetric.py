@@ -6,17 +6,15 @@ A reward is `beta * (logp - ref_logp)`, clipped to [-clip, clip]; beyond it no g
 
 from __future__ import annotations
 
-import functools
-
 from gapo._namespace import Array
 from gapo.objective import sigmoid
-from gapo.objectives.registry import objective
+from gapo.objectives.formulas import objective
 from gapo.pairs import LogProbs
 
-_symmetric = functools.partial(objective, paper="Nishimori et al., arXiv 2505.24709", needs_reference=True)
+_PAPER = "Nishimori et al., arXiv 2505.24709"
 
 
-@_symmetric()
+@objective(paper=_PAPER, needs_reference=True)
 def sigmoid_loss(logps: LogProbs, *, beta: float = 0.1, clip: float = 10.0) -> Array:
     """Symmetric sigmoid loss: `sigmoid(-d)`, with d the difference of the two responses' clipped rewards.
 
@@ -29,7 +27,7 @@ def sigmoid_loss(logps: LogProbs, *, beta: float = 0.1, clip: float = 10.0) -> A
     return sigmoid(-_reward_differences(logps, beta, clip), logps.xp)
 
 
-@_symmetric()
+@objective(paper=_PAPER, needs_reference=True)
 def ramp(logps: LogProbs, *, beta: float = 0.1, clip: float = 10.0) -> Array:
     """Symmetric ramp loss: `min(1, max(0, (1 - d) / 2))`, with d as in `sigmoid_loss`.
 
@@ -42,7 +40,7 @@ def ramp(logps: LogProbs, *, beta: float = 0.1, clip: float = 10.0) -> Array:
     return logps.xp.clip(0.5 - 0.5 * _reward_differences(logps, beta, clip), 0.0, 1.0)
 
 
-@_symmetric()
+@objective(paper=_PAPER, needs_reference=True)
 def unhinged(logps: LogProbs, *, beta: float = 0.1, clip: float = 10.0) -> Array:
     """Symmetric unhinged loss: `1 - d`, with d as in `sigmoid_loss`: linear, bounded by the clipping alone.
 

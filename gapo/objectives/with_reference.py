@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gapo._namespace import Array
 from gapo.objective import logistic
-from gapo.objectives.registry import objective
+from gapo.objectives.formulas import objective
 from gapo.pairs import LogProbs
 
 

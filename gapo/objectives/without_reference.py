@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gapo._namespace import Array, Namespace, stop_gradient
 from gapo.objective import pair_losses
-from gapo.objectives.registry import objective
+from gapo.objectives.formulas import objective
 from gapo.pairs import LogProbs
 
 _LARGEST_EXPONENT = 60.0
@@ -78,7 +78,7 @@ def amapo(logps: LogProbs, *, beta: float = 2.0) -> Array:
 
 
 def _adaptive_targets(margins: Array, xp: Namespace) -> Array:
-    """[M < mu] * exp((mu - M) / s * mu), (N,): 0 for all pairs where they are equal, and so for one pair alone."""
+    """[M < mu] * exp((mu - M) / s * mu), (N,). It is 0 where all pairs are equal, and for one pair alone."""
     mean = xp.mean(margins)
     squares = xp.sum((margins - mean) ** 2) / max(1, margins.shape[0] - 1)
     below = (margins < mean) & (squares > 0)

@@ -65,7 +65,7 @@ class EvaluatedPairs(PairSource):
     Args:
         pairs: training pairs: a file (.json, .jsonl, each also .gz, .csv, .parquet), a data set's folder or Hub name,
             or "demo" for generated ones.
-        eval_pairs: pairs to evaluate on, likewise; none to hold out a share of the training pairs. Those that say
+        eval_pairs: pairs to evaluate on, likewise; none to hold out a share of the training pairs. Pairs with
             is_flipped are evaluated on their true labels.
         split: split of a data set to train on.
         eval_split: split of the data set eval_pairs; none for the only one named test, validation, eval or the like.
@@ -102,7 +102,7 @@ class TinyPolicy(_Checked):
         tiny_answer_steps: steps of warm-up on prompts with either answer, chosen and rejected alike.
         tiny_batch_size: sequences of 128 tokens in a warm-up step.
         tiny_learning_rate: peak learning rate of the warm-up.
-        cache_dir: folder where warmed-up tiny models are kept.
+        cache_dir: folder of warmed-up tiny models.
     """
 
     tiny_hidden_size: int = 128

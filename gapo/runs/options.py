@@ -24,7 +24,8 @@ def parser_of(classes: Sequence[type], **about: str) -> Any:
     Types and defaults are the fields', the help is that of their docstrings, and the choices those of their metadata.
     `about` goes to `argparse.ArgumentParser`: prog, description, epilog.
     """
-    parser = ArgumentParser(**about, exit_on_error=False)
+    # Abbreviated, `--conf` would read a file that `config_files` does not see, and so does not check.
+    parser = ArgumentParser(**about, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", metavar="CONFIG.yaml", help="the same as the first argument")
     for cls in classes:
         add_fields(parser, cls)
@@ -45,49 +46,61 @@ def parse_fields(
 ) -> list[Any]:
     """`[CONFIG.yaml] [--key value ...]` by a parser of the fields of these data classes: one instance of each.
 
-    `check` is called with the instances; the ValueError that it raises is told like any other.
+    `check` is called with the instances. A ValueError that it raises becomes a ConfigError like any other.
 
     Raises:
-        ConfigError: as `parse`.
+        ConfigError: a key or a value is not accepted, or a file cannot be read.
     """
-    arguments = list(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, "--config")
+    arguments = with_config(arguments)
     try:
-        for path in _named_files(arguments):
+        for path in config_files(arguments):
             require_plain_yaml(path)
-        found = parser.parse_args(_with_values(arguments, classes))
-        made = [kind(**_given(found, kind)) for kind in classes]
+        values = parser.parse_args(_with_values(arguments, classes))
+        instances = [cls(**_checked(values, cls)) for cls in classes]
         if check is not None:
-            check(*made)
-        return made
+            check(*instances)
+        return instances
+    except ConfigError:
+        raise
     except RecursionError as error:
         raise ConfigError("a value is nested too deeply") from error
     except (ArgumentError, ValueError) as error:
         raise ConfigError(_with_closest_key(_short(" ".join(str(error).split())), classes)) from error
 
 
-def _named_files(arguments: Sequence[str]) -> list[Path]:
-    """The configuration files of a command line."""
-    named = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
-    named += [following for a, following in pairwise(arguments) if a == "--config"]
-    for name in named:
+def with_config(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--config` before a file that stands first."""
+    first = ["--config"] if arguments and not arguments[0].startswith("-") else []
+    return [*first, *arguments]
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """The configuration files of a command line. Raises ConfigError for one that does not exist."""
+    names = values_of("config", arguments)
+    for name in names:
         if not os.path.isfile(name):
             raise ConfigError(f"there is no configuration file {name!r}")
-    return [Path(name) for name in named]
+    return [Path(name) for name in names]
 
 
-def _given(found: Any, kind: type) -> dict[str, Any]:
-    """The fields of one data class; the parser takes null for everything, and numbers that are none."""
-    given = {f.name: found[f.name] for f in fields(kind)}
-    for f in fields(kind):
-        value = given[f.name]
+def values_of(name: str, arguments: Sequence[str]) -> list[str]:
+    """Every value that the command line itself has for a key, as text."""
+    option = f"--{name}"
+    joined = [argument.removeprefix(f"{option}=") for argument in arguments if argument.startswith(f"{option}=")]
+    return joined + [following for argument, following in pairwise(arguments) if argument == option]
+
+
+def _checked(values: Any, cls: type) -> dict[str, Any]:
+    """The fields of one data class; the parser accepts null for everything, and numbers that are not finite."""
+    settings = {f.name: values[f.name] for f in fields(cls)}
+    for f in fields(cls):
+        value = settings[f.name]
         if value is None and "None" not in str(f.type):
             raise ValueError(f"{f.name} must not be null")
-        values = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
-        if not all(math.isfinite(v) for v in values if isinstance(v, float)):
+        parts = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+        if not all(math.isfinite(part) for part in parts if isinstance(part, float)):
             raise ValueError(f"{f.name} must be finite, got {value!r}")
-    return given
+    return settings
 
 
 def _short(message: str, most: int = 500) -> str:
@@ -96,7 +109,7 @@ def _short(message: str, most: int = 500) -> str:
 
 def _with_values(arguments: list[str], classes: Sequence[type]) -> list[str]:
     """`--strict` alone is `--strict true`; so for every switch."""
-    switches = {f"--{f.name}" for kind in classes for f in fields(kind) if f.type in ("bool", bool)}
+    switches = {f"--{f.name}" for cls in classes for f in fields(cls) if f.type in ("bool", bool)}
     completed = []
     for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         completed.append(argument)
@@ -107,13 +120,13 @@ def _with_values(arguments: list[str], classes: Sequence[type]) -> list[str]:
 
 def known_keys(classes: Sequence[type]) -> list[str]:
     """Every key of these data classes."""
-    return [f.name for kind in classes for f in fields(kind)]
+    return [f.name for cls in classes for f in fields(cls)]
 
 
 def _with_closest_key(message: str, classes: Sequence[type]) -> str:
-    known = known_keys(classes)
+    keys = known_keys(classes)
     words = [word.strip("'\"-,.:").split("=")[0] for word in message.split()]
     for word in words:
-        if word not in known and (close := difflib.get_close_matches(word, known, n=1, cutoff=0.75)):
+        if word not in keys and (close := difflib.get_close_matches(word, keys, n=1, cutoff=0.75)):
             return f"{message}. Did you mean {close[0]!r}?"
     return message

@@ -1,4 +1,8 @@
-"""Several processes of one `gapo train`, as torchrun starts them: the first writes, the others wait for it."""
+"""Several processes of one `gapo train`, as torchrun starts them: the first one writes, and the others wait for it.
+
+Before any framework has set up a group, the environment is all that a process knows of the others. So `count` and
+`is_first` read the variables that torchrun and `accelerate launch` set, and only waiting needs the group itself.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from gapo.runs.errors import ConfigError
 
 
 def count() -> int:
-    """How many processes there are, by the environment that torchrun and `accelerate launch` give them."""
+    """The number of processes, by the environment that torchrun and `accelerate launch` set."""
     return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
 
 
@@ -21,7 +25,7 @@ def is_first() -> bool:
 
 @contextmanager
 def first_ahead() -> Iterator[None]:
-    """The first process does the block alone; the others wait, then do it too, and find what the first has left."""
+    """The first process runs the block alone. Then the others run it, and find the files that the first has written."""
     if count() == 1:
         yield
         return
@@ -32,7 +36,7 @@ def first_ahead() -> Iterator[None]:
 
 
 def meet() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has come to this call."""
     if count() > 1:
         from accelerate import PartialState
 
@@ -40,7 +44,7 @@ def meet() -> None:
 
 
 def require_one(what: str) -> None:
-    """Raise ConfigError where `what` was started in several processes, each of which would do all of it."""
+    """Raise ConfigError where `what` was started in several processes, each of which would do all the work."""
     several = count() if count() > 1 else int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)
     if several > 1 or "MLX_RANK" in os.environ:
         raise ConfigError(f"{what} runs in one process: start it without torchrun, accelerate launch or mlx.launch")

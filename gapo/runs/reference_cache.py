@@ -1,4 +1,7 @@
-"""Reference log-probabilities of a run: computed from the policy that it starts from, and kept for when it resumes."""
+"""Reference log-probabilities of a run: measured under the policy that it starts from, and saved for its resumption.
+
+A resumed run has trained weights, from which the starting policy's log-probabilities can no longer be computed.
+"""
 
 from __future__ import annotations
 

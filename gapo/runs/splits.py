@@ -1,4 +1,8 @@
-"""Splits of a data set: the one to train on must be there, and the one to evaluate on must not be the training one."""
+"""Splits of a data set: the training split must exist, and evaluation must never take the training split.
+
+`gapo train --eval_pairs NAME` without a split would silently read "train", the default of the `datasets` library, and
+report an accuracy on training pairs. So the split is taken from its name, or asked for.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,15 @@ def require_split(source: str, split: str, option: str = "split") -> None:
     Parts and sums of splits ("train[:10%]", "train+test") are judged by the names in them.
     """
     try:
-        known = splits_of(source)
-    except Exception:  # the library raises many kinds; reading the rows tells the reason
+        splits = splits_of(source)
+    except Exception:  # the library raises many kinds; reading the rows will raise the real reason
         return
-    if known is not None and not {part.split("[")[0].strip() for part in split.split("+")} <= set(known):
-        raise ConfigError(f"{source!r} has no split {split!r}; it has {', '.join(known)}: give {option}")
+    if splits is not None and not {part.split("[")[0].strip() for part in split.split("+")} <= set(splits):
+        raise ConfigError(f"{source!r} has no split {split!r}; it has {', '.join(splits)}: give {option}")
 
 
 def evaluation_split(source: str, wanted: str | None) -> str:
-    """The split of `source` to evaluate on: `wanted`, or else the only one that its name says is for evaluation.
+    """The split of `source` to evaluate on: `wanted`, or the only one whose name says that it is for evaluation.
 
     Raises:
         ConfigError: there is no such split, or several; or `wanted` is given for a source without splits.
@@ -37,20 +41,20 @@ def evaluation_split(source: str, wanted: str | None) -> str:
         require_split(source, wanted, "eval_split")
         return wanted
     try:
-        known = splits_of(source)
+        splits = splits_of(source)
     except Exception as error:  # the library raises many kinds; all mean that the splits are not known
         raise ConfigError(
             f"{source!r} is neither a file nor a data set whose splits could be listed "
             f"({type(error).__name__}: {error})"
         ) from error
-    if known is None:
-        return "train"  # means nothing there
-    found = [name for name in known if names_evaluation(name)]
-    if len(found) != 1:
+    if splits is None:
+        return "train"  # the name that `read_pairs` ignores for such a source
+    evaluated = [name for name in splits if names_evaluation(name)]
+    if len(evaluated) != 1:
         raise ConfigError(
-            f"which split of {source!r} to evaluate on is not clear; it has {', '.join(known)}: give eval_split"
+            f"which split of {source!r} to evaluate on is not clear; it has {', '.join(splits)}: give eval_split"
         )
-    return found[0]
+    return evaluated[0]
 
 
 def splits_of(source: str) -> list[str] | None:
@@ -66,5 +70,5 @@ def splits_of(source: str) -> list[str] | None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether `path` is a file, or is named like one that is not there."""
+    """Whether `path` is a file, or has the ending of one; a misspelt file's name is no name on the Hub."""
     return not path.is_dir() and (path.exists() or path.suffix.lower() in _ENDINGS)

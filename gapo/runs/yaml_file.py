@@ -1,4 +1,7 @@
-"""YAML of a configuration, looked at before it is parsed: what would hang, crash or be ignored is refused by name."""
+"""The YAML of a configuration, checked before it is parsed.
+
+A file that would hang the parser, exhaust its stack, or be read only in part is refused with a message that names it.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ _DEEPEST = 20  # lists and mappings within each other; configurations have two
 def require_plain_yaml(path: Path) -> None:
     """Raise ValueError, naming the file, unless it is YAML of `key: value` lines, not nested deeply, in UTF-8.
 
-    Aliases are refused, since a few of them (`*name` of `*name`) stand for billions of values; a key that stands twice,
-    since one of its values would be dropped in silence; and a configuration that names another.
+    Aliases are refused, since a few of them (`*name` of `*name`) expand to billions of values. So is a key that stands
+    twice, since one of its values would be dropped silently, and a configuration that names another.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -30,7 +33,7 @@ def require_plain_yaml(path: Path) -> None:
 
 
 def _harm(text: str) -> str | None:
-    """What would take long or exhaust the stack. Event by event, which does neither."""
+    """The reason why parsing would take long or exhaust the stack. Reading the events one by one does neither."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
@@ -42,7 +45,7 @@ def _harm(text: str) -> str | None:
 
 
 def _not_read(root: yaml.Node | None) -> str | None:
-    """What would be ignored, or read from elsewhere."""
+    """The reason why a part of the file would be ignored, or another file be read."""
     if not isinstance(root, yaml.MappingNode):
         return "holds no `key: value` lines"
     keys = [key.value for key, _ in root.value if isinstance(key, yaml.ScalarNode)]

@@ -1,4 +1,8 @@
-"""One run of a study: a policy trained on noisy pairs with one objective, and what was measured on the way."""
+"""One run of a study: a policy trained on noisy pairs with one objective, and its measurements.
+
+The order of batches (pairs of like length together) and the schedule are the study's own, not those of `gapo train`:
+the published numbers depend on both, bit for bit for a seed.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import gapo
 from gapo.data import flip_pairs
-from gapo.objectives import OBJECTIVES, LogProbs
+from gapo.objectives import OBJECTIVES, Objective
 from gapo.study.arms import ARMS
 from gapo.study.cells import Cell
-from gapo.study.policy import Batch, Material, flipped, length, pair_logps
+from gapo.study.policy import Material, flipped, length, pair_logps
 from gapo.study.study_config import StudyConfig
 from gapo.study.weight_log import WeightLog
 
@@ -81,29 +84,46 @@ def train(
     """
     material.reset()
     model = material.model
-    options = {name: value for name, value in settings.items() if name != "learning_rate"}
-    objective = _Gapo(options) if ARMS[arm].objective == "gapo" else _Other(ARMS[arm].objective, options)
+    objective, step = _step(arm, {name: value for name, value in settings.items() if name != "learning_rate"})
     tokens = [
         flipped(material.tokens["pool"][row]) if swap else material.tokens["pool"][row]
         for row, swap in zip(drawn.rows, drawn.is_flipped, strict=True)
     ]
-    reference = material.reference["pool"][drawn.rows]
-    reference[drawn.is_flipped] = reference[drawn.is_flipped][:, [1, 0, 3, 2]]
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     log = WeightLog(drawn.is_flipped)
     total = len(drawn.order)
     torch.manual_seed(drawn.seed)  # of the gaussian direction: intervals over seeds are to hold its chance too
-    for at, index in enumerate(drawn.order):
+    for number, index in enumerate(drawn.order):
         parts = np.array_split(index, len(index) // anchor_pairs) if anchor_pairs else [index]
         optimizer.zero_grad(set_to_none=True)
         for batch in material.batches(tokens, len(index), parts):
-            margins, weights, gaps = objective(model, batch, reference[batch.index], len(batch.index) / len(index))
-            log.add(at / total, batch.index, margins, weights, gaps)
+            result, grads = step(model, batch)
+            share = len(batch["index"]) / len(index)
+            for name, p in model.named_parameters():
+                p.grad = grads[name] * share if p.grad is None else p.grad.add_(grads[name], alpha=share)
+            # How hard the objective pulls at what it compares: at a margin per token, or at a log-ratio of sums.
+            weights = result.weights if objective.average else result.weights / batch["rejected_lengths"]
+            gaps = None if result.anchor_gaps is None else result.anchor_gaps.numpy()
+            log.add(number / total, batch["index"], result.margins.numpy(), weights.numpy(), gaps)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = settings["learning_rate"] * _schedule(at, total, config.warmup_ratio)
+            group["lr"] = settings["learning_rate"] * _schedule(number, total, config.warmup_ratio)
         optimizer.step()
     return log
+
+
+def _step(arm: str, settings: Mapping[str, Any]) -> tuple[Objective, Callable[..., Any]]:
+    """The objective of an arm and its training step; the settings go to `GAPOConfig` where the objective reads them."""
+    objective = OBJECTIVES[ARMS[arm].objective]
+    in_config = bool(objective.step_settings)
+    step = gapo.value_and_grad(
+        pair_logps,
+        gapo.GAPOConfig(**settings if in_config else {}),
+        objective,
+        backend="torch",
+        objective_settings=None if in_config else settings,
+    )
+    return objective, step
 
 
 def _schedule(step: int, total: int, warmup_ratio: float) -> float:
@@ -112,49 +132,6 @@ def _schedule(step: int, total: int, warmup_ratio: float) -> float:
     if step + 1 < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-class _Gapo:
-    """GAPO's step: gradients into `.grad`, and the step's margins, weights and gaps."""
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self._step: Callable[..., Any] = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(**options), backend="torch")
-
-    def __call__(self, model: nn.Module, batch: Batch, reference: np.ndarray, share: float) -> tuple[Any, ...]:
-        result, grads = self._step(model, batch)
-        for name, p in model.named_parameters():
-            p.grad = grads[name] * share if p.grad is None else p.grad.add_(grads[name], alpha=share)
-        return result.margins.numpy(), result.weights.numpy(), result.anchor_gaps.numpy()
-
-
-class _Other:
-    """Any other objective, by autograd; its weight is how hard it pulls at the pair's log-ratio, -dl/dz.
-
-    The loss is differentiated by the log-probabilities first and these by the parameters then, so that the weights
-    come for free. z is what the objective compares: a mean over tokens, or a sum.
-    """
-
-    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        self._objective, self._options = OBJECTIVES[name], dict(options)
-
-    def __call__(self, model: nn.Module, batch: Batch, reference: np.ndarray, share: float) -> tuple[Any, ...]:
-        means = pair_logps(model, batch)
-        ref_chosen, ref_rejected, chosen_tokens, rejected_tokens = torch.from_numpy(reference).float().unbind(1)
-        counts = (chosen_tokens, rejected_tokens)
-        leaves = [(x.detach() * n).requires_grad_() for x, n in zip(means, counts, strict=True)]
-        logps = LogProbs(
-            chosen=leaves[0],
-            rejected=leaves[1],
-            chosen_lengths=chosen_tokens,
-            rejected_lengths=rejected_tokens,
-            ref_chosen=ref_chosen,
-            ref_rejected=ref_rejected,
-        )
-        losses = self._objective.losses(logps, **self._options)
-        pulls = torch.autograd.grad(losses.mean(), leaves)
-        torch.autograd.backward(means, [pull * n * share for pull, n in zip(pulls, counts, strict=True)])
-        weights = pulls[1] * len(losses) * (rejected_tokens if self._objective.average else 1)
-        return (means[0] - means[1]).detach().numpy(), weights.numpy(), None
 
 
 def evaluate(material: Material, tokens: list[dict[str, Any]]) -> dict[str, float]:
@@ -182,8 +159,7 @@ def rewards(logps: np.ndarray) -> dict[str, float]:
 
 def before(material: Material, part: str) -> dict[str, float]:
     """`evaluate` of the policy before any training, from its cached log-probabilities."""
-    reference = material.reference[part]
-    return rewards(reference[:, :2] / reference[:, 2:])
+    return rewards(material.start[part])
 
 
 def measure(material: Material, config: StudyConfig, cell: Cell) -> dict[str, Any]:
@@ -219,9 +195,9 @@ def _value(material: Material, config: StudyConfig, cell: Cell) -> dict[str, Any
     ranked = seen[np.argsort(gaps[seen], kind="stable")]
     count = round(config.valuation_share * len(ranked))
     shuffled = np.random.default_rng([cell.seed, 2]).permutation(seen)
-    kept = {"lowest": ranked[:count], "random": shuffled[:count], "highest": ranked[-count:]}
+    parts = {"lowest": ranked[:count], "random": shuffled[:count], "highest": ranked[-count:]}
     record: dict[str, Any] = {"pairs": count}
-    for name, rows in kept.items():
+    for name, rows in parts.items():
         rng = np.random.default_rng([cell.seed, 3])
         lengths = np.array([length(material.tokens["pool"][i]) for i in drawn.rows[rows]])
         order = [rows[batch] for _ in range(config.epochs) for batch in bucketed(lengths, config.batch_size, rng)]

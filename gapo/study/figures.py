@@ -13,7 +13,7 @@ from gapo.study.frames import NAMES
 from gapo.study.statistics import intervals
 from gapo.study.weight_log import SPANS
 
-# Arms in colour; others stand as thin grey lines behind them. Colours of Okabe and Ito, as in `plots`.
+# Arms in colour; the others are thin grey lines behind them. Colours of Okabe and Ito, as in `plots`.
 _COLOURS = {"gapo": ORANGE, "simpo": BLUE, "dpo": GREEN, "dr_dpo": "#cc79a7", "ropo": "#a08000"}
 _CONTROL_COLOURS = {
     "gapo": ORANGE, "gapo-rho0": BLUE, "gapo-gaussian": GREEN, "gapo-margin": "#cc79a7", "gapo-l2": "#a08000",
@@ -24,12 +24,12 @@ _GREY = "#8a929b"
 
 def accuracy(runs: pd.DataFrame, mode: str, title: str, ylabel: str, value: str = "accuracy") -> str:
     """Accuracy against flip rate: GAPO and the best known in colour with bands, the others in grey."""
-    found = intervals(runs[runs["mode"] == mode], ["arm", "rate"], value)
-    methods = [arm for arm in found["arm"].unique() if arm == "gapo" or not arm.startswith("gapo-")]
+    table = intervals(runs[runs["mode"] == mode], ["arm", "rate"], value)
+    methods = [arm for arm in table["arm"].unique() if arm == "gapo" or not arm.startswith("gapo-")]
 
     def draw(axes: Any) -> None:
         for arm in sorted(methods, key=lambda arm: arm in _COLOURS):
-            _band(axes, found[found["arm"] == arm], NAMES.get(arm, arm), _COLOURS.get(arm))
+            _band(axes, table[table["arm"] == arm], NAMES.get(arm, arm), _COLOURS.get(arm))
         others = [NAMES.get(arm, arm) for arm in methods if arm not in _COLOURS]
         if others:
             axes.plot([], [], color=_GREY, linewidth=0.8, label=f"{len(others)} others")
@@ -41,32 +41,32 @@ def controls(runs: pd.DataFrame, mode: str, title: str, ylabel: str) -> str:
     """GAPO and its controls: accuracy against flip rate, at the rates where the controls were run."""
     runs = runs[(runs["mode"] == mode) & runs["arm"].isin(list(_CONTROL_COLOURS))]
     runs = runs[runs["rate"].isin(set(runs[runs["arm"] != "gapo"]["rate"]))]
-    found = intervals(runs, ["arm", "rate"], "accuracy")
-    return _against_rate(found, {arm: (NAMES[arm], _CONTROL_COLOURS[arm]) for arm in _CONTROL_COLOURS}, title, ylabel)
+    table = intervals(runs, ["arm", "rate"], "accuracy")
+    return _against_rate(table, {arm: (NAMES[arm], _CONTROL_COLOURS[arm]) for arm in _CONTROL_COLOURS}, title, ylabel)
 
 
-def valuation(found: pd.DataFrame, title: str) -> str:
+def valuation(table: pd.DataFrame, title: str) -> str:
     """Accuracy of SimPO on the pairs with the lowest, random and highest gaps, against the share of flips."""
     parts = {"lowest": GREEN, "random": BLUE, "highest": ORANGE}
     lines = {part: (f"{part} gaps" if part != "random" else "random pairs", parts[part]) for part in parts}
-    return _against_rate(found, lines, title, "reward accuracy, clean test pairs, %")
+    return _against_rate(table, lines, title, "reward accuracy, clean test pairs, %")
 
 
-def _against_rate(found: pd.DataFrame, lines: dict[str, tuple[str, str]], title: str, ylabel: str) -> str:
+def _against_rate(table: pd.DataFrame, lines: dict[str, tuple[str, str]], title: str, ylabel: str) -> str:
     """Bands for {arm: (label, colour)} against the flip rate; a point with its interval for each where there is one."""
-    lines = {arm: line for arm, line in lines.items() if arm in set(found["arm"])}
-    rates = found["rate"].unique()
+    lines = {arm: line for arm, line in lines.items() if arm in set(table["arm"])}
+    rates = table["rate"].unique()
 
     def bands(axes: Any) -> None:
         for arm, (label, colour) in lines.items():
-            _band(axes, found[found["arm"] == arm], label, colour)
+            _band(axes, table[table["arm"] == arm], label, colour)
 
     def points(axes: Any) -> None:
-        for at, (arm, (label, colour)) in enumerate(reversed(lines.items())):
-            mean, low, high = 100 * found[found["arm"] == arm].iloc[0][["mean", "low", "high"]].astype(float)
-            axes.plot([low, high], [at, at], color=colour)
-            axes.plot(mean, at, "o", color=colour, markersize=5)
-            axes.annotate(label, (low, at), xytext=(-6, 0), textcoords="offset points", ha="right", va="center")
+        for height, (arm, (label, colour)) in enumerate(reversed(lines.items())):
+            mean, low, high = 100 * table[table["arm"] == arm].iloc[0][["mean", "low", "high"]].astype(float)
+            axes.plot([low, high], [height, height], color=colour)
+            axes.plot(mean, height, "o", color=colour, markersize=5)
+            axes.annotate(label, (low, height), xytext=(-6, 0), textcoords="offset points", ha="right", va="center")
         axes.margins(x=0.5, y=0.2)
         axes.set_yticks([])
 
@@ -75,13 +75,13 @@ def _against_rate(found: pd.DataFrame, lines: dict[str, tuple[str, str]], title:
     return figure(f"{title}, {100 * rates[0]:g} % flips", ylabel, "", points)
 
 
-def _band(axes: Any, found: pd.DataFrame, label: str, colour: str | None) -> None:
-    x = 100 * found["rate"]
+def _band(axes: Any, table: pd.DataFrame, label: str, colour: str | None) -> None:
+    x = 100 * table["rate"]
     if colour is None:
-        axes.plot(x, 100 * found["mean"], color=_GREY, linewidth=0.8)
+        axes.plot(x, 100 * table["mean"], color=_GREY, linewidth=0.8)
         return
-    axes.plot(x, 100 * found["mean"], color=colour, marker="o", markersize=3, label=label)
-    axes.fill_between(x, 100 * found["low"], 100 * found["high"], color=colour, alpha=0.18, linewidth=0)
+    axes.plot(x, 100 * table["mean"], color=colour, marker="o", markersize=3, label=label)
+    axes.fill_between(x, 100 * table["low"], 100 * table["high"], color=colour, alpha=0.18, linewidth=0)
 
 
 def weights_over_time(groups: dict[str, list[dict[str, Any]]], title: str) -> str:
@@ -90,8 +90,8 @@ def weights_over_time(groups: dict[str, list[dict[str, Any]]], title: str) -> st
     def draw(axes: Any) -> None:
         for label, colour in _coloured(groups):
             curves = [_ratio(record["over_time"]) for record in groups[label]]
-            at = (np.arange(SPANS) + 0.5) / SPANS
-            axes.plot(100 * at, pd.DataFrame(curves).mean(), marker="o", markersize=3, color=colour, label=label)
+            middles = (np.arange(SPANS) + 0.5) / SPANS
+            axes.plot(100 * middles, pd.DataFrame(curves).mean(), marker="o", markersize=3, color=colour, label=label)
         axes.axhline(1, color=_GREY, linewidth=0.8)
         axes.margins(y=0.3)  # room for the legend
 
@@ -108,9 +108,9 @@ def fifths(groups: dict[str, list[dict[str, Any]]], rate: float, title: str) -> 
 
     def draw(axes: Any) -> None:
         width = 0.8 / len(groups)
-        for at, (label, colour) in enumerate(_coloured(groups)):
+        for place, (label, colour) in enumerate(_coloured(groups)):
             shares = 100 * np.mean([record["fifths"] for record in groups[label]], 0)
-            axes.bar(np.arange(5) + (at - (len(groups) - 1) / 2) * width, shares, width, color=colour, label=label)
+            axes.bar(np.arange(5) + (place - (len(groups) - 1) / 2) * width, shares, width, color=colour, label=label)
         axes.axhline(100 * rate, color=_GREY, linewidth=0.8)
         axes.set_xticks(range(5), ["lowest", "second", "third", "fourth", "highest"])
         axes.margins(y=0.4)  # room for the legend
@@ -120,9 +120,9 @@ def fifths(groups: dict[str, list[dict[str, Any]]], rate: float, title: str) -> 
 
 def _coloured(labels: Iterable[str]) -> list[tuple[str, str]]:
     """(label, colour): an arm's own, else the next of the palette."""
-    known = {NAMES[arm]: colour for arm, colour in {**_COLOURS, **_CONTROL_COLOURS}.items()}
+    colours = {NAMES[arm]: colour for arm, colour in {**_COLOURS, **_CONTROL_COLOURS}.items()}
     palette = iter(list(_CONTROL_COLOURS.values())[1:] * 3)
-    return [(label, known.get(label) or next(palette)) for label in labels]
+    return [(label, colours.get(label) or next(palette)) for label in labels]
 
 
 def bars(values: dict[str, Any], title: str, label: str) -> str:
@@ -130,7 +130,7 @@ def bars(values: dict[str, Any], title: str, label: str) -> str:
 
     def draw(axes: Any) -> None:
         names = list(values)[::-1]
-        means, low, high = (np.array([values[name][at] for name in names], dtype=float) for at in range(3))
+        means, low, high = (np.array([values[name][place] for name in names], dtype=float) for place in range(3))
         colours = [ORANGE if name == NAMES["gapo"] else BLUE for name in names]
         errors = np.nan_to_num([np.maximum(means - low, 0), np.maximum(high - means, 0)])
         # As lists: Matplotlib 3.9 takes an array of one bar's errors for a number, and NumPy warns.
@@ -140,13 +140,13 @@ def bars(values: dict[str, Any], title: str, label: str) -> str:
     return figure(title, label, "", draw)
 
 
-def curve(found: pd.DataFrame, x: str, title: str, xlabel: str, notes: dict[float, str] | None = None) -> str:
-    """Accuracy against a setting with its band; `notes` {x: text} stand at the points."""
+def curve(table: pd.DataFrame, x: str, title: str, xlabel: str, notes: dict[float, str] | None = None) -> str:
+    """Accuracy against a setting with its band; `notes` {x: text} label the points."""
 
     def draw(axes: Any) -> None:
-        at = np.arange(len(found))
-        axes.plot(at, 100 * found["mean"], color=ORANGE, marker="o", markersize=3)
-        axes.fill_between(at, 100 * found["low"], 100 * found["high"], color=ORANGE, alpha=0.18, linewidth=0)
-        axes.set_xticks(at, [f"{value:g}" + (f"\n{notes[value]}" if notes else "") for value in found[x]])
+        places = np.arange(len(table))
+        axes.plot(places, 100 * table["mean"], color=ORANGE, marker="o", markersize=3)
+        axes.fill_between(places, 100 * table["low"], 100 * table["high"], color=ORANGE, alpha=0.18, linewidth=0)
+        axes.set_xticks(places, [f"{value:g}" + (f"\n{notes[value]}" if notes else "") for value in table[x]])
 
     return figure(title, xlabel, "reward accuracy, clean test pairs, %", draw)

@@ -29,13 +29,13 @@ def frame(records: dict[Cell, dict[str, Any]], cells: Iterable[Cell]) -> pd.Data
         row |= {name: value for name, value in record.items() if not isinstance(value, (dict, list))}
         row |= record.get("evaluation", {})
         row |= {f"train_true_{name}": value for name, value in record.get("train_true", {}).items()}
-        row |= {f"flips_in_fifth_{at + 1}": share for at, share in enumerate(record.get("fifths", []))}
+        row |= {f"flips_in_fifth_{fifth + 1}": share for fifth, share in enumerate(record.get("fifths", []))}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def every_mode(runs: pd.DataFrame, modes: Iterable[str]) -> pd.DataFrame:
-    """`runs` with those of rate 0 standing in each mode: without flips the modes are one."""
+    """`runs` with those of rate 0 repeated in each mode: without flips the modes are one."""
     noisy = [runs[(runs["mode"] == mode) & (runs["rate"] > 0)] for mode in modes]
     clean = [runs[runs["rate"] == 0].assign(mode=mode) for mode in modes]
     return pd.concat([part for part in (*clean, *noisy) if len(part)], ignore_index=True)
@@ -44,10 +44,10 @@ def every_mode(runs: pd.DataFrame, modes: Iterable[str]) -> pd.DataFrame:
 def valuation_frame(records: dict[Cell, dict[str, Any]], cells: Iterable[Cell]) -> pd.DataFrame:
     """One row for each training on a part of the pairs; "arm" is the part: "lowest", "random" or "highest" gap."""
     rows = [
-        {"arm": kept, "mode": cell.mode, "rate": cell.rate, "seed": cell.seed, "pairs": record["pairs"], **record[kept]}
+        {"arm": part, "mode": cell.mode, "rate": cell.rate, "seed": cell.seed, "pairs": record["pairs"], **record[part]}
         for cell in cells
         if "failed" not in (record := records[cell])
-        for kept in ("lowest", "random", "highest")
+        for part in ("lowest", "random", "highest")
     ]
     return pd.DataFrame(rows)
 
@@ -55,12 +55,12 @@ def valuation_frame(records: dict[Cell, dict[str, Any]], cells: Iterable[Cell]) 
 def accuracy_table(runs: pd.DataFrame, mode: str, value: str = "accuracy") -> list[dict[str, Any]]:
     """For each arm: its name, the interval at each rate of `mode`, and the paired difference GAPO minus it."""
     of_mode = runs[runs["mode"] == mode]
-    found = intervals(of_mode, ["arm", "rate"], value)
+    table = intervals(of_mode, ["arm", "rate"], value)
     rows = []
-    for arm in found["arm"].unique():
-        at = {row["rate"]: Interval(row["mean"], row["low"], row["high"], row["n"]) for _, row in
-              found[found["arm"] == arm].iterrows()}  # fmt: skip
-        rows.append({"name": NAMES.get(arm, arm), "control": ARMS[arm].control, "at": at, "gapo_minus": None})
+    for arm in table["arm"].unique():
+        by_rate = {row["rate"]: Interval(row["mean"], row["low"], row["high"], row["n"]) for _, row in
+              table[table["arm"] == arm].iterrows()}  # fmt: skip
+        rows.append({"name": NAMES.get(arm, arm), "control": ARMS[arm].control, "at": by_rate, "gapo_minus": None})
         noisy = of_mode[(of_mode["rate"] > 0) & of_mode["arm"].isin(["gapo", arm])]
         if arm != "gapo" and noisy["arm"].nunique() == 2:
             rows[-1]["gapo_minus"] = paired(noisy, "gapo", arm, value)

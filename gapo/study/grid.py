@@ -1,4 +1,8 @@
-"""The grid: cells, each finished one a file of its own, run in parallel processes and resumed."""
+"""The grid: cells of the study, run in parallel processes, each finished one in a file of its own.
+
+The file's name is a hash of everything that decides the cell's result. So a study that is stopped, or extended by arms
+or seeds, runs only the cells whose files are missing.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +35,11 @@ _FORMATS = {"gapo-gaussian": 2}  # of arms whose runs alone have changed
 
 
 class Grid:
-    """Runs cells and keeps their records under `folder`; what is there already is not run again.
+    """Runs cells and writes their records under `folder`; a cell with a record is not run again.
 
     Args:
         config: the study.
-        folder: where the records are kept, one JSON file for each.
+        folder: of the records, one JSON file for each.
         material: the policy and the pairs, which also decide a result. With one worker runs are made on it, in this
             process.
     """
@@ -71,18 +75,18 @@ class Grid:
         missing = [cell for cell in cells if not self.path(cell).exists()]
         with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=title, smoothing=0.05) as bar:
             for cell, record in self._made(missing):
-                made = {"cell": asdict(cell), "record": record, "made_by": self._made_by}
-                write_text(self.path(cell), json.dumps(made) + "\n")
+                entry = {"cell": asdict(cell), "record": record, "made_by": self._made_by}
+                write_text(self.path(cell), json.dumps(entry) + "\n")
                 bar.update()
-        kept = {cell: json.loads(self.path(cell).read_text(encoding="utf-8")) for cell in cells}
-        for cell, made in kept.items():
-            if (by := made.get("made_by")) != self._made_by:
+        entries = {cell: json.loads(self.path(cell).read_text(encoding="utf-8")) for cell in cells}
+        for cell, entry in entries.items():
+            if (by := entry.get("made_by")) != self._made_by:
                 name = "an earlier version" if by is None else f"gapo {by['gapo']}, torch {by['torch']}, {by['code']}"
                 self._others[self.path(cell)] = name
-        return {cell: made["record"] for cell, made in kept.items()}
+        return {cell: entry["record"] for cell, entry in entries.items()}
 
     def others(self) -> str | None:
-        """What is to be said of runs that were kept from other code or another PyTorch than the present one."""
+        """A line on runs whose files were written by other code or another PyTorch than the present; None without."""
         if not self._others:
             return None
         by = "; ".join(f"{count} by {name}" for name, count in Counter(self._others.values()).items())
@@ -109,10 +113,10 @@ class Grid:
 
 def _code() -> str:
     """A digest of gapo's source."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(Path(gapo.__file__).parent.rglob("*.py")):
-        found.update(path.read_bytes())
-    return f"code {found.hexdigest()[:8]}"
+        digest.update(path.read_bytes())
+    return f"code {digest.hexdigest()[:8]}"
 
 
 _worker: dict[str, Any] = {}  # of a worker process: what every run needs, loaded once

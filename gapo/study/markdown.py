@@ -6,40 +6,40 @@ import html
 from typing import Any
 
 
-def render_markdown(found: dict[str, Any]) -> str:
+def render_markdown(values: dict[str, Any]) -> str:
     """`found` of `report.content`, as text."""
-    parts = ["# Study", *(f"- {html.escape(line, quote=False)}" for line in facts(found)), ""]  # names of files
-    for table in found["accuracy"]:
+    parts = ["# Study", *(f"- {html.escape(line, quote=False)}" for line in facts(values)), ""]  # names of files
+    for table in values["accuracy"]:
         parts += [f"## {table['title']}: {table['what']}", "", _table(table), ""]
-    parts += [f"## Weights and flips, {found['diagnosed_at']}", "", _table(found["diagnostics"]), ""]
-    parts += [f"## Margins, log-probabilities and cost, {found['diagnosed_at']}", "", _table(found["logps"]), ""]
-    for table in found["curves"]:
+    parts += [f"## Weights and flips, {values['diagnosed_at']}", "", _table(values["diagnostics"]), ""]
+    parts += [f"## Margins, log-probabilities and cost, {values['diagnosed_at']}", "", _table(values["logps"]), ""]
+    for table in values["curves"]:
         parts += [f"## GAPO against {table['head'][0]}", "", _table(table), ""]
-    if found["valuation"]:
-        parts += ["## Which pairs are worth training on", "", _table(found["valuation"]), ""]
-    parts += ["## Settings", "", _table(found["settings"]), ""]
+    if values["valuation"]:
+        parts += ["## Which pairs are worth training on", "", _table(values["valuation"]), ""]
+    parts += ["## Settings", "", _table(values["settings"]), ""]
     return "\n".join(parts)
 
 
-def facts(found: dict[str, Any]) -> list[str]:
+def facts(values: dict[str, Any]) -> list[str]:
     """Lines on data, policy and runs, for the page and the Markdown."""
-    config, known = found["config"], found["facts"]
-    lines = [line.strip() for line in known["data"].splitlines()]
+    config, run = values["config"], values["facts"]
+    lines = [line.strip() for line in run["data"].splitlines()]
     lines += [
-        f"policy: {known['parameters']:,} parameters; reward accuracy {100 * known['before']['accuracy']:.1f} % before "
+        f"policy: {run['parameters']:,} parameters; reward accuracy {100 * run['before']['accuracy']:.1f} % before "
         "training",
         f"a run: {config['train_pairs']} pairs, {config['epochs']} epoch(s), batches of {config['batch_size']}; "
         f"{config['seeds']} seeds, the same pairs, order and flips for every objective",
         "means with 95 % intervals over the seeds (expanded percentile bootstrap)",
-        f"{found['runs']} runs beside the tries, {found['failed']} failed; {found['cpu_seconds']:,} CPU seconds of "
+        f"{values['runs']} runs beside the tries, {values['failed']} failed; {values['cpu_seconds']:,} CPU seconds of "
         "training",
-        *(f"failed, and in no mean: {name}" for name in found.get("failed_runs", [])),
-        *([known["others"]] if known.get("others") else []),
-        f"gapo {known['versions']['gapo']}, commit {known['commit'] or 'unknown'}, Python "
-        f"{known['versions']['python']}, torch {known['versions'].get('torch')}; this call took {known['seconds']:,} s "
-        f"on {known['cores']} cores",
+        *(f"failed, and in no mean: {name}" for name in values.get("failed_runs", [])),
+        *([run["others"]] if run.get("others") else []),
+        f"gapo {run['versions']['gapo']}, commit {run['commit'] or 'unknown'}, Python "
+        f"{run['versions']['python']}, torch {run['versions'].get('torch')}; this call took {run['seconds']:,} s "
+        f"on {run['cores']} cores",
     ]
-    return [*lines, *(f"left out: {reason}" for reason in found["left_out"])]
+    return [*lines, *(f"left out: {reason}" for reason in values["left_out"])]
 
 
 def _table(table: dict[str, Any]) -> str:

@@ -1,4 +1,9 @@
-"""What every run of a study starts from: the warmed-up policy, tokenised pairs, and the policy's own log-probs."""
+"""What every run of a study starts from: the warmed-up policy, tokenised pairs, and the policy's own log-probs.
+
+The study has a batch and a forward of its own, beside those of `gapo.adapters.hf`: pairs are padded on the right, and
+the model computes under the causal mask alone. A study is a thousand runs of seconds, which this makes shorter, and its
+published numbers depend on it bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,8 @@ from gapo.data import collate_pairs, tokenize_pair
 from gapo.data.flip import true_labels
 from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.logps import response_lengths
+from gapo.pairs import REFERENCE, SIDES, halves, stacked
 from gapo.runs.errors import ConfigError
 from gapo.runs.held_out import hold_out_prompts, in_both, read_both, report_in_both
 from gapo.runs.models.pretrained import load_model
@@ -27,6 +34,7 @@ from gapo.runs.output.tensors import kept_arrays
 from gapo.study.study_config import StudyConfig
 
 Row = dict[str, Any]
+Batch = dict[str, Any]
 EVALUATION_BATCH = 64
 
 
@@ -38,23 +46,6 @@ class Split:
     validation: list[Row]
     test: list[Row]
     summary: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Padded tokens of N pairs, chosen rows above rejected ones.
-
-    Attributes:
-        input_ids: (2N, seq), padded on the right: under causal attention no answer sees its padding.
-        labels: (2N, kept), -100 on prompt and padding, at the positions `columns`.
-        columns: (kept,) the positions whose logits are needed.
-        index: (N,) the pairs.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    columns: Tensor
-    index: np.ndarray
 
 
 def load_split(config: StudyConfig) -> Split:
@@ -78,7 +69,7 @@ def load_split(config: StudyConfig) -> Split:
 
 
 def _warnings(rows: list[Row], validation: list[Row], test: list[Row]) -> list[str]:
-    """Lines on labels that came flipped, and on test pairs that are trained or tuned on."""
+    """Lines on labels that are flipped in their file, and on test pairs that are trained or tuned on."""
     every = [*rows, *validation, *test]
     lines = []
     if came_flipped := sum(bool(row.get("is_flipped")) for row in every):
@@ -96,10 +87,10 @@ class Material:
 
     Attributes:
         model: the policy; `reset` brings its first weights back.
-        tokens: tokenised pairs of "pool", "validation" and "test".
-        reference: for each of them (n, 4): log-probability of chosen and of rejected under the policy at the start,
-            summed, and the number of tokens of either.
-        folder: where the policy is kept.
+        tokens: tokenised pairs of "pool", "validation" and "test", with the log-probabilities of their answers under
+            the policy at the start: the columns `gapo.pairs.REFERENCE`, summed, nats.
+        start: for each of them (n, 2), the same per token.
+        folder: of the policy.
         fingerprint: of policy and pairs.
     """
 
@@ -117,7 +108,11 @@ class Material:
         }
         tokens = hashlib.sha256(json.dumps(self.tokens, sort_keys=True).encode()).hexdigest()[:16]
         self.fingerprint = f"{self.folder.name}-{tokens}"
-        self.reference = self._references(self.folder / f"reference-{tokens}.safetensors", tokens)
+        reference = self._references(self.folder / f"reference-{tokens}.safetensors", tokens)
+        self.start = {name: columns[:, :2] / columns[:, 2:] for name, columns in reference.items()}
+        for name, rows in self.tokens.items():
+            for row, sums in zip(rows, reference[name][:, :2].tolist(), strict=True):
+                row.update(zip(REFERENCE, sums, strict=True))
 
     def reset(self) -> None:
         """The policy's weights as they were, bit for bit."""
@@ -127,7 +122,7 @@ class Material:
                 p.grad = None
 
     def batches(self, tokens: Sequence[Row], size: int, order: Sequence[np.ndarray] | None = None) -> list[Batch]:
-        """Batches of `tokens`: `order` names the pairs of each; without it all pairs, from short to long."""
+        """Batches of `tokens` as in `_batch`. `order` has the pairs of each; without it all pairs, short to long."""
         if order is None:
             by_length = np.argsort([length(row) for row in tokens], kind="stable")
             order = [by_length[i : i + size] for i in range(0, len(tokens), size)]
@@ -138,7 +133,7 @@ class Material:
         out = np.empty((len(tokens), 2))
         with torch.no_grad():
             for batch in self.batches(tokens, EVALUATION_BATCH):
-                out[batch.index] = torch.stack(pair_logps(self.model, batch), -1).numpy()
+                out[batch["index"]] = torch.stack(pair_logps(self.model, batch), -1).numpy()
         return out
 
     def _references(self, path: Path, tokens: str) -> dict[str, np.ndarray]:
@@ -151,38 +146,50 @@ class Material:
         )
 
     def _with_counts(self, tokens: Sequence[Row]) -> np.ndarray:
-        sides = ("chosen_labels", "rejected_labels")
-        counts = np.array([[sum(t != IGNORE_INDEX for t in row[side]) for side in sides] for row in tokens])
+        """(n, 4): log-probability of each chosen and each rejected answer, summed, and the number of their tokens."""
+        counts = np.array([[sum(t != IGNORE_INDEX for t in row[f"{side}_labels"]) for side in SIDES] for row in tokens])
         return np.concatenate([self.logps(tokens) * counts, counts], 1)
 
 
 def flipped(row: Row) -> Row:
-    """The tokenised pair with its answers swapped."""
-    parts = ("input_ids", "labels")
-    swap = {"chosen": "rejected", "rejected": "chosen"}
-    return {f"{side}_{part}": row[f"{other}_{part}"] for side, other in swap.items() for part in parts}
+    """The tokenised pair with its answers swapped, and their reference log-probabilities with them."""
+    chosen, rejected = SIDES
+    columns = [name for name in row if chosen in name]
+    swapped = [name.replace(chosen, rejected) for name in columns]
+    return {x: row[y] for x, y in zip(columns + swapped, swapped + columns, strict=True)}
 
 
 def length(row: Row) -> int:
     """Tokens of the longer side."""
-    return max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"]))
+    return max(len(row[f"{side}_input_ids"]) for side in SIDES)
 
 
 def _batch(rows: Sequence[Row], index: np.ndarray, pad: int) -> Batch:
-    padded = collate_pairs(rows, pad_token_id=pad)
-    ids, labels = (
-        torch.from_numpy(np.concatenate([padded[f"{side}_{part}"] for side in ("chosen", "rejected")]))
-        for part in ("input_ids", "labels")
-    )
+    """N pairs, chosen rows above rejected ones.
+
+    "input_ids" (2N, seq) are padded on the right: under causal attention no answer sees its padding, so that no
+    attention mask is needed. "columns" (kept,) are the positions whose logits are needed, and "labels" (2N, kept) the
+    labels there. "index" (N,) are the pairs. Besides, lengths and `REFERENCE`, each (N,), are as `gapo.pairs` names
+    them.
+    """
+    padded = {name: torch.from_numpy(x) for name, x in collate_pairs(rows, pad_token_id=pad).items()}
+    ids, labels = stacked(padded, "input_ids", "labels")
     used = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero()
     columns = torch.arange(int(used[0]), int(used[-1]) + 2)
-    return Batch(ids, labels[:, columns], columns, np.asarray(index))
+    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), halves(response_lengths(labels)), strict=True))
+    reference = {name: padded[name] for name in REFERENCE if name in padded}
+    return {
+        "input_ids": ids,
+        "labels": labels[:, columns],
+        "columns": columns,
+        "index": np.asarray(index),
+        **lengths,
+        **reference,
+    }
 
 
 @by_pairs
 def pair_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(chosen_logps, rejected_logps), each (N,), nats per token; no attention mask, since padding is on the right."""
-    logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=batch.columns).logits
-    logps = gapo.sequence_logps(logits, batch.labels, backend="torch")
-    half = len(logps) // 2
-    return logps[:half], logps[half:]
+    """(chosen_logps, rejected_logps), each (N,), nats per token."""
+    logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=batch["columns"]).logits
+    return halves(gapo.sequence_logps(logits, batch["labels"], backend="torch"))

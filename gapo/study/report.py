@@ -1,4 +1,4 @@
-"""What a study leaves: `study.html` (one self-contained page), `study.md` (tables), all numbers as CSV and Parquet."""
+"""The report of a study: `study.html` (one self-contained page), `study.md` (tables), numbers as CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -35,22 +35,24 @@ _DETECTORS = ("gapo", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-ord
 
 
 def write_report(folder: Path, study: Study) -> None:
-    """Write study.html, study.md, results.csv, results.parquet, valuation.csv and tries.csv, each whole or not at all,
-    and the figures as SVG files under figures/."""
-    found = content(study)
-    for name, table in found.pop("files").items():
+    """Write study.html, study.md, results.csv, results.parquet, valuation.csv and tries.csv, each atomically.
+
+    The figures are SVG files under figures/.
+    """
+    values = content(study)
+    for name, table in values.pop("files").items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
         if name == "results":
             parquet = io.BytesIO()
             table.to_parquet(parquet, index=False)
             write_bytes(folder / "results.parquet", parquet.getvalue())
-    pictures: dict[str, str] = found.pop("pictures")
+    pictures: dict[str, str] = values.pop("pictures")
     for name, svg in pictures.items():
         write_text(folder / "figures" / f"{name}.svg", svg)
-    write_text(folder / "study.md", render_markdown(found))
+    write_text(folder / "study.md", render_markdown(values))
     svgs = list(pictures.values())
     page = render_page(
-        Path(__file__).with_name("study.html.jinja"), title=folder.name, pictures=svgs, lines=facts(found), **found
+        Path(__file__).with_name("study.html.jinja"), title=folder.name, pictures=svgs, lines=facts(values), **values
     )
     write_text(folder / "study.html", page)
 
@@ -62,8 +64,8 @@ def content(study: Study) -> dict[str, Any]:
     runs = tables.frame(records, dict.fromkeys(plain))
     grid = tables.every_mode(tables.frame(records, parts["grid"]), config.modes)
     done = grid[grid["failed"].isna()]
-    at = min((rate for rate in config.flip_rates if rate > 0), key=lambda rate: abs(rate - _DIAGNOSED), default=0.0)
-    noisy = done[(done["mode"] == config.modes[0]) & (done["rate"] == at)]
+    rate = min((rate for rate in config.flip_rates if rate > 0), key=lambda rate: abs(rate - _DIAGNOSED), default=0.0)
+    noisy = done[(done["mode"] == config.modes[0]) & (done["rate"] == rate)]
     failed = [_named(cell) for cell, record in records.items() if "failed" in record]
     pieces = {
         "accuracy": [
@@ -73,7 +75,7 @@ def content(study: Study) -> dict[str, Any]:
             for value, what in (("accuracy", _TEST), ("train_true_accuracy", _TRUE))
         ],
         "diagnostics": _diagnostics(noisy),
-        "diagnosed_at": f"{100 * at:g} % of the labels {_MODES[config.modes[0]]}",
+        "diagnosed_at": f"{100 * rate:g} % of the labels {_MODES[config.modes[0]]}",
         "logps": _logps(noisy, study.facts["before"]),
         "settings": _settings(study),
         "curves": _curves(study),
@@ -88,7 +90,7 @@ def content(study: Study) -> dict[str, Any]:
         "failed_runs": failed,
         "runs": len(records),
         "cpu_seconds": round(sum(record.get("cpu_seconds", 0) for record in records.values())),
-        "pictures": _pictures(study, done, noisy, at),
+        "pictures": _pictures(study, done, noisy, rate),
         "files": {
             "results": runs,
             "valuation": tables.valuation_frame(records, parts.get("valuation", [])),
@@ -97,12 +99,12 @@ def content(study: Study) -> dict[str, Any]:
     }
 
 
-def percent(found: Interval | None, signed: bool = False) -> str:
+def percent(interval: Interval | None, signed: bool = False) -> str:
     """An interval of shares as text in percent, such as "71.2 (70.1 to 72.3)"."""
-    if found is None:
+    if interval is None:
         return ""
-    mean = f"{100 * found.mean:{'+' if signed else ''}.1f}"
-    return mean if found.n < 2 else f"{mean} ({100 * found.low:.1f} to {100 * found.high:.1f})"
+    mean = f"{100 * interval.mean:{'+' if signed else ''}.1f}"
+    return mean if interval.n < 2 else f"{mean} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
 
 def _accuracies(done: pd.DataFrame, mode: str, value: str) -> dict[str, Any]:
@@ -159,11 +161,11 @@ def _settings(study: Study) -> dict[str, Any]:
 
 
 def _curve_frame(study: Study, part: str) -> pd.DataFrame:
-    found = tables.frame(study.records, study.parts.get(part, []))
-    if found.empty:
-        return found
-    found["anchor_pairs"] = found["anchor_pairs"].replace(0, study.config.batch_size)
-    return found[found["failed"].isna()]
+    runs = tables.frame(study.records, study.parts.get(part, []))
+    if runs.empty:
+        return runs
+    runs["anchor_pairs"] = runs["anchor_pairs"].replace(0, study.config.batch_size)
+    return runs[runs["failed"].isna()]
 
 
 _CURVES = {"rho": ("rho", "rho"), "anchor": ("anchor_pairs", "pairs sharing an anchor")}
@@ -200,7 +202,7 @@ def _valuation(study: Study) -> dict[str, Any] | None:
             "rows": rows}  # fmt: skip
 
 
-def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, at: float) -> dict[str, str]:
+def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, rate: float) -> dict[str, str]:
     config = study.config
     pictures = {}
     for mode in config.modes:
@@ -212,19 +214,19 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, at: float) 
             )
             if done[done["mode"] == mode]["arm"].str.startswith("gapo-").any():
                 pictures[f"controls_{mode}"] = figures.controls(done, mode, f"GAPO's controls. {title}", _TEST)
-    share = f"{100 * at:g} % flips"
+    share = f"{100 * rate:g} % flips"
     by_arm = {
-        NAMES[arm]: _measured(study, [c for c in study.parts["grid"] if c.arm == arm and c.rate == at])
+        NAMES[arm]: _measured(study, [c for c in study.parts["grid"] if c.arm == arm and c.rate == rate])
         for arm in _DETECTORS
     }
     by_rho: dict[str, list[dict[str, Any]]] = {}
     for cell in study.parts.get("rho", []):
         by_rho.setdefault(f"rho {dict(cell.settings)['rho']:g}", []).extend(_measured(study, [cell]))
     for name, groups, what in (("arm", by_arm, "by objective"), ("rho", by_rho, "GAPO by rho")):
-        groups = {label: found for label, found in groups.items() if found}
+        groups = {label: records for label, records in groups.items() if records}
         if groups:
             pictures[f"weights_by_{name}"] = figures.weights_over_time(groups, f"Do flips lose weight? {share}, {what}")
-            pictures[f"fifths_by_{name}"] = figures.fifths(groups, at, f"Where the flips are, {share}, {what}")
+            pictures[f"fifths_by_{name}"] = figures.fifths(groups, rate, f"Where the flips are, {share}, {what}")
     costs = intervals(noisy, ["arm"], "cpu_seconds")
     pictures["cost"] = figures.bars(_scaled(costs, 1), "What a run costs", "CPU seconds of training, one thread")
     chosen = intervals(noisy, ["arm"], "chosen_logp")
@@ -258,8 +260,8 @@ def _named(cell: Cell) -> str:
     return f"{NAMES.get(cell.arm, cell.arm)} at {100 * cell.rate:g} % ({cell.mode}), seed {cell.seed}{valued}"
 
 
-def _scaled(found: pd.DataFrame, scale: float) -> dict[str, tuple[float, float, float]]:
+def _scaled(frame: pd.DataFrame, scale: float) -> dict[str, tuple[float, float, float]]:
     return {
         NAMES.get(row["arm"], row["arm"]): (scale * row["mean"], scale * row["low"], scale * row["high"])
-        for _, row in found.iterrows()
+        for _, row in frame.iterrows()
     }

@@ -1,4 +1,4 @@
-"""The study from one end to the other: policy, settings, grid, curves, valuation, report."""
+"""The whole study: policy, settings of each arm, grid, curves, valuation, report."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _measured(config: StudyConfig, split: Split, folder: Path) -> Study:
 
 
 def possible_noises(material: Material, config: StudyConfig) -> tuple[list[tuple[str, float]], dict[str, str]]:
-    """(mode, rate) of the grid, and why others are left out. Without flips all modes are the same: one stands."""
+    """(mode, rate) of the grid, and the reason for each one left out. Without flips the modes are one, run once."""
     noises: list[tuple[str, float]] = []
     left_out: dict[str, str] = {}
     for mode in config.modes:
@@ -109,11 +109,11 @@ def plan(config: StudyConfig, chosen: dict[str, Settings], noises: list[tuple[st
     seeds = range(config.seeds)
     fewer_seeds = seeds[: config.control_seeds or config.seeds]
 
-    def cells(names: list[str], at: list[tuple[str, float]], seeds: Sequence[int]) -> list[Cell]:
+    def cells(names: list[str], noises: list[tuple[str, float]], seeds: Sequence[int]) -> list[Cell]:
         return [
             Cell(name, settings_key(chosen[name]), mode, rate, seed)
             for seed in seeds
-            for mode, rate in at
+            for mode, rate in noises
             for name in names
         ]
 
@@ -140,9 +140,9 @@ def plan(config: StudyConfig, chosen: dict[str, Settings], noises: list[tuple[st
 
 
 def _commit() -> str | None:
-    """The commit of the code, where it stands in a git repository."""
+    """The commit of the code, where it is in a git repository."""
     try:
-        found = subprocess.run(
+        done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -152,4 +152,4 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return done.stdout.strip()

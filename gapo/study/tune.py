@@ -37,18 +37,18 @@ def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dic
 
     attempt({name: ARMS[name].first_tries(rates) for name in scores}, "choosing learning rates")
     attempt(
-        {name: ARMS[name].second_tries(_best(name, found), rates) for name, found in scores.items()},
+        {name: ARMS[name].second_tries(_best(name, accuracies), rates) for name, accuracies in scores.items()},
         "choosing second settings",
     )
     attempt(
-        {name: ARMS[name].last_tries(_best(name, found), rates) for name, found in scores.items()},
+        {name: ARMS[name].last_tries(_best(name, accuracies), rates) for name, accuracies in scores.items()},
         "choosing learning rates again",
     )
-    chosen = {name: _best(name, found) for name, found in scores.items()}
+    chosen = {name: _best(name, accuracies) for name, accuracies in scores.items()}
     tries = [
         {"arm": name, **dict(key), "accuracy": accuracy, "chosen": dict(key) == chosen[name]}
-        for name, found in scores.items()
-        for key, accuracy in found.items()
+        for name, accuracies in scores.items()
+        for key, accuracy in accuracies.items()
     ]
     return chosen, tries
 

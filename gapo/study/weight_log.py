@@ -1,4 +1,4 @@
-"""What a run says of its weights: flipped against clean pairs over time, and how well they tell the two apart."""
+"""The weights of a run: flipped against clean pairs over time, and how well weights tell the two apart."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class WeightLog:
 
     def __init__(self, is_flipped: np.ndarray) -> None:
         self._is_flipped = is_flipped
-        self._at: list[np.ndarray] = []
+        self._shares: list[np.ndarray] = []
         self._index: list[np.ndarray] = []
         self._columns: dict[str, list[np.ndarray]] = {}
 
     def add(
-        self, at: float, index: np.ndarray, margins: np.ndarray, weights: np.ndarray, gaps: np.ndarray | None
+        self, share: float, index: np.ndarray, margins: np.ndarray, weights: np.ndarray, gaps: np.ndarray | None
     ) -> None:
-        """One micro-batch at the share `at` of the run, its pairs in the order of `index`; gaps where there are."""
+        """One micro-batch, at this share of the run, of the pairs `index`; `gaps` is None without an anchor."""
         self._index.append(index)
-        self._at.append(np.full(len(index), at))
+        self._shares.append(np.full(len(index), share))
         for name, values in (("margin", margins), ("weight", weights), ("gap", gaps)):
             if values is not None:
                 self._columns.setdefault(name, []).append(np.asarray(values, dtype=float))
@@ -43,29 +43,29 @@ class WeightLog:
 
     def summary(self) -> dict[str, Any]:
         """Compact: means over spans of the run; fifths and AUROC (see `gapo.runs.output.noise`) over its later half."""
-        at = np.concatenate(self._at)
+        share = np.concatenate(self._shares)
         columns = {name: np.concatenate(values) for name, values in self._columns.items()}
-        span = np.minimum((at * SPANS).astype(int), SPANS - 1)
+        span = np.minimum((share * SPANS).astype(int), SPANS - 1)
         flipped = self._is_flipped[np.concatenate(self._index)]
-        found: dict[str, Any] = {
+        summary: dict[str, Any] = {
             "over_time": {
                 f"{name}_{label}": [_mean(values[(span == s) & (flipped == value)]) for s in range(SPANS)]
                 for name, values in columns.items()
                 for value, label in ((False, "clean"), (True, "flipped"))
             }
         }
-        late = at >= _LATE
+        late = share >= _LATE
         if flipped[late].any() and not flipped[late].all() and late.sum() >= 5:
             weights = columns["weight"][late]
-            found["fifths"] = [round(float(share), 5) for share in fifths(weights, flipped[late])]
-            found["flipped_weight_change"] = _ratio(weights[flipped[late]], weights[~flipped[late]])
+            summary["fifths"] = [round(float(share), 5) for share in fifths(weights, flipped[late])]
+            summary["flipped_weight_change"] = _ratio(weights[flipped[late]], weights[~flipped[late]])
             signs = {"weight": -1, "margin": -1, "gap": 1}
             for name, values in columns.items():
-                found[f"auroc_{name}"] = round(float(auroc(signs[name] * values[late], flipped[late])), 5)
+                summary[f"auroc_{name}"] = round(float(auroc(signs[name] * values[late], flipped[late])), 5)
         if "gap" in columns:
-            found["mean_gap"] = float(columns["gap"].mean())
-            found["mean_gap_late"] = float(columns["gap"][late].mean())
-        return found
+            summary["mean_gap"] = float(columns["gap"].mean())
+            summary["mean_gap_late"] = float(columns["gap"][late].mean())
+        return summary
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -22,9 +22,9 @@ from transformers import Trainer
 from gapo import GAPOConfig, data, files
 from gapo.adapters import hf
 from gapo.adapters.hf import DriftCallback
+from gapo.adapters.hf.drift.responses import Responses, prompt_of
+from gapo.adapters.hf.drift.starting import StartingPolicy
 from gapo.adapters.hf.margins import stack_pairs
-from gapo.adapters.hf.responses import Responses, prompt_of
-from gapo.adapters.hf.starting import StartingPolicy
 from gapo.backends.torch import token_logps
 from gapo.backends.torch.token_kl import token_kl
 
@@ -356,7 +356,7 @@ def test_what_it_needs_is_said(
     assert "fewer pairs take less" in caplog.text
     assert "drift/response_length" not in rows_of(trainer)[0]
     assert len(held_out_of(trainer)) == 2
-    monkeypatch.setattr("gapo.adapters.hf.starting._free", lambda folder: 10)
+    monkeypatch.setattr("gapo.adapters.hf.drift.starting._free", lambda folder: 10)
     with pytest.raises(ValueError, match=r"takes 0\.00 GiB in .*, where 0\.00 GiB are free: give DriftCallback fewer"):
         with_drift(tmp_path).train()
 
@@ -379,7 +379,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("gapo.adapters.hf.starting.save_file", broken)
+    monkeypatch.setattr("gapo.adapters.hf.drift.starting.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         StartingPolicy(tmp_path).keep(hf_models.make("llama"), 0, stack_pairs(hf_models.batch(1)))
     assert list(tmp_path.iterdir()) == []

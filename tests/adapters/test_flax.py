@@ -419,7 +419,9 @@ def test_dpo_takes_its_own_gradient() -> None:
     assert float(make_eval_step(**options)(model, data)["loss"]) == pytest.approx(math.log(2), abs=1e-6)
     train_step = make_train_step(**options)
     metrics, result = train_step(model, optimizer, data)
-    assert result is None
+    assert result.anchor_gaps is None
+    np.testing.assert_allclose(metrics["gapo/weight_mean"], np.mean(result.weights), rtol=1e-6)
+    np.testing.assert_allclose(result.log_ratio_margins, 0, atol=1e-5)
     assert float(metrics["loss"]) == pytest.approx(math.log(2), abs=1e-6)
     assert_close(nnx.state(model, nnx.Param), expected)
     with pytest.raises(ValueError, match=r"objective 'dpo' needs ref_chosen_logps and ref_rejected_logps"):
@@ -428,3 +430,44 @@ def test_dpo_takes_its_own_gradient() -> None:
         train_step(model, optimizer, data, gamma=0.1)
     with pytest.raises(ValueError, match="objective must be one of 'gapo', 'simpo'"):
         make_train_step(objective="orpo")
+
+
+def steep(logps: gapo.objectives.LogProbs) -> Any:
+    """A user's own objective: the margin's cube, and the anchor's where there is one."""
+    return -(logps.margins**3) if not logps.has("anchor") else -(logps.anchor_gaps**3)
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_an_objective_of_ones_own(anchored: bool) -> None:
+    """Against `jax.grad` of the formula; with an anchor, of each pair's margin at the gap that the step measured."""
+    own = gapo.objectives.Objective(name="steep", function=steep, needs_anchor=anchored)
+    model, optimizer = nnx_problem()
+    graph, params, rest = nnx.split(nnx.clone(model), nnx.Param, ...)
+    config = gapo.GAPOConfig(rho=0.3, sft_weight=0.5)
+    metrics, result = make_train_step(config=config, objective=own if anchored else steep)(model, optimizer, batch())
+    assert (result.anchor_gaps is not None, "gapo/radius" in metrics) == (anchored, anchored)
+    anchor_margins = result.anchor_margins if anchored else 0.0
+
+    def loss(p: Any) -> Any:
+        chosen, rejected = pair_logps(lambda ids, _: nnx.merge(graph, p, rest, copy=True)(ids), batch())
+        return jnp.mean(-((chosen - rejected - anchor_margins) ** 3) - 0.5 * chosen)
+
+    value, grads = jax.value_and_grad(loss)(params)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert_close(nnx.state(model, nnx.Param), jax.tree.map(lambda p, g: p - 0.1 * g, params, grads))
+    evaluated = float(make_eval_step(config=config, objective=own if anchored else steep)(Small(), batch())["loss"])
+    chosen, rejected = pair_logps(lambda ids, _: Small()(ids), batch())
+    margins = chosen - rejected
+    probe = jax.nn.softplus(config.gamma - config.beta * margins) if anchored else -(margins**3)
+    assert evaluated == pytest.approx(float(probe.mean()), rel=1e-5)
+
+
+def test_one_target_for_all_pairs_is_one_for_each() -> None:
+    states = []
+    for gamma in (0.7, np.full(4, 0.7, np.float32)):
+        model, optimizer = nnx_problem()
+        make_train_step(objective="simpo")(model, optimizer, batch(), gamma=gamma)
+        states.append(nnx.state(model, nnx.Param))
+    assert_close(*states)
+    with pytest.raises(ValueError, match="gamma must be a finite number, got nan"):
+        make_train_step()(model, optimizer, batch(), gamma=float("nan"))

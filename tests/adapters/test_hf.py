@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import json
 import logging
 import math
@@ -22,8 +24,8 @@ from gapo import GAPOConfig
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator, with_reference_logps
 from gapo.adapters.hf.attachment import Attachment
 from gapo.adapters.hf.batches import to_the_right
-from gapo.adapters.hf.margins import log_probs, pair_logps, stack_pairs
-from gapo.objectives import OBJECTIVES
+from gapo.adapters.hf.margins import pair_logps, stack_pairs
+from gapo.objectives import OBJECTIVES, LogProbs
 
 TRL_KEYS = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} | {
     "logps/chosen",
@@ -350,43 +352,24 @@ def test_simpo_is_the_control_without_an_anchor(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, callback={"objective": "simpo"})
     trainer.train()
     row = next(row for row in trainer.state.log_history if "loss" in row)
-    assert set(row) >= TRL_KEYS
-    assert not any(name.startswith("gapo/") for name in row)
+    assert set(row) >= TRL_KEYS | {f"gapo/weight_{name}" for name in ("mean", "min", "max")}
+    assert not any(name.startswith(("gapo/anchor", "gapo/radius", "gapo/grad_norm")) for name in row)
     with pytest.raises(ValueError, match=r"objective must be one of 'gapo', 'simpo', .*, got 'orpo'"):
         GAPOCallback(objective="orpo")
     with pytest.raises(TypeError, match=r"config must be a gapo.GAPOConfig, got dict"):
         GAPOCallback({})  # type: ignore[arg-type]
 
 
-def dpo_gradient(model: Any, batch: dict[str, torch.Tensor], beta: float) -> dict[str, torch.Tensor]:
-    """Gradient of -mean log sigmoid(beta z) where the policy is the reference (z = 0): by autograd, from logits."""
-    policy = copy.deepcopy(model)
-    sums = []
-    for side in ("chosen", "rejected"):
-        ids, mask, labels = (batch[f"{side}_{part}"] for part in ("input_ids", "attention_mask", "labels"))
-        logits = policy(input_ids=ids, attention_mask=mask).logits
-        kept = labels[:, 1:] != -100
-        picked = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-        sums.append((picked * kept).sum(-1))
-    (-0.5 * beta * (sums[0] - sums[1])).mean().backward()  # sigmoid(0) is a half
-    return {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
-
-
 def test_dpo_compares_with_where_it_started(tmp_path: Path) -> None:
     model = hf_models.make("llama")
-    before = copy.deepcopy(model)
     rows = with_reference_logps(model, hf_models.pairs(8), batch_size=3, progress=None)
     options = {"objective": "dpo", "objective_settings": {"beta": 0.5}}
-    trainer = make_trainer(tmp_path, model, rows=rows, callback=options, max_grad_norm=0.0, max_steps=4)
+    trainer = make_trainer(tmp_path, model, rows=rows, callback=options, max_steps=4)
     trainer.eval_dataset = rows
-    batches: list[Any] = []
-    callback_of(trainer).on_step = lambda result, batch: batches.append(batch)
     start = trainer.evaluate()
     assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert start["eval_reference/margins"] == pytest.approx(0, abs=1e-4)
-    gradient = first_gradient(trainer)
-    for name, expected in dpo_gradient(before, batches[0], 0.5).items():
-        assert float((gradient[name] - expected).norm() / expected.norm()) < 1e-4, name
+    trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert logged[-1]["loss"] < logged[0]["loss"]
@@ -395,22 +378,116 @@ def test_dpo_compares_with_where_it_started(tmp_path: Path) -> None:
     assert set(after) >= {f"eval_{name}" for name in TRL_KEYS}
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "gapo"])
-def test_every_objective_trains_and_is_evaluated_by_its_own_loss(tmp_path: Path, name: str) -> None:
-    model = hf_models.make("llama")
+def hinge_of_z(logps: LogProbs, *, tau: float = 2.0) -> torch.Tensor:
+    """A user's own objective, of sums and a reference, that pulls the two sides of a pair by other amounts."""
+    return torch.relu(tau - logps.z) ** 2 + 0.1 * logps.chosen**2
+
+
+hinge_of_z.needs_reference = True  # type: ignore[attr-defined]
+
+
+def hinge_of_arrays(chosen_logps: Any, rejected_logps: Any, ref_chosen_logps: Any, ref_rejected_logps: Any) -> Any:
+    """The same with tau = 3."""
+    z = chosen_logps - rejected_logps - ref_chosen_logps + ref_rejected_logps
+    return (torch.relu(3 - z) ** 2 + 0.1 * chosen_logps**2).mean()
+
+
+def objective_gradient(model: Any, batch: dict[str, torch.Tensor], function: Any, *, average: bool) -> tuple[Any, Any]:
+    """Mean loss and gradient of a function of arrays, by autograd through log_softmax: no step, no `LogProbs`."""
+    policy = copy.deepcopy(model)
+    arrays = {}
+    for side in ("chosen", "rejected"):
+        ids, mask, labels = (batch[f"{side}_{part}"] for part in ("input_ids", "attention_mask", "labels"))
+        logits = policy(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+        kept = labels[:, 1:] != -100
+        picked = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+        counts = kept.sum(-1) if average else 1
+        arrays[f"{side}_logps"] = (picked * kept).sum(-1) / counts
+        arrays[f"ref_{side}_logps"] = batch[f"ref_{side}_logps"] / counts
+        arrays[f"{side}_lengths"] = kept.sum(-1)
+    loss = function(*(arrays[name] for name in inspect.signature(function).parameters if name in arrays))
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", [*(name for name, entry in OBJECTIVES.items() if not entry.needs_anchor), "own"])
+def test_every_objectives_gradient_and_evaluation_are_its_functions(tmp_path: Path, name: str) -> None:
+    model = hf_models.make("pythia").double()
+    before = copy.deepcopy(model)
     rows = with_reference_logps(model, hf_models.pairs(8), progress=None)
-    objective = OBJECTIVES[name]
-    settings = {"beta": CONFIG.beta, "gamma": CONFIG.gamma} if name == "simpo" else {}
-    trainer = make_trainer(tmp_path, model, rows=rows, callback={"objective": name}, max_steps=1)
-    trainer.eval_dataset = rows
-    loss = trainer.evaluate()["eval_loss"]
-    collated = [trainer.data_collator(rows[i : i + 3]) for i in (0, 3, 6)]
-    with torch.no_grad():
-        losses = torch.cat([objective.losses(log_probs(model, batch), **settings) for batch in collated])
-    assert loss == pytest.approx(float(losses.mean()), rel=1e-4, abs=1e-6)
+    for i, row in enumerate(rows):  # a reference that the policy departs from
+        row["ref_chosen_logps"] += 0.25 * (i % 3 - 1)
+    if name == "own":
+        objective, function, average, settings = hinge_of_z, hinge_of_arrays, False, {"tau": 3.0}
+    else:
+        own = {"beta": CONFIG.beta, "gamma": CONFIG.gamma} if name == "simpo" else {}
+        function, average = functools.partial(getattr(gapo.objectives, name), **own), OBJECTIVES[name].average
+        objective, settings = name, None
+    results: list[Any] = []
+    trainer = make_trainer(
+        tmp_path, model, rows=rows, max_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=2,
+        callback={
+            "objective": objective, "objective_settings": settings, "on_step": lambda *seen: results.append(seen),
+        },
+    )  # fmt: skip
+    plain = trainer.data_collator
+    exact = ("ref_chosen_logps", "ref_rejected_logps")  # which a batch otherwise holds in float32
+    trainer.data_collator = lambda rows: {
+        **plain(rows), **{key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in exact}
+    }  # fmt: skip
+    trainer.eval_dataset = rows[:3]
+    evaluation = trainer.evaluate()["eval_loss"]
+    gradient = first_gradient(trainer)
+    losses, expected = zip(*(objective_gradient(before, batch, function, average=average) for _, batch in results),
+                           strict=True)  # fmt: skip
+    assert len(losses) == 2
+    for key, value in gradient.items():
+        mean = sum(e[key] for e in expected) / 2
+        assert float((value - mean).norm()) <= 1e-9 * float(mean.norm()), key
+    assert evaluation == pytest.approx(
+        float(objective_gradient(before, trainer.data_collator(rows[:3]), function, average=average)[0]), rel=1e-6
+    )
+    for loss, (result, _) in zip(losses, results, strict=True):
+        assert float(result.loss) == pytest.approx(float(loss), rel=1e-9)
+        assert (result.anchor_gaps, result.radius, result.first_order_ratio) == (None, None, None)
+    log = trainer.state.log_history[-2]
+    weights = torch.cat([result.weights for result, _ in results])
+    for key, value in (("mean", weights.mean()), ("min", weights.min()), ("max", weights.max())):
+        assert log[f"gapo/weight_{key}"] == pytest.approx(float(value), rel=1e-5)
+    assert not any(key.startswith("gapo/anchor") for key in log)
+
+
+def test_an_objective_without_an_anchor_costs_one_forward_and_one_backward(tmp_path: Path) -> None:
+    model = hf_models.make("llama")
+    trainer = make_trainer(tmp_path, model, callback={"objective": "simpo"}, max_steps=3)
+    forwards: list[bool] = []
+    backwards: list[int] = []
+    model.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    model.model.layers[0].register_full_backward_hook(lambda *_: backwards.append(1))
     trainer.train()
-    assert math.isfinite(trainer.state.log_history[0]["loss"])
-    assert trainer.state.log_history[0]["grad_norm"] > 0
+    assert (forwards.count(True), len(backwards)) == (3, 3)
+    assert forwards.count(False) == 2  # the model is asked once whether it is causal
+
+
+def anchored(logps: LogProbs) -> torch.Tensor:
+    """A user's own objective of the anchor's gaps."""
+    return torch.exp(-2 * logps.anchor_gaps)
+
+
+anchored.needs_anchor = True  # type: ignore[attr-defined]
+
+
+def test_an_own_objective_gets_the_anchor(tmp_path: Path) -> None:
+    results: list[Any] = []
+    trainer = make_trainer(
+        tmp_path, callback={"objective": anchored, "on_step": lambda result, batch: results.append(result)}
+    )
+    trainer.train()
+    gaps = results[0].anchor_gaps
+    assert float(gaps.abs().max()) > 0
+    torch.testing.assert_close(results[0].weights, 2 * torch.exp(-2 * gaps))
+    assert trainer.state.log_history[0]["gapo/radius"] == pytest.approx(CONFIG.rho, rel=1e-3)
+    assert trainer.evaluate()["eval_loss"] > 0  # SimPO's
 
 
 def test_what_an_objective_needs_is_told(tmp_path: Path) -> None:

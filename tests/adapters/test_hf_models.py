@@ -17,9 +17,8 @@ from transformers import Trainer, TrainingArguments
 from gapo import GAPOConfig
 from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator, with_reference_logps
 from gapo.adapters.hf.batches import stack_pairs
-from gapo.adapters.hf.causal import require_causal
 from gapo.adapters.hf.margins import pair_logps
-from gapo.adapters.hf.models import padding_may_stand_left
+from gapo.adapters.hf.models import padding_may_stand_left, require_causal
 from gapo.backends.torch import TorchBackend
 from gapo.step import run
 

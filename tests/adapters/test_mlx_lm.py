@@ -381,14 +381,53 @@ def test_metrics_hold_no_graph(compiled: bool, monkeypatch: pytest.MonkeyPatch) 
         mx.disable_compile()
 
 
-def test_the_results_that_on_step_gets_hold_none_either() -> None:
+@pytest.mark.parametrize("objective", ["gapo", "simpo"])
+def test_the_results_that_on_step_gets_hold_none_either(objective: str) -> None:
     model, results = mlx_models.make("llama"), []
-    loss = adapter.make_loss(CONFIG, on_step=results.append)
-    nn.value_and_grad(model, loss)(model, *mlx_models.batch(4, 48))
+    loss = adapter.make_loss(CONFIG, objective=objective, on_step=results.append)
+    mx.eval(nn.value_and_grad(model, loss)(model, *mlx_models.batch(4, 48))[1])
     model.pop("_gapo_train")
     before = mx.get_active_memory()
     results.clear()
     assert before - mx.get_active_memory() < 0.1 * sum(x.nbytes for _, x in tree_flatten(model.parameters()))
+
+
+def squares(logps: gapo.objectives.LogProbs) -> Any:
+    return (1 - logps.margins) ** 2
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_an_objective_of_ones_own(sft_weight: float) -> None:
+    """Against `mx.grad` of the formula; reading the loss's value within the gradient changes nothing."""
+    model, results = mlx_models.make("llama"), []
+    config = gapo.GAPOConfig(sft_weight=sft_weight)
+    loss = adapter.make_loss(config, objective=squares, on_step=results.append)
+
+    def read(model: nn.Module, *batch: mx.array) -> mx.array:
+        value, _ = loss(model, *batch)
+        assert value.item() > 0
+        return value
+
+    def formula(model: nn.Module, *batch: mx.array) -> mx.array:
+        chosen, rejected = adapter.pair_logps(model, batch)
+        return mx.mean((1 - chosen + rejected) ** 2 - sft_weight * chosen)
+
+    expected, grads = nn.value_and_grad(model, formula)(model, *mlx_models.batch(4))
+    value, found = nn.value_and_grad(model, read)(model, *mlx_models.batch(4))
+    assert_close(found, grads)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    chosen, rejected = adapter.pair_logps(model, mlx_models.batch(4))
+    np.testing.assert_allclose(results[0].weights, 2 * (1 - chosen + rejected), rtol=1e-4)
+    assert results[0].anchor_gaps is None
+    metrics = adapter.last_metrics(model)
+    assert metrics["gapo/weight_mean"] == pytest.approx(float(mx.mean(results[0].weights)), rel=1e-5)
+    model.eval()
+    assert float(loss(model, *mlx_models.batch(4))[0]) == pytest.approx(
+        float(mx.mean((1 - chosen + rejected) ** 2)), rel=1e-5
+    )
+    if sft_weight:
+        with pytest.raises(ValueError, match=r"in evaluation mode, .* no SFT term"):
+            nn.value_and_grad(model, loss)(model, *mlx_models.batch(4))
 
 
 def tiny_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from gapo import GAPOConfig, cli, data
 from gapo.adapters import hf
 from gapo.adapters.hf import DriftCallback, GAPOCallback, GAPOTrainer
 from gapo.adapters.hf.margins import pair_logps
-from gapo.adapters.hf.quantised import stay_differentiable
+from gapo.adapters.hf.models import stay_differentiable
 from gapo.backends.torch.onepass import OnePassForward
 
 require("bitsandbytes")

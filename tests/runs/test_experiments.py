@@ -352,10 +352,15 @@ def test_simpo_and_lora_and_files(finished: Path, tmp_path: Path) -> None:
     options["lora_targets"] = "q_proj, v_proj"
     assert train(tmp_path, loss="simpo", **options) == 0
     text = (tmp_path / "run" / "report.html").read_text()
-    assert "SimPO, the control" in text
+    assert "Loss simpo, without an anchor, on" in text
     assert "1 x column &#39;chosen&#39; is empty (line 41)" in text
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").exists()
-    assert (tmp_path / "run" / "steps.jsonl").read_text() == ""
+    steps = files.read_lines(tmp_path / "run" / "steps.jsonl")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for row in steps:  # SimPO's weight by hand, and no anchor
+        pulls = 2.5 / (1 + np.exp(2.5 * np.array(row["margins"]) - 0.25))
+        np.testing.assert_allclose(row["weights"], pulls, atol=1e-4)
+        assert "anchor_gaps" not in row
 
 
 @pytest.mark.parametrize(

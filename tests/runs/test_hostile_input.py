@@ -476,8 +476,8 @@ def train_page(folder: Path, given: str) -> str:
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "data.txt").write_text(given)
     (folder / "config.json").write_text(json.dumps({given: given, "pairs": [given]}))
-    summary = {"loss": given, "train_pairs": 8, "flipped": 4, "held_out_pairs": 8, "seconds": 1.0, "before": measures,
-               "after": measures, "versions": {given: given}}  # fmt: skip
+    summary = {"loss": given, "needs_anchor": True, "train_pairs": 8, "flipped": 4, "held_out_pairs": 8,
+               "seconds": 1.0, "before": measures, "after": measures, "versions": {given: given}}  # fmt: skip
     return report.render(folder, summary)
 
 

@@ -99,7 +99,7 @@ def test_every_arm_sees_the_same_pairs_in_the_same_order(
     def spy(self: Material, tokens: object, size: int, order: object = None) -> object:
         made = make(self, tokens, size, order)  # type: ignore[arg-type]
         if order is not None:
-            seen[arm] += [(batch.index.tolist(), batch.input_ids.tolist()) for batch in made]
+            seen[arm] += [(batch["index"].tolist(), batch["input_ids"].tolist()) for batch in made]
         return made
 
     monkeypatch.setattr(Material, "batches", spy)
@@ -134,7 +134,7 @@ def test_an_objective_trains_as_plain_autograd_would(material: Material, config:
     rows = [material.tokens["pool"][drawn.rows[i]] for i in index]
     rows = [flipped(row) if swap else row for row, swap in zip(rows, drawn.is_flipped[index], strict=True)]
     (batch,) = material.batches(rows, 16)
-    rows = [rows[i] for i in batch.index]
+    rows = [rows[i] for i in batch["index"]]
     counts = [torch.tensor([sum(t != -100 for t in row[f"{side}_labels"]) for row in rows]) for side in
               ("chosen", "rejected")]  # fmt: skip
     with torch.no_grad():

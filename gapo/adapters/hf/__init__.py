@@ -7,7 +7,7 @@ try:
     from gapo.adapters.hf.callback import GAPOCallback
     from gapo.adapters.hf.collator import PreferenceCollator
     from gapo.adapters.hf.drift import DriftCallback
-    from gapo.adapters.hf.reference import with_reference_logps
+    from gapo.adapters.hf.reference_model import with_reference_logps
     from gapo.adapters.hf.trainer import GAPOTrainer
 except ModuleNotFoundError as error:
     raise missing("gapo.adapters.hf", "hf", error) from error

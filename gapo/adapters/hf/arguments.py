@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 import gapo
 from gapo._fields import carried
-from gapo.objectives import OBJECTIVES, without_anchor
+from gapo.objectives import OBJECTIVES, resolve
 
 
 @dataclass
@@ -81,8 +81,8 @@ class GAPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given: Any = self.objective_settings  # text was parsed above
-        without_anchor(self.objective, self.step_config(), given)
+        settings: Any = self.objective_settings  # text was parsed above
+        resolve(self.objective, self.step_config(), settings)
         for name in ("max_length", "max_prompt_length", "pad_to_multiple_of"):
             _require_count(name, getattr(self, name))
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gapo.data.collate import PARTS
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.pairs import COLUMNS, PARTS, SIDES, halves
 
-KEYS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in PARTS)
+# Columns of a batch that TRL's DPO collator has stacked; those of `PreferenceCollator` are `COLUMNS`.
 TRL_KEYS = ("input_ids", "attention_mask", "completion_mask")
 
-# What a forward is given by us, so that a batch's entry of this name is none of its further inputs.
-_OURS = ("input_ids", "attention_mask", "labels", "use_cache", "logits_to_keep")
-# A batch that holds them means them for the model, whatever the model calls its inputs.
+# The forward's arguments that this adapter sets: a batch's entry of such a name is not passed on.
+_SET_HERE = ("input_ids", "attention_mask", "labels", "use_cache", "logits_to_keep")
+# Images and sound: a batch that holds them means them for the model, whatever the model calls its inputs.
 _MEDIA = ("pixel_values", "pixel_values_videos", "images", "videos", "input_features", "input_values", "audio_values")
 
 
@@ -32,7 +32,7 @@ def stack_pairs(batch: Mapping[str, Any], accepted: Collection[str] = ()) -> dic
         ValueError: chosen and rejected are of unequal number or length, the rows are no pairs, or the model takes no
             such input as the batch's images.
     """
-    if all(key in batch for key in KEYS):
+    if all(key in batch for key in COLUMNS):
         rows, further = _from_sides(batch), _further_of_sides
     elif all(key in batch for key in TRL_KEYS):
         _require_pairs(batch)
@@ -41,12 +41,12 @@ def stack_pairs(batch: Mapping[str, Any], accepted: Collection[str] = ()) -> dic
         further = _further_of_rows
     else:
         raise KeyError(
-            f"a batch of pairs needs the keys {', '.join(KEYS)} (from gapo.adapters.hf.PreferenceCollator) or "
+            f"a batch of pairs needs the keys {', '.join(COLUMNS)} (from gapo.adapters.hf.PreferenceCollator) or "
             f"{', '.join(TRL_KEYS)} (from TRL's collator); got {', '.join(batch)}"
         )
     rows["labels"] = rows["labels"].masked_fill(rows["attention_mask"] == 0, IGNORE_INDEX)  # padding never counts
     if accepted:
-        rows |= further(batch, [name for name in accepted if name not in _OURS])
+        rows |= further(batch, [name for name in accepted if name not in _SET_HERE])
         _require_taken(batch, rows)
     return rows
 
@@ -59,37 +59,37 @@ def to_the_right(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def further_inputs(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the rows of `stack_pairs` hold for the model besides tokens."""
-    return {name: x for name, x in rows.items() if name not in _OURS}
+    """The rows' inputs of the model's forward besides tokens and labels, such as images."""
+    return {name: x for name, x in rows.items() if name not in _SET_HERE}
 
 
 def _from_sides(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     for part in PARTS:
-        shapes = [tuple(batch[f"{side}_{part}"].shape) for side in ("chosen", "rejected")]
+        shapes = [tuple(batch[f"{side}_{part}"].shape) for side in SIDES]
         if shapes[0][0] != shapes[1][0]:
             raise ValueError(f"chosen and rejected must hold the same number of rows; {part} are {shapes}")
     fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
-    return {part: _one_after_the_other(batch, part, value) for part, value in fill.items()}
+    return {part: _stacked(batch, part, value) for part, value in fill.items()}
 
 
 def _further_of_sides(batch: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
-    found = {}
+    further = {}
     for name in names:
-        if f"chosen_{name}" in batch and f"rejected_{name}" in batch:
-            found[name] = _one_after_the_other(batch, name, 0)
+        if all(f"{side}_{name}" in batch for side in SIDES):
+            further[name] = _stacked(batch, name, 0)
         elif name in batch:
-            found[name] = torch.cat([_tensor(batch, name)] * 2)
-    return found
+            further[name] = torch.cat([_tensor(batch, name)] * 2)
+    return further
 
 
 def _further_of_rows(batch: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
     return {name: _tensor(batch, name) for name in names if name in batch}
 
 
-def _one_after_the_other(batch: Mapping[str, Any], part: str, fill: int) -> Tensor:
-    """Both sides' `part`, (2N, ...); those of one number for each token, as long as the longer side's rows."""
-    sides = [_tensor(batch, f"{side}_{part}") for side in ("chosen", "rejected")]
-    ids = [batch[f"{side}_input_ids"] for side in ("chosen", "rejected")]
+def _stacked(batch: Mapping[str, Any], part: str, fill: int) -> Tensor:
+    """Both sides' `part`, (2N, ...). Rows with a number for each token are padded to the longer side's length."""
+    sides = [_tensor(batch, f"{side}_{part}") for side in SIDES]
+    ids = [batch[f"{side}_input_ids"] for side in SIDES]
     if all(x.shape == tokens.shape for x, tokens in zip(sides, ids, strict=True)):
         seq = max(x.shape[1] for x in ids)
         sides = [nn.functional.pad(x, (0, seq - x.shape[1]), value=fill) for x in sides]
@@ -106,11 +106,11 @@ def _tensor(batch: Mapping[str, Any], name: str) -> Tensor:
 
 
 def _require_pairs(batch: Mapping[str, Any]) -> None:
-    """Raise ValueError where a stacked batch says of itself that its rows are no pairs."""
-    telling = [name for name in batch if name in ("label", "ref_logps") or name.startswith(("KL_", "reference_"))]
-    if telling:
+    """Raise ValueError where columns, number of rows or prompts show that a stacked batch holds no pairs."""
+    unpaired = [name for name in batch if name in ("label", "ref_logps") or name.startswith(("KL_", "reference_"))]
+    if unpaired:
         raise ValueError(
-            f"the batch holds {', '.join(telling)}: its rows are no pairs of chosen and rejected answers (TRL's KTO "
+            f"the batch holds {', '.join(unpaired)}: its rows are no pairs of chosen and rejected answers (TRL's KTO "
             "has such). GAPO trains on the batches of PreferenceCollator, or of TRL's DPO collator"
         )
     if len(batch["input_ids"]) % 2:
@@ -127,15 +127,15 @@ def _require_pairs(batch: Mapping[str, Any]) -> None:
 
 
 def _without_its_prompt(ids: Tensor, mask: Tensor, completion: Tensor) -> int:
-    """The number, from 1, of the last chosen row whose prompt is not that of its rejected one; 0 where all are.
+    """The number, from 1, of the last chosen row whose prompt is not that of its rejected row; 0 where there is none.
 
-    Prompts are compared from their ends, as far as truncation has left both.
+    Prompts are compared from their ends, over the tokens that truncation has left in both.
     """
     before = mask & (completion.cumsum(1) == 0) & completion.any(1, keepdim=True)
     lengths = before.sum(1)
     back = torch.arange(ids.shape[1], device=ids.device)
     from_the_end = ids.gather(1, (completion.int().argmax(1, keepdim=True) - 1 - back).clamp(min=0))
-    sides, shorter = from_the_end.chunk(2), torch.minimum(*lengths.chunk(2))
+    sides, shorter = halves(from_the_end), torch.minimum(*halves(lengths))
     differ = ((sides[0] != sides[1]) & (back < shorter[:, None])).any(1)
     return int((differ * torch.arange(1, len(differ) + 1, device=ids.device)).max()) if len(differ) else 0
 

@@ -10,17 +10,18 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from gapo.adapters.hf.attachment import Attachment
+from gapo.adapters.hf.attachment import Attachment, Settings
 from gapo.config import GAPOConfig, step_settings
-from gapo.objectives import without_anchor
+from gapo.objectives import Objective, resolve
 from gapo.step import StepResult
 
 logger = logging.getLogger(__name__)
 
-# Where trainer_state.json keeps the settings. No callback has this name, so that none is made anew of it.
+# The key under which trainer_state.json keeps the settings. A Trainer restores callbacks by their class's name, and no
+# callback has this one.
 _STATE = "gapo"
 
 
@@ -28,22 +29,23 @@ class GAPOCallback(TrainerCallback):
     """Train with GAPO in a Trainer that exists already, nothing else changed.
 
     `Trainer(model, args, ..., data_collator=PreferenceCollator(tokenizer), callbacks=[GAPOCallback(config)])`. While
-    attached, the trainer's `compute_loss` is the GAPO step, its evaluation gives the probe loss (`eval_loss`; another
-    objective's own loss) and `eval_rewards/accuracies`, and its logs carry TRL's keys and GAPO's. The model itself is
-    not touched: its `forward` and its weights between steps are its own. `detach()` undoes it all.
+    attached, the trainer's `compute_loss` is the step of GAPO or of another objective. Its evaluation gives
+    `eval_rewards/accuracies` and `eval_loss`, GAPO's probe loss or the other objective's own loss. Its logs carry TRL's
+    keys and GAPO's. The model's `forward` and its weights between steps are not touched. `detach()` undoes everything.
 
     Select models on `eval_loss` or `eval_rewards/accuracies`, never on the training loss: GAPO's stays flat while
     margins grow.
 
     Args:
         config: settings of the step; None for the defaults.
-        objective: "gapo"; "simpo" for the control, the same training on the probe loss, without an anchor; or another
-            name of `gapo.objectives.OBJECTIVES`. Those that compare with a reference need its log-probabilities in each
-            batch: see `with_reference_logps`.
-        objective_settings: settings of the other objectives, such as {"beta": 0.1}; None for their defaults. "gapo" and
-            "simpo" take theirs from `config`.
-        on_step: called as `on_step(result, batch)` after each training micro-batch, with the `gapo.StepResult` (None
-            for other objectives) and the batch; on each rank, of its own pairs.
+        objective: "gapo"; "simpo" for the control, the same training on the probe loss, without an anchor; another name
+            of `gapo.objectives.OBJECTIVES`; a `gapo.objectives.Objective`; or any function of a
+            `gapo.objectives.LogProbs` that returns the loss of each pair, (N,). Objectives that compare with a
+            reference need its log-probabilities in each batch: see `with_reference_logps`.
+        objective_settings: settings of the objective, such as {"beta": 0.1}; None for its defaults. "gapo" and "simpo"
+            take theirs from `config`.
+        on_step: called as `on_step(result, batch)` after each training micro-batch, with its `gapo.StepResult` and the
+            batch; on each rank, of its own pairs. The fields of the anchor are None for objectives without one.
         disable_dropout: True sets all dropout to 0 while attached, as TRL does: a preference margin under dropout is
             noise.
 
@@ -56,14 +58,15 @@ class GAPOCallback(TrainerCallback):
         self,
         config: GAPOConfig | None = None,
         *,
-        objective: str = "gapo",
+        objective: str | Objective | Callable[..., Tensor] = "gapo",
         objective_settings: Mapping[str, Any] | None = None,
-        on_step: Callable[[StepResult | None, dict[str, Any]], None] | None = None,
+        on_step: Callable[[StepResult, dict[str, Any]], None] | None = None,
         disable_dropout: bool = True,
     ) -> None:
-        self.config = step_settings(config, objective, objective_settings)
-        self.objective = objective
-        self.losses_without_anchor = without_anchor(objective, self.config, objective_settings)
+        name = objective.name if isinstance(objective, Objective) else objective
+        self.config = step_settings(config, name, objective_settings)
+        self.loss = resolve(objective, self.config, objective_settings)
+        self.objective = self.loss.name
         self.on_step = on_step
         self.disable_dropout = disable_dropout
         self._attachment: Attachment | None = None
@@ -79,7 +82,8 @@ class GAPOCallback(TrainerCallback):
             )
         if Attachment.of(trainer) is not None:
             raise ValueError("another GAPOCallback is attached to this trainer already: give it one only")
-        self._attachment, self._left = Attachment(trainer, self), None
+        settings = Settings(self.config, self.loss, self._report, self.disable_dropout)
+        self._attachment, self._left = Attachment(trainer, settings), None
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         return self
@@ -116,11 +120,16 @@ class GAPOCallback(TrainerCallback):
         if self._attachment is not None and model is not None:
             self._attachment.require_finite_gradients(model)
 
+    def _report(self, result: StepResult, batch: dict[str, Any]) -> None:
+        if self.on_step is not None:
+            self.on_step(result, batch)
+
     def _compare_settings(self, state: TrainerState) -> None:
-        """Say which settings differ from the resumed checkpoint's; put these into the checkpoints to come."""
-        settings = {"objective": self.objective, **self.losses_without_anchor[1], **asdict(self.config)}
-        kept = state.stateful_callbacks.get(_STATE, {}).get("attributes", settings)
-        changes = [f"{name}: {kept.get(name)!r} -> {new!r}" for name, new in settings.items() if kept.get(name) != new]
+        """Warn of settings that differ from the resumed checkpoint's; write the present ones to later checkpoints."""
+        of_objective = {name: _plain(value) for name, value in self.loss.settings.items()}
+        settings = {"objective": self.objective, **of_objective, **asdict(self.config)}
+        old = state.stateful_callbacks.get(_STATE, {}).get("attributes", settings)
+        changes = [f"{name}: {old.get(name)!r} -> {new!r}" for name, new in settings.items() if old.get(name) != new]
         if changes:
             logger.warning("the checkpoint was trained with other settings of GAPO: %s", ", ".join(changes))
         state.stateful_callbacks[_STATE] = {"args": {}, "attributes": settings}
@@ -131,10 +140,16 @@ class GAPOCallback(TrainerCallback):
             self.attach(trainer)
 
 
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+
+
 def calling_trainer(callback: TrainerCallback) -> Trainer:
     """The trainer that is calling `callback` now.
 
-    A callback is never handed its trainer, but the trainer calls it: one of the frames above is its method.
+    A Trainer never hands itself to a callback. It calls the callback, though, so that one of the frames above is a
+    method of the trainer.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:

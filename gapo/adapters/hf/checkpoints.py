@@ -14,17 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The checkpoint of the most steps in `folder` that was written to its end; None without one.
+    """The last checkpoint in `folder` that was written to its end; None without one.
 
-    A Trainer writes weights, optimizer and random states before `trainer_state.json`: where that can be read, the
-    others are whole. A later checkpoint that is passed over is named in a warning.
+    A Trainer writes `trainer_state.json` after weights, optimizer and random states: where it can be read, the other
+    files are whole. A warning names each later checkpoint that is passed over.
     """
-    found = [
+    checkpoints = [
         (int(match[1]), path)
         for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
     ]
-    for _, path in sorted(found, reverse=True):
+    for _, path in sorted(checkpoints, reverse=True):
         if _is_whole(path):
             return str(path)
         logger.warning("%s was not written to its end (its %s is not whole): passed over", path, TRAINER_STATE_NAME)

@@ -10,7 +10,7 @@ import torch
 
 from gapo.data.collate import TOKENIZED, check_padding, collate_pairs
 from gapo.data.limits import Limits
-from gapo.data.rows import RowFault, as_pair
+from gapo.data.pair_rows import RowFault, as_pair
 from gapo.data.tokenize import Tokens, equal_message, text_tokenizer, tokens_of
 from gapo.pairs import SIDES
 
@@ -21,8 +21,8 @@ class PreferenceCollator:
     """Make a batch of preference pairs: {chosen,rejected}_{input_ids,attention_mask,labels}, each (N, seq) int64.
 
     Rows are pairs in TRL's formats ("prompt", "chosen", "rejected": text or messages), or rows of
-    `gapo.data.tokenize_pair`. The first row that a limit cuts, and the first whose answers are then the same tokens
-    (it stays in the batch, and teaches nothing), are told in a warning each.
+    `gapo.data.tokenize_pair`. A warning names the first row that a limit cuts, and another one the first row whose
+    answers are then the same tokens. Such a row stays in the batch, and teaches nothing.
 
     Args:
         tokenizer: a `transformers` tokenizer, or a processor that has one. Without a pad token, its end-of-text token
@@ -69,7 +69,7 @@ class PreferenceCollator:
             "padding_side": side,
             "pad_to_multiple_of": pad_to_multiple_of,
         }
-        self._told: set[str] = set()
+        self._warnings: set[str] = set()
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokenized = []
@@ -93,32 +93,33 @@ class PreferenceCollator:
         return batch
 
     def tokenize(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Token ids and labels of one pair (`gapo.data.tokenize_pair`); a row that has them comes back as it is."""
+        """Token ids and labels of one pair (`gapo.data.tokenize_pair`); a row that has them is returned unchanged."""
         if isinstance(row, dict) and all(name in row for name in TOKENIZED):
             return row
         pair, tokens = self.tokens_of(row)
         if tokens.prompt_cut or tokens.answers_cut:
-            self._tell(
+            self._warn(
                 "cut",
                 f"max_length={self.limits.max_length}, max_prompt_length={self.limits.max_prompt_length} cut "
                 f"{tokens.prompt_cut} tokens of a prompt and {tokens.answers_cut} of the ends of its answers. Rows "
                 "that follow are cut without a word",
             )
         if tokens.are_equal:
-            self._tell("equal", f"{equal_message(pair, tokens, self.limits)}. It is kept, as are others that follow")
+            self._warn("equal", f"{equal_message(pair, tokens, self.limits)}. It is kept, as are others that follow")
         return tokens.columns
 
     def tokens_of(self, row: Any) -> tuple[dict[str, Any], Tokens]:
-        """A row as a checked pair, and its tokens with how much was cut. Raises ValueError where it is none."""
+        """A row as a checked pair, and its tokens with how many were cut. Raises ValueError where it is no pair."""
         try:
             pair = as_pair(row)
         except RowFault as error:
             raise ValueError(_refusal(row, error)) from None
         return pair, tokens_of(pair, self.tokenizer, self.limits)
 
-    def _tell(self, what: str, text: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+    def _warn(self, what: str, text: str) -> None:
+        """Log a warning, once for each `what`."""
+        if what not in self._warnings:
+            self._warnings.add(what)
             _logger.warning(text)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gapo
-from gapo.adapters.hf.batches import KEYS, TRL_KEYS, further_inputs, stack_pairs, to_the_right
+from gapo.adapters.hf.batches import further_inputs, stack_pairs, to_the_right
 from gapo.adapters.hf.models import (
     forward_parameters,
     has_virtual_tokens,
@@ -20,25 +20,27 @@ from gapo.adapters.hf.models import (
     vocabulary,
 )
 from gapo.backends.base import by_pairs
-from gapo.data.collate import REFERENCE
 from gapo.data.tokenize import IGNORE_INDEX
 from gapo.logps import response_lengths
-from gapo.objectives import LogProbs
+from gapo.pairs import REFERENCE, BatchConstants, LogProbs, halves
 
-__all__ = ["KEYS", "TRL_KEYS", "log_probs", "pair_logps", "row_logits", "stack_pairs"]
+__all__ = ["constants_of", "log_probs", "pair_logps", "row_logits", "rows_logps", "stack_pairs"]
 
 
 @by_pairs
 def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(chosen_logps, rejected_logps), each (N,), nats per token, of a causal language model on a batch of pairs.
 
-    Padding may stand on either side. What else the batch holds for the model's forward (images, token types, task ids)
-    is passed on: see `stack_pairs`.
+    Padding may stand on either side. Further inputs of the model's forward that the batch holds (images, token types,
+    task ids) are passed on: see `stack_pairs`.
     """
-    rows = stack_pairs(batch, forward_parameters(model))
-    logps = gapo.sequence_logps(*row_logits(model, rows), backend="torch")
-    half = len(logps) // 2
-    return logps[:half], logps[half:]
+    return rows_logps(model, stack_pairs(batch, forward_parameters(model)))
+
+
+@by_pairs
+def rows_logps(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same of the rows of `stack_pairs`, made for this model: a training step stacks its batch once."""
+    return halves(gapo.sequence_logps(*row_logits(model, rows), backend="torch"))
 
 
 def row_logits(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -76,15 +78,21 @@ def row_logits(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Te
 
 
 def log_probs(model: nn.Module, batch: Mapping[str, Any]) -> LogProbs:
-    """The same for any objective of `gapo.objectives`: sums and lengths, and the batch's reference log-probabilities.
+    """The log-probabilities of a batch, for any objective; with the reference's where the batch has them."""
+    rows = stack_pairs(batch, forward_parameters(model))
+    return LogProbs.of_step(rows_logps(model, rows), constants_of(batch, rows))
 
-    These are "ref_chosen_logps" and "ref_rejected_logps", each (N,), summed, nats, as TRL names them; None without.
-    """
-    chosen, rejected = pair_logps(model, batch)
-    lengths = response_lengths(stack_pairs(batch)["labels"]).to(chosen.device)
-    given = (batch.get(name) for name in REFERENCE)
-    ref_chosen, ref_rejected = (None if x is None else x.to(chosen.device) for x in given)
-    return LogProbs.from_averages(chosen, rejected, lengths, ref_chosen, ref_rejected)
+
+def constants_of(batch: Mapping[str, Any], rows: Mapping[str, Tensor]) -> BatchConstants:
+    """Lengths of the responses in the `rows` of a batch, and its reference log-probabilities under TRL's names."""
+    chosen_lengths, rejected_lengths = halves(response_lengths(rows["labels"]))
+    ref_chosen, ref_rejected = map(batch.get, REFERENCE)
+    return BatchConstants(
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+    )
 
 
 def _labelled_columns(model: Any, rows: Mapping[str, Tensor]) -> tuple[int, int]:

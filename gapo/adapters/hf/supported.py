@@ -1,4 +1,4 @@
-"""What a trainer may ask for while GAPO takes its loss: the rest is refused, or said once to be left out."""
+"""Which trainers GAPO can serve. What it cannot do raises; what it leaves out of a loss is named once in a warning."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
-from gapo.adapters.hf.batches import KEYS
 from gapo.adapters.hf.collator import PreferenceCollator
-from gapo.adapters.hf.models import text_config
-from gapo.adapters.hf.prepared import REENTRANT
+from gapo.adapters.hf.models import REENTRANT, peft_model, text_config
+from gapo.pairs import COLUMNS
 
-# Of TRL's, those whose batches are pairs. Others train on unpaired rows, triplets, or what they generate themselves.
+# The trainers of TRL whose batches are pairs. The others train on unpaired rows, triplets, or their own generations.
 _TRL_TRAINERS = ("DPOTrainer", "CPOTrainer", "ORPOTrainer")
 _TRL_COLLATORS = ("DataCollatorForPreference", "DataCollatorForVisionPreference", "DPODataCollatorWithPadding")
 _TRL_LOSS = {
@@ -26,13 +25,13 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def require_supported(trainer: Trainer) -> None:
-    """Raise ValueError, saying what to do, for what GAPO cannot do, or would pass over, in this trainer."""
+    """Raise ValueError, saying what to do, for an option of this trainer that GAPO cannot serve or would ignore."""
     for message in _refusals(trainer):
         raise ValueError(message)
 
 
 def left_out(trainer: Trainer) -> Iterator[str]:
-    """What the trainer or the model would add to the loss, and GAPO's has not: a line for each."""
+    """A line for each term that the trainer or the model would add to its loss, and GAPO leaves out."""
     config = trainer.args
     changed = [
         f"{f.name}={getattr(config, f.name)!r}"
@@ -48,7 +47,7 @@ def left_out(trainer: Trainer) -> Iterator[str]:
             f"router_aux_loss_coef={text.router_aux_loss_coef}: the experts' auxiliary loss is left out. GAPO weighs "
             "pairs, and it is no sum over pairs. Freeze the routers, or watch their load"
         )
-    adapters: Any = getattr(trainer.model, "active_peft_config", None)
+    adapters: Any = getattr(peft_model(trainer.model), "active_peft_config", None)
     if getattr(adapters, "orth_reg_weight", 0) and hasattr(adapters, "target_r"):
         yield f"orth_reg_weight={adapters.orth_reg_weight}: AdaLoRA's orthogonality loss is left out"
 
@@ -78,7 +77,7 @@ def _engines(trainer: Trainer) -> Iterator[str]:
             )
     optim = str(getattr(args.optim, "value", args.optim))
     if "lomo" in optim or "layerwise" in optim:
-        yield f"optim={optim!r} changes weights within the backward, and the step needs them as they were: take another"
+        yield f"optim={optim!r} changes weights within the backward, and the step needs them as they were: use another"
     if accelerator.num_processes > 1 and _is_dispatched(trainer) and not _is_ours(trainer.data_collator):
         yield (
             "dispatch_batches cuts a batch into the ranks' shares row by row, which parts chosen rows from rejected "
@@ -128,7 +127,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
     columns = _columns(trainer.train_dataset) or _columns(trainer.eval_dataset)
     collator = trainer.data_collator
     defaults = collator is default_data_collator or isinstance(collator, DataCollatorWithPadding)
-    if defaults and columns and not set(KEYS) <= set(columns):
+    if defaults and columns and not set(COLUMNS) <= set(columns):
         yield (
             "the trainer has transformers' own collator, which makes no batches of pairs: give it "
             "data_collator=gapo.adapters.hf.PreferenceCollator(tokenizer)"
@@ -140,8 +139,8 @@ def _data(trainer: Trainer) -> Iterator[str]:
             "trl.trainer.dpo_trainer.DataCollatorForVisionPreference(processor), or drop the column"
         )
     strategy, length = getattr(trainer.args, "train_sampling_strategy", None), trainer.args.length_column_name
-    known = [names for rows in (trainer.train_dataset, trainer.eval_dataset) if (names := _columns(rows))]
-    if strategy in ("group_by_length", "batch_rebalance") and any(length not in names for names in known):
+    data_sets = [names for rows in (trainer.train_dataset, trainer.eval_dataset) if (names := _columns(rows))]
+    if strategy in ("group_by_length", "batch_rebalance") and any(length not in names for names in data_sets):
         yield (
             f"train_sampling_strategy={strategy!r} needs a column {length!r} in a datasets.Dataset of pairs: add one "
             'with .map(), such as {"length": len(row["chosen"]) + len(row["rejected"])}'
@@ -149,7 +148,7 @@ def _data(trainer: Trainer) -> Iterator[str]:
 
 
 def _columns(rows: Any) -> Sequence[str]:
-    """Names of a data set's columns, as far as they are known without reading it."""
+    """Names of a data set's columns, or as many as can be had without reading it."""
     if isinstance(rows, dict):
         rows = next(iter(rows.values()), None)
     if getattr(rows, "column_names", None):
@@ -162,10 +161,10 @@ def _tensor_parallel(trainer: Trainer) -> bool:
 
 
 def _is_dispatched(trainer: Trainer) -> bool:
-    chosen = trainer.accelerator.dispatch_batches
-    given = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
-    streamed = any(isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") for rows in given)
-    return bool(chosen) or (chosen is None and streamed)
+    dispatch = trainer.accelerator.dispatch_batches
+    data_sets = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
+    streamed = any(isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") for rows in data_sets)
+    return bool(dispatch) or (dispatch is None and streamed)
 
 
 def _is_ours(collator: Any) -> bool:

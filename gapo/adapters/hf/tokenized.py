@@ -1,4 +1,4 @@
-"""Data sets of pairs with their token ids, made once before the training."""
+"""Data sets of pairs, tokenised once before the training."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.data.collate import TOKENIZED
 from gapo.data.limits import Cuts
 
-# Columns that a data set has while it is being tokenised: what the limits cut of a row, and whether it is to go.
+# Columns that a data set has while it is tokenised: how many tokens of a row were cut, and whether it is left out.
 _NOTES = ("_gapo_prompt_cut", "_gapo_answers_cut", "_gapo_equal")
 
 _logger = logging.getLogger("gapo")
 
 
 def tokenized(rows: Any, name: str, collator: PreferenceCollator, args: GAPOConfig) -> Any:
-    """`rows` with their token ids, where they are a list or a data set of `datasets`.
+    """`rows` with their token ids, where they are a list or a data set of `datasets`; others are returned unchanged.
 
-    Pairs whose answers are the same tokens, mostly once truncated, are left out; how many, and how many were cut, is
-    told in one warning. Streamed rows are tokenised as they come, other kinds of data sets batch by batch.
+    Pairs whose answers are the same tokens, mostly after truncation, are left out. One warning says how many, and how
+    many pairs were cut. Streamed rows are tokenised when they are read, other kinds of data sets by the collator.
 
     Raises:
         ValueError: a row is no pair, naming it.
@@ -54,30 +54,30 @@ def tokenized(rows: Any, name: str, collator: PreferenceCollator, args: GAPOConf
 
 
 def _of_list(rows: Any, name: str, collator: PreferenceCollator) -> list[dict[str, Any]]:
-    cuts, found = Cuts(), []
+    cuts, tokenized_rows = Cuts(), []
     for index, row in enumerate(rows):
         columns, notes = _row(row, index, name, collator)
         cuts.add(index, *notes)
         if not notes[-1]:
-            found.append({**row, **columns})
+            tokenized_rows.append({**row, **columns})
     cuts.tell(name, collator.limits)
-    return found
+    return tokenized_rows
 
 
 def _of_stream(mapped: Any, name: str, collator: PreferenceCollator) -> Any:
-    """The stream without equal pairs. It has no end at which to count: the first of each kind is told."""
-    told: set[str] = set()
+    """The stream without equal pairs. It has no end at which to count, so that the first of each kind is warned of."""
+    warnings: set[str] = set()
 
-    def tell(text: str) -> None:
-        if text not in told:
-            told.add(text)
+    def warn(text: str) -> None:
+        if text not in warnings:
+            warnings.add(text)
             _logger.warning("%s: %s", name, text)
 
     def differ(prompt_cut: int, answers_cut: int, equal: bool) -> bool:
         if prompt_cut or answers_cut:
-            tell(f"max_length={collator.limits.max_length} cuts prompts or the ends of answers")
+            warn(f"max_length={collator.limits.max_length} cuts prompts or the ends of answers")
         if equal:
-            tell("pairs whose answers are the same tokens are left out")
+            warn("pairs whose answers are the same tokens are left out")
         return not equal
 
     return mapped.filter(differ, input_columns=list(_NOTES)).remove_columns(list(_NOTES))
@@ -86,7 +86,7 @@ def _of_stream(mapped: Any, name: str, collator: PreferenceCollator) -> Any:
 def _row(
     row: Any, index: int, name: str, collator: PreferenceCollator
 ) -> tuple[dict[str, list[int]], tuple[int, int, bool]]:
-    """The token columns of a row; what was cut of its prompt and of its answers, and whether those are equal."""
+    """The token columns of a row; the tokens cut of its prompt and of its answers, and whether these are equal."""
     if hasattr(row, "keys") and all(column in row for column in TOKENIZED):
         return {column: row[column] for column in TOKENIZED}, (0, 0, False)
     try:

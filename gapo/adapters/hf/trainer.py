@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from gapo.adapters.hf.arguments import GAPOConfig
@@ -13,21 +14,27 @@ from gapo.adapters.hf.callback import GAPOCallback
 from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.adapters.hf.tokenized import tokenized
 from gapo.config import named
+from gapo.objectives import Objective
 
 _CARD = """
 ## Training method
 
-Trained with GAPO, Geometric Anchor Preference Optimization, of Cho, Kim and Kim
-([arXiv 2602.04909](https://arxiv.org/abs/2602.04909)), by the `gapo` library: {settings}.
+Trained with the objective `{name}`{paper}, by the `gapo` library: {settings}.
+"""
+
+# Of every objective with an anchor.
+_GAPO = """
+The anchor is that of GAPO, Geometric Anchor Preference Optimization, of Cho, Kim and Kim
+([arXiv 2602.04909](https://arxiv.org/abs/2602.04909)).
 
 ```bibtex
-@article{{cho2026gapo,
-  title = {{Learning Where It Matters: Geometric Anchoring for Robust Preference Alignment}},
-  author = {{Cho and Kim and Kim}},
+@article{cho2026gapo,
+  title = {Learning Where It Matters: Geometric Anchoring for Robust Preference Alignment},
+  author = {Cho and Kim and Kim},
   year = 2026,
-  eprint = {{2602.04909}},
-  archivePrefix = {{arXiv}},
-}}
+  eprint = {2602.04909},
+  archivePrefix = {arXiv},
+}
 ```
 """
 
@@ -47,6 +54,9 @@ class GAPOTrainer(Trainer):
         processing_class: the tokenizer; None for the model's own.
         data_collator: None for `PreferenceCollator` with the limits of `args`.
         peft_config: adapters to train instead of the model's weights. A quantised model is made ready for it.
+        objective: a `gapo.objectives.Objective`, or any function of a `gapo.objectives.LogProbs` that returns the loss
+            of each pair, (N,). None for the objective that `args` names.
+        objective_settings: settings of this `objective`; None for its defaults.
         compute_metrics: as in `transformers.Trainer`, like the next two.
         callbacks: besides GAPO's own.
         optimizers: (optimizer, scheduler); None in a place for the one that `args` names.
@@ -54,8 +64,6 @@ class GAPOTrainer(Trainer):
     Raises:
         TypeError, ValueError: an argument is not accepted; a row is no pair (naming the row and the fault).
     """
-
-    _tag_names = ("gapo", "preference-optimization")
 
     def __init__(
         self,
@@ -69,6 +77,8 @@ class GAPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        objective: Objective | Callable[..., Tensor] | str | None = None,
+        objective_settings: Mapping[str, Any] | None = None,
     ) -> None:
         args = GAPOConfig("gapo") if args is None else args
         if not isinstance(args, GAPOConfig):
@@ -107,13 +117,20 @@ class GAPOTrainer(Trainer):
                 if isinstance(eval_dataset, dict)
                 else tokenized(eval_dataset, "eval_dataset", data_collator, args)
             )
-        settings: Any = args.objective_settings
+        if objective is None:
+            if objective_settings is not None:
+                raise ValueError("objective_settings are of objective=, which is not given: put them into args")
+            of_args: Any = args.objective_settings
+            objective, objective_settings = args.objective, of_args
+        elif args.objective != GAPOConfig.objective:
+            raise ValueError(f"args name the objective {args.objective!r}, and objective= names another: leave one out")
         step = GAPOCallback(
             args.step_config(),
-            objective=args.objective,
-            objective_settings=settings,
+            objective=objective,
+            objective_settings=objective_settings,
             disable_dropout=args.disable_dropout,
         )
+        self._loss = step.loss
         super().__init__(
             model,
             args,
@@ -126,22 +143,35 @@ class GAPOTrainer(Trainer):
             optimizers=optimizers,
         )
         if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(list(self._tag_names))
+            self.model.add_model_tags(self._tags)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card of `transformers.Trainer`; of GAPO's training with the method, its settings and the citation."""
+        """The card of `transformers.Trainer`, with the objective, its settings, its source and GAPO's citation."""
         super().create_model_card(*args, **kwargs)
         path = Path(self.args.output_dir, "README.md")
-        if not self.is_world_process_zero() or not path.exists() or self.args.objective != "gapo":
+        if not self.is_world_process_zero() or not path.exists():
             return
         from huggingface_hub import ModelCard
 
         card = ModelCard.load(path)
-        card.data.tags = sorted({*(card.data.tags or []), *self._tag_names})
-        config = self.args.step_config()
-        settings = ", ".join(f"{name} {getattr(config, name)}" for name in ("beta", "gamma", "rho", "anchor"))
-        card.text = card.text.rstrip() + "\n" + _CARD.format(settings=settings)
+        card.data.tags = sorted({*(card.data.tags or []), *self._tags})
+        card.text = card.text.rstrip() + "\n" + self._method()
         card.save(path)
+
+    @property
+    def _tags(self) -> list[str]:
+        return [self._loss.name, "preference-optimization"]
+
+    def _method(self) -> str:
+        """The section of the model card on the objective."""
+        loss, config = self._loss, self.args.step_config()
+        settings = dict(loss.settings)
+        if loss.needs_anchor:
+            settings |= {"rho": config.rho, "anchor": config.anchor}
+        paper = f" ({loss.objective.paper})" if loss.objective.paper else ""
+        listed = ", ".join(f"{name} {value}" for name, value in settings.items()) or "no settings"
+        card = _CARD.format(name=loss.name, paper=paper, settings=listed)
+        return card + _GAPO if loss.needs_anchor else card
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.create_model_card()

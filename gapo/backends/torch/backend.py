@@ -18,7 +18,7 @@ from gapo.backends.torch.pairgrads import Verdicts
 from gapo.backends.torch.plain import PlainForward
 from gapo.backends.torch.sharded import PlainShardedForward, ShardedForward, by_rank, fsdp_units, is_shard, like_shard
 from gapo.backends.torch.token_logps import token_logps  # noqa: F401  (takes its place in gapo.logps)
-from gapo.backends.torch.zero3 import is_zero3
+from gapo.backends.torch.zero3 import Zero3Forward, is_engine, is_zero3
 from gapo.config import GAPOConfig
 
 
@@ -45,19 +45,35 @@ class TorchBackend:
         *,
         anchor: bool = True,
         by_side: bool = False,
+        wrapper: nn.Module | None = None,
     ) -> PlainForward:
+        """The clean forward by the way that fits the module: without an anchor; ZeRO-3; FSDP2; one pass or two.
+
+        Args:
+            margin_fn, params, batch, config, anchor, by_side: as the protocol has them.
+            wrapper: the module around `params` whose forward prepares the update's backward, such as
+                `DistributedDataParallel` or DeepSpeed's engine; `params` itself where nothing wraps it. The update's
+                forward goes through it, every other one through `params`. Its caller takes the update by `as_loss`.
+        """
         if not isinstance(params, nn.Module):
             raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(params).__name__}')
+        if not anchor and wrapper is not None:
+            return PlainForward(margin_fn, params, batch, wrapper)
         if is_zero3(params):
-            raise ValueError(
-                "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
-                "Trainer, or shard with FSDP2 in a loop of your own"
-            )
+            if wrapper is None:
+                raise ValueError(
+                    "DeepSpeed has partitioned the parameters (ZeRO-3): train with gapo.adapters.hf.GAPOCallback in a "
+                    "Trainer, or shard with FSDP2 in a loop of your own"
+                )
+            return Zero3Forward(margin_fn, wrapper, batch, config, self._verdicts)
+        if is_engine(wrapper):  # up to ZeRO-2 it would take the probe's backward for the update's
+            wrapper = None
         shards = bool(fsdp_units(params))
         if not anchor:
             return (PlainShardedForward if shards else PlainForward)(margin_fn, params, batch)
+        options: dict[str, Any] = {"verdicts": self._verdicts, "wrapper": wrapper}
         if shards:
-            return ShardedForward(margin_fn, params, batch, config, self._verdicts)
+            return ShardedForward(margin_fn, params, batch, config, **options)
         # float16's gradient scaler must see the backward. Where autocast is within the model's forward, as accelerate
         # puts it, its maker says one_pass=False.
         float16 = any(
@@ -65,8 +81,8 @@ class TorchBackend:
             for kind in ("cuda", "cpu")
         )
         if self._one_pass and not float16:
-            return OnePassForward(margin_fn, params, batch, config, self._verdicts, by_side=by_side)
-        return TorchForward(margin_fn, params, batch, config, self._verdicts)
+            return OnePassForward(margin_fn, params, batch, config, by_side=by_side, **options)
+        return TorchForward(margin_fn, params, batch, config, **options)
 
     def differentiate(
         self, losses: Callable[[tuple[Tensor, ...]], Tensor], values: Sequence[Tensor]

@@ -44,11 +44,12 @@ class TorchForward(PlainForward):
         batch: Any,
         config: GAPOConfig,
         verdicts: Verdicts | None = None,
+        wrapper: nn.Module | None = None,
     ) -> None:
         self._config = config
         self._verdicts = Verdicts() if verdicts is None else verdicts
         self._spent = False  # whether the graph behind `outputs` can be pulled back no more
-        super().__init__(margin_fn, module, batch)
+        super().__init__(margin_fn, module, batch, wrapper)
         if self._cut:
             self._cut.see(self.outputs)
 
@@ -62,7 +63,7 @@ class TorchForward(PlainForward):
 
     def _run_clean(self) -> tuple[Tensor, ...]:
         with self._cut.kept(self._basis) if self._cut else nullcontext():
-            return self._run()
+            return super()._run_clean()
 
     def _run_again(self) -> None:
         """A second clean forward: the same numbers, and a graph of its own."""

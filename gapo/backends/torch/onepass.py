@@ -38,6 +38,7 @@ class OnePassForward(TorchForward):
         batch: Any,
         config: GAPOConfig,
         verdicts: Verdicts | None = None,
+        wrapper: nn.Module | None = None,
         *,
         by_side: bool = False,
     ) -> None:
@@ -45,7 +46,7 @@ class OnePassForward(TorchForward):
         self._by_side = by_side
         self._grads: GroupGradients | None = None
         try:
-            super().__init__(margin_fn, module, batch, config, verdicts)
+            super().__init__(margin_fn, module, batch, config, verdicts, wrapper)
         except BaseException:
             self._close()
             raise

@@ -15,8 +15,8 @@ from gapo.backends.torch.pairgrads.graph import no_grads_left
 class PlainForward:
     """The clean forward of a module, to be pulled back once."""
 
-    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any) -> None:
-        self._margin_fn, self._module, self._batch = margin_fn, module, batch
+    def __init__(self, margin_fn: MarginFn, module: nn.Module, batch: Any, wrapper: nn.Module | None = None) -> None:
+        self._margin_fn, self._module, self._batch, self._wrapper = margin_fn, module, batch, wrapper
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         require_real({name: p.is_complex() for name, p in self.parameters.items()})
         self._prepare()
@@ -31,10 +31,14 @@ class PlainForward:
         """What is to be done before the clean forward."""
 
     def _run_clean(self) -> tuple[Tensor, ...]:
-        return self._run()
+        """The forward that the update goes back through: by the wrapper, in which DDP prepares its reduction."""
+        return self._run(self._wrapper)
 
-    def _run(self) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = outputs_of(self._margin_fn(self._module, self._batch))
+    def _run(self, wrapper: nn.Module | None = None) -> tuple[Tensor, ...]:
+        """A forward through `wrapper`, or through the module alone."""
+        outputs: tuple[Tensor, ...] = outputs_of(
+            self._margin_fn(self._module if wrapper is None else wrapper, self._batch)
+        )
         return outputs
 
     def pullback(self, cotangents: Sequence[Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ Tested with DeepSpeed 0.19 on CPUs, stage 3 without offloading.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
@@ -80,6 +81,12 @@ class Zero3Forward(ShardedForward):
 
     def _recover(self) -> None:
         """DeepSpeed has no call for it: the weights are back, but a forward that failed ends its run."""
+
+
+def is_engine(module: Any) -> bool:
+    """Whether `module` is DeepSpeed's engine, of any stage."""
+    deepspeed = sys.modules.get("deepspeed")
+    return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
 
 
 def is_zero3(module: nn.Module) -> bool:

@@ -1,4 +1,8 @@
-"""Llama in JAX, a pure function of weights under Hugging Face's names: so that the tiny model runs on every backend."""
+"""Llama in JAX, a pure function of the weights under Hugging Face's names.
+
+With it the tiny model, which transformers makes and saves, trains on JAX too. The function is that of
+`transformers.LlamaForCausalLM` without biases, rope scaling and quantisation; models with these are refused.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,7 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
             f"backend jax reads a local folder with config.json and model.safetensors; {str(folder)!r} is none. Use "
             'backend torch for Hub names, or model "tiny"'
         )
-    config = json.loads((path / "config.json").read_text())
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
     ropes = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]  # the latter before transformers 5
     rope = next((rope for rope in ropes if rope.get("rope_type", rope.get("type", "default")) != "default"), {})
     if config.get("model_type") != "llama" or rope:
@@ -56,8 +60,7 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
                 f"backend jax trains plain Llama models, got {name} {config[name]!r}: use backend torch, or "
                 "gapo.adapters.flax with your own model"
             )
-    found: dict[str, Any] = config
-    return found
+    return config
 
 
 def _names(config: dict[str, Any]) -> set[str]:
@@ -75,6 +78,7 @@ def logits(params: Params, ids: jax.Array, config: dict[str, Any]) -> jax.Array:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0))
     batch, seq = ids.shape
+    # Rotary positions (arXiv 2104.09864) in Hugging Face's layout: entry i of a head turns with entry i + head_dim / 2.
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = jnp.tile(jnp.arange(seq, dtype=jnp.float32)[:, None] * frequency, 2)[None, :, None, :]
     x = params["model.embed_tokens.weight"][ids]

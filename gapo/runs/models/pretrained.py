@@ -1,4 +1,7 @@
-"""Models and tokenizers from folders and the Hub, of which no file can run code: safetensors alone, no custom code."""
+"""Models and tokenizers from folders and the Hub, loaded so that no file of theirs can run code.
+
+Weights are read from safetensors alone, never from pickles, and code that comes with a model is never run.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
 
     for source in (name, adapter):
         _require_safetensors(Path(source or name))
-    found = load_tokenizer(tokenizer or name)
+    loaded = load_tokenizer(tokenizer or name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         if adapter is not None:
@@ -37,21 +40,21 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
     except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         what = f"model {name!r}" if adapter is None else f"model {name!r} with adapter {adapter!r}"
         raise ConfigError(_not_loaded(what, error)) from error
-    return model, found
+    return model, loaded
 
 
-def require_same_ids(given: Any, source: str, model: str) -> None:
+def require_same_ids(tokenizer: Any, source: str, model: str) -> None:
     """Raise ConfigError for a tokenizer with other ids than the model's own: the model would read other text."""
     try:
         own = load_tokenizer(model)
     except ConfigError:
-        return  # the model has none, and only its user can know
+        return  # the model has no tokenizer to compare with
     ids = own.get_vocab()
-    other = next((token for token, i in given.get_vocab().items() if ids.get(token, i) != i), None)
+    other = next((token for token, i in tokenizer.get_vocab().items() if ids.get(token, i) != i), None)
     if other is not None:
         raise ConfigError(
-            f"tokenizer {source!r} numbers the token {other!r} {given.get_vocab()[other]}, and that of model {model!r} "
-            f"{ids[other]}: give a tokenizer that the model was trained with"
+            f"tokenizer {source!r} numbers the token {other!r} {tokenizer.get_vocab()[other]}, and that of model "
+            f"{model!r} {ids[other]}: give a tokenizer that the model was trained with"
         )
 
 
@@ -59,14 +62,14 @@ def require_model(name: str, *, tokenizer: str | None = None) -> Any:
     """The configuration of a model that `load_model` could load, None of an adapter; no weights are read.
 
     Raises:
-        ConfigError: like `load_model`, as far as small files tell.
+        ConfigError: like `load_model`, as far as its small files show.
     """
     from transformers import AutoConfig
 
     _require_safetensors(Path(name))
-    found = load_tokenizer(tokenizer or name)
+    loaded = load_tokenizer(tokenizer or name)
     if tokenizer is not None:
-        require_same_ids(found, tokenizer, name)
+        require_same_ids(loaded, tokenizer, name)
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").exists():
         return None
     try:
@@ -79,7 +82,7 @@ def require_fit(settings: Any, name: str, *, highest: int, longest: int) -> None
     """Raise ConfigError where token ids, or sequences, go beyond what a model has.
 
     Args:
-        settings: the model's configuration; what it does not say is not checked.
+        settings: the model's configuration; values that it lacks are not checked.
         name: of the model.
         highest: greatest token id.
         longest: most tokens of prompt and answer.

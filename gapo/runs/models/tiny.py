@@ -24,7 +24,7 @@ from gapo.runs import ranks
 from gapo.runs.config_bases import TrainingConfig
 
 SEQUENCE = 128
-# What torchrun and `accelerate launch` tell a process of its group.
+# The variables by which torchrun and `accelerate launch` describe its group to a process.
 _GROUP = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
     *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
@@ -61,9 +61,9 @@ def tiny_model(config: TrainingConfig, answers: Sequence[str]) -> Path:
 
 
 def _alone(work: Callable[..., None], *arguments: Any) -> None:
-    """`work` outside the group of processes that torchrun made, whose Trainer would warm up over all of them.
+    """Run `work` outside the group of processes that torchrun made.
 
-    The policy would then depend on their number.
+    Inside it, the Trainer would warm up over all processes, and the policy would depend on their number.
     """
     if ranks.count() == 1:
         work(*arguments)

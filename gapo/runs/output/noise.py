@@ -1,4 +1,8 @@
-"""What the weights of a run say of its flipped pairs (the paper's diagnostics at 20 % flips)."""
+"""Do the weights of a run show which of its pairs are flipped? The paper's diagnostics, and the AUROC of a score.
+
+Ties are common: at rho 0 all weights are equal. So equal values have no order among themselves, neither in the fifths
+of the weights nor in the AUROC.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,7 @@ def fifths(weights: np.ndarray, is_flipped: np.ndarray) -> list[float]:
     """Share of flipped pairs in each fifth of the weights, the lowest first; sizes differ by one pair at most.
 
     Pairs of equal weight have no order: each counts for the share of flips among them, so that equal weights give five
-    equal shares, however the rows lie.
+    equal shares in any order of the rows.
 
     Args:
         weights: (n,) weights, n >= 5.
@@ -66,7 +70,7 @@ def fifths(weights: np.ndarray, is_flipped: np.ndarray) -> list[float]:
 
 
 def auroc(score: np.ndarray, is_flipped: np.ndarray) -> float:
-    """Chance that a flipped pair scores higher than a clean one, ties counting half: 0.5 tells nothing, 1 tells all.
+    """Chance that a flipped pair scores higher than a clean one, ties counting half: 0.5 is chance, 1 is perfect.
 
     The area under the ROC curve of `score` as a detector of flips. Anchor gaps detect as they are, weights negated.
 

@@ -1,4 +1,8 @@
-"""The pictures of a run, as SVG text that follows the page's colour (light or dark)."""
+"""The pictures of a run, as SVG text in the page's own text colour, light or dark.
+
+Matplotlib knows no `currentColor`. So everything that is ink is drawn in a colour that nothing else has, which is then
+replaced in the SVG.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from gapo.runs.output.noise import pair_columns
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, on light and on dark.
 BLUE, ORANGE, GREEN = "#3b8fd0", "#d55e00", "#009e73"
-_INK = "#010203"  # stands for the page's own text colour, and is replaced by it
+_INK = "#010203"  # replaced by the page's own text colour
 _BINS = 40
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -100,11 +104,11 @@ def spread_over_time(steps: Sequence[Row], name: str, title: str, ylabel: str) -
 
     def draw(axes: Any) -> None:
         columns = pair_columns(steps)
-        at, groups = _binned(columns["step"], columns[name])
+        middles, groups = _binned(columns["step"], columns[name])
         low, lower, median, upper, high = np.array([np.quantile(group, _QUANTILES) for group in groups]).T
-        axes.fill_between(at, low, high, color=BLUE, alpha=0.2, linewidth=0, label="5 % to 95 %")
-        axes.fill_between(at, lower, upper, color=BLUE, alpha=0.4, linewidth=0, label="25 % to 75 %")
-        axes.plot(at, median, color=BLUE, label="median")
+        axes.fill_between(middles, low, high, color=BLUE, alpha=0.2, linewidth=0, label="5 % to 95 %")
+        axes.fill_between(middles, lower, upper, color=BLUE, alpha=0.4, linewidth=0, label="25 % to 75 %")
+        axes.plot(middles, median, color=BLUE, label="median")
 
     return figure(title, "step", ylabel, draw)
 
@@ -116,11 +120,11 @@ def flipped_weights(steps: Sequence[Row]) -> str:
         columns = pair_columns(steps)
         for value, label, colour in ((0, "clean pairs", BLUE), (1, "flipped pairs", ORANGE)):
             chosen = columns["is_flipped"] == value
-            at, groups = _binned(columns["step"][chosen], columns["weights"][chosen])
+            middles, groups = _binned(columns["step"][chosen], columns["weights"][chosen])
             mean = np.array([np.mean(group) for group in groups])
             error = np.array([2 * np.std(group) / np.sqrt(len(group)) for group in groups])
-            axes.plot(at, mean, color=colour, label=label)
-            axes.fill_between(at, mean - error, mean + error, color=colour, alpha=0.25, linewidth=0)
+            axes.plot(middles, mean, color=colour, label=label)
+            axes.fill_between(middles, mean - error, mean + error, color=colour, alpha=0.25, linewidth=0)
 
     return figure("Weight of flipped and of clean pairs", "step", "mean weight", draw)
 

@@ -23,7 +23,7 @@ def require_ending(name: str, path: str) -> None:
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Write `rows` to `path`, whole or not at all; the same rows give the same bytes.
+    """Write `rows` to `path`, atomically; the same rows give the same bytes.
 
     Raises:
         ValueError: a column holds values of several kinds, which Parquet cannot, or of a kind that JSON cannot.

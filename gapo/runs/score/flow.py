@@ -1,4 +1,8 @@
-"""From pairs and models to files of scores: measured batch by batch, gone on after an interruption."""
+"""From pairs and models to files of scores, measured batch by batch and resumed after an interruption.
+
+Each measured batch is one line of a log. The scores are computed from the whole log at the end, so that a resumed call
+writes the same bytes as an uninterrupted one. Settings and digests at the head of the log guard against mixing.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,7 @@ logger = logging.getLogger(__name__)
 # Options that change no score, or whose content is compared instead of their name.
 _NAMES = ("pairs", "output", "select_output", "model", "adapter", "checkpoints")
 _FREE = (*_NAMES, "overwrite", "select", "strict", "device")
-_DRAWS = 2  # raised when batches are drawn otherwise, so that no measurement goes on with other ones
+_DRAWS = 2  # version of the drawing of batches: a log of another version is not continued
 
 
 def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
@@ -86,10 +90,10 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
     print(pairs.summary(), flush=True)
     settings = _settings(config, step, pairs.rows, sources)
     if files.finished() and not config.overwrite:
-        kept = files.settings()
-        _require_same({**settings, **_of_measurement(kept)} if reread else settings, kept, files.output)
+        earlier = files.settings()
+        _require_same({**settings, **_of_measurement(earlier)} if reread else settings, earlier, files.output)
         scores = read_table(files.output)
-        files.log.unlink(missing_ok=True)  # a kill may have come just before
+        files.log.unlink(missing_ok=True)  # left by a kill between the scores and this line
     else:
         scores = _measure_all(pairs.rows, sources, settings, config, step, files)
     write_page(files.page, pairs.rows, scores, files.settings())
@@ -114,8 +118,8 @@ class Files:
     def settings(self) -> Row:
         """The settings of the finished scores. Raises ConfigError if the output is not of `gapo score`."""
         try:
-            found: Row = json.loads(self.sidecar.read_text(encoding="utf-8"))
-            return found
+            settings: Row = json.loads(self.sidecar.read_text(encoding="utf-8"))
+            return settings
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self.output} is there already, without the settings ({self.sidecar.name}) of a gapo score: give "
@@ -128,8 +132,8 @@ class Files:
             path.unlink(missing_ok=True)
 
 
-def _settings(config: ScoreConfig, step: GAPOConfig, pairs: Sequence[Row], sources: list[Source]) -> Row:
-    """All that the scores depend on, and by what name they know the pairs."""
+def _settings(config: ScoreConfig, step_config: GAPOConfig, pairs: Sequence[Row], sources: list[Source]) -> Row:
+    """Everything that the scores depend on, and the name of the pairs."""
     measured = {name: value for name, value in asdict(config).items() if name not in _FREE}
     return {
         "pairs": config.pairs,
@@ -139,35 +143,35 @@ def _settings(config: ScoreConfig, step: GAPOConfig, pairs: Sequence[Row], sourc
         "tokenizers_sha256": tokenizers_fingerprint(sources, config),
         "draws": _DRAWS,
         **measured,
-        **{name: value for name, value in asdict(step).items() if name != "sft_weight"},
+        **{name: value for name, value in asdict(step_config).items() if name != "sft_weight"},
     }
 
 
 def _of_measurement(settings: Row) -> Row:
-    """What finished scores say of how they came about, and pairs alone do not tell."""
+    """The settings of finished scores that pairs and options do not determine."""
     return {name: settings.get(name) for name in ("models", "weights_sha256", "tokenizers_sha256", "draws")}
 
 
-def _adopt(config: ScoreConfig, step: GAPOConfig, kept: Row) -> tuple[ScoreConfig, GAPOConfig]:
-    """Both configurations, with the kept value wherever they have the default."""
+def _adopt(config: ScoreConfig, step_config: GAPOConfig, earlier: Row) -> tuple[ScoreConfig, GAPOConfig]:
+    """Both configurations, with the earlier value wherever they have the default."""
 
     def adopted(own: Any) -> dict[str, Any]:
-        names = [f.name for f in fields(own) if f.name in kept and f.name not in _FREE]
+        names = [f.name for f in fields(own) if f.name in earlier and f.name not in _FREE]
         defaults = {f.name: f.default for f in fields(own)}
-        return {name: kept[name] for name in names if getattr(own, name) == defaults[name]}
+        return {name: earlier[name] for name in names if getattr(own, name) == defaults[name]}
 
-    return replace(config, **adopted(config)), replace(step, **adopted(step))
+    return replace(config, **adopted(config)), replace(step_config, **adopted(step_config))
 
 
-def _require_same(settings: Row, kept: Row, where: Path) -> None:
-    changed = [name for name in settings if name != "pairs" and settings[name] != kept.get(name)]
+def _require_same(settings: Row, earlier: Row, where: Path) -> None:
+    changed = [name for name in settings if name != "pairs" and settings[name] != earlier.get(name)]
     if changed:
-        changes = ", ".join(f"{name}: {kept.get(name)!r} -> {settings[name]!r}" for name in changed)
+        changes = ", ".join(f"{name}: {earlier.get(name)!r} -> {settings[name]!r}" for name in changed)
         raise ConfigError(f"{where} holds scores of other settings ({changes}): give another output, or overwrite")
 
 
 def _measure_all(
-    pairs: list[Row], sources: list[Source], settings: Row, config: ScoreConfig, step: GAPOConfig, files: Files
+    pairs: list[Row], sources: list[Source], settings: Row, config: ScoreConfig, step_config: GAPOConfig, files: Files
 ) -> list[Row]:
     """Measure what the log does not hold yet; write the settings, then the scores."""
     head, *lines = read_lines(files.log) or [{}]
@@ -187,10 +191,10 @@ def _measure_all(
             first = len(lines) - place * len(batches)
             if first >= len(batches):
                 continue
-            measure = Measure(source, pairs, config, step)
+            measure = Measure(source, pairs, config, step_config)
             for batch in batches[first:]:
                 line = {"step": len(lines) + 1, "checkpoint": source.name, **measure(batch)}
-                if log is None:  # only now: what cannot start leaves old files alone
+                if log is None:  # opened late: a call that cannot start leaves old files alone
                     log = _open_log(files, settings, len(lines), config.overwrite, new=not head)
                     stack.callback(log.close)
                 log.write(line)

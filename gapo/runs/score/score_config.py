@@ -1,4 +1,4 @@
-"""What `gapo score` can be told, besides the settings of the step."""
+"""The settings of `gapo score`, besides those of the step."""
 
 from __future__ import annotations
 

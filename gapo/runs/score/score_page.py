@@ -1,4 +1,4 @@
-"""The page of `gapo score`: how gaps and weights are distributed, which pairs stand out, what they say of flips."""
+"""The page of `gapo score`: the distribution of gaps and weights, the extreme pairs, and how well they detect flips."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def write_page(path: Path, pairs: Sequence[Row], scores: Sequence[Row], settings
 
 
 def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: str) -> str:
-    """The page as text. All that came from users is escaped, long texts are cut."""
+    """The page as text. Texts of users are escaped, long ones cut."""
     values = {name: by_pair(scores, name) for name in _MEASURES}
-    known = np.array([pair.get("is_flipped") is not None for pair in pairs])
+    labelled = np.array([pair.get("is_flipped") is not None for pair in pairs])
     flipped = np.array([bool(pair.get("is_flipped")) for pair in pairs])
-    labels = flipped if known.all() and 0 < flipped.sum() < len(flipped) else None
-    detected = flips({name: column[known] for name, column in values.items()}, flipped[known])
+    labels = flipped if labelled.all() and 0 < flipped.sum() < len(flipped) else None
+    detected = flips({name: column[labelled] for name, column in values.items()}, flipped[labelled])
     order = np.argsort(values["gap"], kind="stable")
     checkpoints = list(dict.fromkeys(score["checkpoint"] for score in scores))
     pictures = [
@@ -59,7 +59,7 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
 
 
 def flips(measures: dict[str, np.ndarray], is_flipped: np.ndarray) -> dict[str, Any]:
-    """What the measures say of the flips; empty where no pair, or every pair, is flipped.
+    """How well each measure detects the flips; empty where no pair, or every pair, is flipped.
 
     Args:
         measures: "gap", "weight" and "margin", each (n,).
@@ -94,9 +94,9 @@ def _overview(name: str, scores: Sequence[Row], pairs: Sequence[Row]) -> Row:
     """The line on one checkpoint. "right" is reward accuracy by true labels, "positive" by the labels as given."""
     flipped = [bool(pair.get("is_flipped")) for pair in pairs]
     values = {k: np.array([score[k] for score in scores]) for k in _MEASURES}
-    known = [i for i, pair in enumerate(pairs) if pair.get("is_flipped") is not None]
-    labels = np.array([pairs[i]["is_flipped"] for i in known], dtype=bool)
-    detected = flips({k: column[known] for k, column in values.items()}, labels)
+    labelled = [i for i, pair in enumerate(pairs) if pair.get("is_flipped") is not None]
+    labels = np.array([pairs[i]["is_flipped"] for i in labelled], dtype=bool)
+    detected = flips({k: column[labelled] for k, column in values.items()}, labels)
     return {
         "checkpoint": name,
         **{k: column.mean() for k, column in values.items()},
@@ -119,7 +119,7 @@ def _cut(text: str) -> str:
 
 
 def _groups(is_flipped: np.ndarray | None, n: int) -> list[tuple[np.ndarray, str, str]]:
-    """(which pairs, their name, their colour): clean and flipped ones, or all where that is not known."""
+    """(which pairs, their name, their colour): clean and flipped ones, or all of them without labels."""
     if is_flipped is None:
         return [(np.ones(n, dtype=bool), "", plots.BLUE)]
     return [(is_flipped == value, label, colour) for value, label, colour in _GROUPS]
@@ -148,10 +148,10 @@ def _fifths(shares: list[float], overall: float) -> str:
 def _over_checkpoints(scores: Sequence[Row], checkpoints: Sequence[str], is_flipped: np.ndarray | None) -> str:
     def draw(axes: Any) -> None:
         gaps = np.array([score["gap"] for score in scores]).reshape(len(checkpoints), -1)
-        at = range(len(checkpoints))
+        places = range(len(checkpoints))
         for group, label, colour in _groups(is_flipped, gaps.shape[1]):
-            axes.plot(at, gaps[:, group].mean(1), marker="o", color=colour, label=label or None)
+            axes.plot(places, gaps[:, group].mean(1), marker="o", color=colour, label=label or None)
         names = [name if len(name) <= _TICK else f"…{name[1 - _TICK :]}" for name in checkpoints]
-        axes.set_xticks(at, names, rotation=30 if len(checkpoints) > 4 else 0)
+        axes.set_xticks(places, names, rotation=30 if len(checkpoints) > 4 else 0)
 
     return plots.figure("Mean gap at each checkpoint", "checkpoint", "nats per token", draw)

@@ -11,13 +11,13 @@ from gapo.runs.output.tables import Row
 
 # A pair's columns, and the field of `gapo.StepResult` that each comes from.
 MEASURES = {"margin": "margins", "anchor_margin": "anchor_margins", "gap": "anchor_gaps", "weight": "weights"}
-_KEPT = ("id", "is_flipped")  # columns of the pairs that stand in their scores too
+_OWN_COLUMNS = ("id", "is_flipped")  # columns of the pairs that their scores repeat
 
 
 def plan(pairs: int, batch_size: int, repeats: int, seed: int) -> Iterator[tuple[int, int, np.ndarray]]:
     """(repeat, batch, rows of the batch): every pair once a repeat, shuffled anew, in batches of nearly one size.
 
-    A gap depends on the batch that shares its anchor, so that a small last batch would stand out.
+    A gap depends on the batch that shares its anchor, so that gaps of a small last batch would be biased.
     """
     count = -(-pairs // batch_size)
     for repeat in range(repeats):
@@ -50,9 +50,9 @@ def score_rows(pairs: Sequence[Row], lines: Sequence[Row], checkpoints: Sequence
     for line in lines:
         measured[line["checkpoint"]][line["repeat"], line["rows"]] = np.stack([line[f] for f in MEASURES.values()], -1)
         batches[line["repeat"], line["rows"]] = line["batch"]
-    kept = [name for name in _KEPT if any(name in pair for pair in pairs)]
+    columns = [name for name in _OWN_COLUMNS if any(name in pair for pair in pairs)]
     return [
-        {"row": i, **{k: pair.get(k) for k in kept}, "checkpoint": name, **_measures(measured[name][:, i])}
+        {"row": i, **{k: pair.get(k) for k in columns}, "checkpoint": name, **_measures(measured[name][:, i])}
         | {"batches": batches[:, i].tolist()}
         for name in checkpoints
         for i, pair in enumerate(pairs)

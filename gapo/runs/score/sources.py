@@ -1,4 +1,4 @@
-"""The models that `gapo score` measures with: found, told apart, loaded one at a time."""
+"""The models that `gapo score` measures with: listed, fingerprinted, loaded one at a time."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _of_checkpoint(folder: Path, config: ScoreConfig) -> Source:
 
 def _checkpoint_folders(name: str) -> list[Path]:
     for folder in (Path(name), Path(name) / "checkpoints"):
-        numbered = {int(found[1]): path for path in folder.glob("*") if (found := _numbered(path))}
+        numbered = {int(match[1]): path for path in folder.glob("*") if (match := _numbered(path))}
         if numbered:
             return [numbered[step] for step in sorted(numbered)]
     raise ConfigError(f"no checkpoint-* folder in {name!r}: give the folder that holds a training's checkpoints")
@@ -91,7 +91,7 @@ def _base_of(folder: Path) -> str:
 
 
 def require_loadable(sources: list[Source], config: ScoreConfig) -> None:
-    """Raise ConfigError for models, tokenizers and a device that cannot be used, as far as small files tell."""
+    """Raise ConfigError for models, tokenizers and a device that cannot be used, as far as small files show."""
     find_device(config.device)
     for model in dict.fromkeys(source.model for source in sources):
         require_model(model, tokenizer=config.tokenizer)
@@ -101,15 +101,15 @@ def require_loadable(sources: list[Source], config: ScoreConfig) -> None:
 
 
 def fingerprint(sources: list[Source]) -> str:
-    """A digest of the weights of `sources`, to tell whether a folder still holds what it held.
+    """A digest of the weights of `sources`: it changes when a folder's files do.
 
-    Files of local folders count by their content; a name on the Hub stands for itself.
+    Files of local folders count by their content, a name on the Hub by itself.
     """
     return _digest([name for source in sources for name in (source.model, source.adapter) if name], _WEIGHTS)
 
 
 def tokenizers_fingerprint(sources: list[Source], config: ScoreConfig) -> str:
-    """The same of their tokenizers: other tokens, other margins."""
+    """A digest of their tokenizers, since other tokens have other margins."""
     return _digest(_tokenizers(sources, config), _TOKENIZERS)
 
 

@@ -1,6 +1,8 @@
-"""The training loop of `gapo train` where no library's own is at hand: JAX and MLX.
+"""The training loop of `gapo train` on JAX and MLX, which have no Trainer of their own.
 
-Pairs, their order, schedule, evaluation, logs and checkpoints stand here once; a framework brings a `Trainee`.
+Order of the pairs, schedule, evaluation, logs and checkpoints are written here once. A framework adds a `Trainee`: a
+model, its optimiser, and one micro-batch. A checkpoint is one file that replaces the one before; after an interruption
+the logs are cut back to it, and the stream of batches, which is seeded, skips those that it has seen.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from tqdm.auto import tqdm
 
 from gapo.config import GAPOConfig
 from gapo.data import batches
-from gapo.data.collate import REFERENCE, collate_pairs
+from gapo.data.collate import collate_pairs
 from gapo.files import JsonLines, read_lines, whole
-from gapo.logps import response_lengths
-from gapo.metrics import combine, reference_metrics, reward_metrics
-from gapo.objectives import LogProbs, without_anchor
+from gapo.metrics import combine, evaluation_columns, evaluation_metrics
+from gapo.objectives import LogProbs, Loss
+from gapo.pairs import BatchConstants
 from gapo.runs.errors import ConfigError
+from gapo.runs.held_out import Rows
 from gapo.runs.models.pretrained import extent
 from gapo.runs.output.tensors import open_tensors
 from gapo.runs.ranks import require_one
 from gapo.runs.reference_cache import with_kept_reference
+from gapo.runs.train.loss_option import loss_of
 from gapo.runs.train.run_data import RunData, step_line, tokenize_rows
 from gapo.runs.train.schedule import SHAPES, learning_rate, steps_between_evaluations, total_steps
 from gapo.runs.train.train_config import TrainConfig
@@ -35,21 +39,19 @@ _TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "rep
 
 
 class Trainee(Protocol):
-    """A model and its optimiser in some framework. One that has `vocabulary`, an int, gets no token id beyond it."""
+    """A model and its optimiser in some framework. Its attribute `vocabulary`, if any, is its number of embeddings."""
 
-    def train_step(
-        self, batch: Mapping[str, np.ndarray], learning_rate: float
-    ) -> tuple[Mapping[str, Any], StepResult | None]:
-        """One micro-batch: metrics, and the step's result where there is an anchor."""
+    def train_step(self, batch: Mapping[str, np.ndarray], learning_rate: float) -> tuple[Mapping[str, Any], StepResult]:
+        """One micro-batch: metrics, and the step's result."""
 
-    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(chosen_logps, rejected_logps) of a batch, each (N,)."""
+    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+        """(chosen_logps, rejected_logps) of a batch, each (N,), nats per token, as arrays of the framework."""
 
     def state(self) -> dict[str, np.ndarray]:
         """Weights and optimiser state by name."""
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """Back to what `state` gave."""
+        """Set weights and optimiser state to those of an earlier `state`."""
 
     def save(self, folder: Path) -> None:
         """The model and its tokenizer, as `save_pretrained` would leave them."""
@@ -73,13 +75,14 @@ def require_supported(config: TrainConfig) -> None:
 
 
 def train(
-    trainee: Trainee, config: TrainConfig, step: GAPOConfig, data: RunData, tokenizer: Any, folder: Path
+    trainee: Trainee, config: TrainConfig, step_config: GAPOConfig, data: RunData, tokenizer: Any, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     _require_known(trainee, tokenizer, max(extent([*train_rows, *held_out])[0], pad))
-    if without_anchor(config.loss, step, config.loss_settings)[0].needs_reference:
+    loss = loss_of(config.loss, step_config, config.loss_settings)
+    if loss.needs_reference:
         train_rows, held_out = with_kept_reference(
             train_rows,
             held_out,
@@ -103,12 +106,12 @@ def train(
     evaluations = [row for row in read_lines(folder / "metrics.jsonl") if "eval_loss" in row]
     window: dict[str, list[tuple[float, int]]] = {}  # of each metric: its value in a micro-batch of so many pairs
 
-    def measure(at: int, bar: Any) -> None:
-        row = {"step": at, **evaluate(trainee, held_out, config, step, pad)}
+    def measure(number: int, bar: Any) -> None:
+        row = {"step": number, **evaluate(trainee, held_out, config, step_config, loss, pad)}
         metrics_log.write(row)
         evaluations.append(row)
         bar.write(
-            f"step {at}: held-out reward accuracy {row['eval_rewards/accuracies']:.4f}, "
+            f"step {number}: held-out reward accuracy {row['eval_rewards/accuracies']:.4f}, "
             f"margin {row['eval_rewards/margins']:.3f}, loss {row['eval_loss']:.4f}"
         )
 
@@ -116,26 +119,25 @@ def train(
         with tqdm(total=total, initial=done, desc=f"training on {config.backend}") as bar:
             if not done:
                 measure(0, bar)
-            for now in range(done + 1, total + 1):
-                rate = learning_rate(config, now - 1, total)
+            for number in range(done + 1, total + 1):
+                rate = learning_rate(config, number - 1, total)
                 for _ in range(config.accumulation):
                     batch = next(stream)
                     metrics, result = trainee.train_step(batch, rate)
-                    _require_finite(metrics, now, batch["index"], checkpoint)
+                    _require_finite(metrics, number, batch["index"], checkpoint)
                     for name, value in metrics.items():
                         window.setdefault(name, []).append((float(value), len(batch["index"])))
-                    if result is not None:
-                        flipped = [train_rows[i]["is_flipped"] for i in batch["index"]]
-                        steps_log.write(step_line(now, result, flipped, batch["index"]))
+                    flipped = [train_rows[i]["is_flipped"] for i in batch["index"]]
+                    steps_log.write(step_line(number, result, flipped, batch["index"]))
                 bar.update()
-                if now % config.logging_steps == 0:
+                if number % config.logging_steps == 0:
                     means = {name: combine(name, *zip(*values, strict=True)) for name, values in window.items()}
-                    metrics_log.write({"step": now, "learning_rate": rate, **means})
+                    metrics_log.write({"step": number, "learning_rate": rate, **means})
                     window.clear()
-                if now % every == 0 or now == total:
-                    measure(now, bar)
-                if now % (config.save_steps or every) == 0 or now == total:
-                    _save(trainee, checkpoint, now)
+                if number % every == 0 or number == total:
+                    measure(number, bar)
+                if number % (config.save_steps or every) == 0 or number == total:
+                    _save(trainee, checkpoint, number)
     finally:
         metrics_log.close()
         steps_log.close()
@@ -144,20 +146,22 @@ def train(
 
 
 def _require_known(trainee: Trainee, tokenizer: Any, highest: int) -> None:
-    """Raise for token ids without an embedding: JAX and MLX would take another row, without a word."""
-    known = getattr(trainee, "vocabulary", None)
-    if known is not None and highest >= known:
+    """Raise for token ids without an embedding: JAX and MLX would silently take another row."""
+    vocabulary = getattr(trainee, "vocabulary", None)
+    if vocabulary is not None and highest >= vocabulary:
         raise ConfigError(
-            f"tokenizer {tokenizer.name_or_path!r} gives the id {highest}, and the model has embeddings of {known} "
-            "tokens: use the model's own tokenizer"
+            f"tokenizer {tokenizer.name_or_path!r} gives the id {highest}, and the model has embeddings of {vocabulary}"
+            " tokens: use the model's own tokenizer"
         )
 
 
 def _require_finite(metrics: Mapping[str, Any], step: int, index: np.ndarray, checkpoint: Path) -> None:
-    """Raise before anything of this step is kept: a compiled step cannot raise, and has spoiled the weights."""
+    """Raise before anything of this step is saved: a compiled step cannot raise, and has spoiled the weights."""
     for name, value in metrics.items():
         if not math.isfinite(float(value)):
-            way = f"The same command goes on from {checkpoint}" if checkpoint.exists() else "No checkpoint was kept yet"
+            way = (
+                f"The same command goes on from {checkpoint}" if checkpoint.exists() else "No checkpoint was saved yet"
+            )
             raise FloatingPointError(
                 f"{name} is {float(value)} in step {step}: look at training pairs {index.tolist()} (counted from 0), "
                 f"at rho and at the learning rate. {way}"
@@ -165,40 +169,34 @@ def _require_finite(metrics: Mapping[str, Any], step: int, index: np.ndarray, ch
 
 
 def evaluate(
-    trainee: Trainee, rows: list[dict[str, Any]], config: TrainConfig, step: GAPOConfig, pad_token_id: int
+    trainee: Trainee, rows: Rows, config: TrainConfig, step_config: GAPOConfig, loss: Loss, pad_token_id: int
 ) -> dict[str, float]:
     """The loss without an anchor and TRL's reward metrics of `rows` under "eval_" (method document, step 6).
 
     A loss that looks at its batch sees one of four times `batch_size`, as in PyTorch.
     """
-    objective, settings = without_anchor(config.loss, step, config.loss_settings)
     size = 4 * config.batch_size
-    found = []
+    parts = []
     for i in range(0, len(rows), size):
         batch = collate_pairs(rows[i : i + size], pad_token_id=pad_token_id, pad_to_multiple_of=32)
-        logps = _log_probs(trainee, batch)
-        averages, margins = logps.per_token(), logps.log_ratio_margins()
-        columns = [objective.losses(logps, **settings), averages.chosen, averages.rejected]
-        found.append(np.stack(columns if margins is None else [*columns, margins]))
-    losses, chosen, rejected, *log_ratio_margins = np.concatenate(found, axis=-1)
-    metrics = {"loss": losses.mean(), **reward_metrics(chosen, rejected, step)}
-    if log_ratio_margins:
-        metrics |= reference_metrics(log_ratio_margins[0])
-    return {f"eval_{name}": float(value) for name, value in metrics.items()}
+        columns = evaluation_columns(loss, _log_probs(trainee, batch))
+        parts.append({name: np.asarray(column) for name, column in columns.items()})
+    every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {f"eval_{name}": float(value) for name, value in evaluation_metrics(every, step_config).items()}
 
 
 def _log_probs(trainee: Trainee, batch: Mapping[str, np.ndarray]) -> LogProbs:
-    lengths = response_lengths(np.concatenate([batch["chosen_labels"], batch["rejected_labels"]]))
-    return LogProbs.from_averages(*trainee.logps(batch), lengths, *(batch.get(name) for name in REFERENCE))
+    constants = BatchConstants.of(batch)
+    return LogProbs.of_step(trainee.logps(batch), constants)
 
 
 def _sums(trainee: Trainee, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     logps = _log_probs(trainee, batch)
-    return logps.chosen, logps.rejected
+    return np.asarray(logps.chosen), np.asarray(logps.rejected)
 
 
 def _save(trainee: Trainee, path: Path, step: int) -> None:
-    """Everything needed to go on, in one file, whole or not at all."""
+    """Everything that a resumed run needs, in one file, atomically."""
     from safetensors.numpy import save_file
 
     with whole(path) as partial:
@@ -206,7 +204,7 @@ def _save(trainee: Trainee, path: Path, step: int) -> None:
 
 
 def _restore(trainee: Trainee, path: Path) -> int:
-    """Put `trainee` back to the checkpoint, if there is one; the steps it had done."""
+    """Restore `trainee` from the checkpoint, if there is one; returns the number of steps that it had taken."""
     if not path.exists():
         return 0
     with open_tensors(path) as file:

@@ -1,4 +1,4 @@
-"""What the PyTorch loop of `gapo train` writes while it goes on: metrics.jsonl and steps.jsonl, in one process."""
+"""The logs that the PyTorch loop of `gapo train` writes during a run: metrics.jsonl and steps.jsonl."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ Row = dict[str, Any]
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl (each log) and steps.jsonl (each micro-batch's gaps and weights) while the run goes on.
+    """Writes metrics.jsonl (each log) and steps.jsonl (each micro-batch's gaps and weights) during a run.
 
-    In several processes the first one writes, a micro-batch of all of them in one line. There the last micro-batch of
-    an epoch may be filled up with pairs of its beginning, so that all have equally many; these are left out.
+    In several processes the first one writes, with a micro-batch of all processes in one line. Accelerate may fill up
+    the last micro-batch of an epoch with pairs of its beginning, so that all processes have equally many. Those pairs
+    are left out.
 
     Args:
         folder: of the run.
-        until_step: what stands there of later steps is dropped.
+        until_step: lines of later steps are dropped.
         steps_per_epoch: optimiser steps of one pass.
     """
 
@@ -42,14 +43,13 @@ class Recorder(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step = state.global_step + 1
 
-    def on_step(self, result: StepResult | None, batch: Row) -> None:
+    def on_step(self, result: StepResult, batch: Row) -> None:
         """One line for a micro-batch, in the order of its pairs."""
-        if result is not None:
-            row = step_line(self._step, result, batch["is_flipped"].tolist(), batch["pair"].tolist())
-            if ranks.count() == 1:
-                self._logs["steps"].write(row)
-            else:
-                self._waiting.append(row)
+        row = step_line(self._step, result, batch["is_flipped"].tolist(), batch["pair"].tolist())
+        if ranks.count() == 1:
+            self._logs["steps"].write(row)
+        else:
+            self._waiting.append(row)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_log or control.should_evaluate or control.should_save:
@@ -57,15 +57,15 @@ class Recorder(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if ranks.count() > 1 and ranks.is_first():
-            began = state.global_step // self._steps_per_epoch * self._steps_per_epoch
-            rows = [row for row in read_lines(self._folder / "steps.jsonl") if row["step"] > began]
+            start = state.global_step // self._steps_per_epoch * self._steps_per_epoch
+            rows = [row for row in read_lines(self._folder / "steps.jsonl") if row["step"] > start]
             self._seen = {pair for row in rows for pair in row["pair"]}
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._gather()
 
     def _gather(self) -> None:
-        """Write what all processes have waiting."""
+        """Write the lines that wait in all processes."""
         if ranks.count() == 1:
             return
         of_each: list[list[Row]] = gather_object([self._waiting])
@@ -89,11 +89,11 @@ class Recorder(TrainerCallback):
 
 def joined(rows: tuple[Row, ...], seen: set[int]) -> Row:
     """The lines of all processes on a micro-batch as one, without the pairs in `seen`; the others are added there."""
-    found: Row = {name: [] for name in rows[0]} | {"step": rows[0]["step"]}
+    line: Row = {name: [] for name in rows[0]} | {"step": rows[0]["step"]}
     for row in rows:
-        for at, pair in enumerate(row["pair"]):
+        for place, pair in enumerate(row["pair"]):
             if pair not in seen:
                 seen.add(pair)
                 for name in row.keys() - {"step"}:
-                    found[name].append(row[name][at])
-    return found
+                    line[name].append(row[name][place])
+    return line

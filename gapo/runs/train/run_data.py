@@ -28,7 +28,7 @@ class RunData:
         train: training pairs with "is_flipped", labels as trained on.
         held_out: held-out pairs, labels true.
         summary: the source of the pairs, and what was done to them.
-        held_out_flipped: number of held-out pairs whose label came flipped, and was turned back.
+        held_out_flipped: number of held-out pairs whose label was flipped in their file, and was turned back.
         in_both: number of held-out pairs that are training pairs too.
     """
 
@@ -39,31 +39,33 @@ class RunData:
     in_both: int = 0
 
 
-def load_data(run: TrainConfig) -> RunData:
+def load_data(config: TrainConfig) -> RunData:
     """Read, hold out and flip. The training labels alone are flipped; held-out pairs get their true ones.
 
     Raises:
         ConfigError: no pair is left to train on or to evaluate on, or a data set lacks the split.
         gapo.data.PairError: the pairs cannot be read.
     """
-    pairs, evaluated = read_both(run, generated=max(200, run.demo_size // 10), strict=run.strict)
+    pairs, evaluated = read_both(config, generated=max(200, config.demo_size // 10), strict=config.strict)
     if evaluated is not None:
         trained, held_out, source = pairs.rows, evaluated.rows, evaluated.summary()
     else:
-        trained, held_out = hold_out_share(pairs.rows, run.eval_fraction, stream(run.seed, "hold-out"))
-        source = f"a random {run.eval_fraction:.0%} of the training file"
+        trained, held_out = hold_out_share(pairs.rows, config.eval_fraction, stream(config.seed, "hold-out"))
+        source = f"a random {config.eval_fraction:.0%} of the training file"
     if not held_out:
         raise ConfigError("no pair is held out to evaluate on: give eval_pairs, or a larger eval_fraction")
     if not trained:
-        raise ConfigError(f"eval_fraction={run.eval_fraction} leaves no pair to train on: lower it")
-    rows = flip_pairs(trained, mode=run.flip_mode, rate=run.flip_rate, seed=run.flip_seed, favour=run.flip_favour)
+        raise ConfigError(f"eval_fraction={config.eval_fraction} leaves no pair to train on: lower it")
+    rows = flip_pairs(
+        trained, mode=config.flip_mode, rate=config.flip_rate, seed=config.flip_seed, favour=config.flip_favour
+    )
     came_flipped = sum(bool(row.get("is_flipped")) for row in held_out)
     shared = in_both(held_out, trained)
     if shared:
         logger.warning(report_in_both(shared, len(held_out)))
     lines = [
         f"train: {Pairs(trained, pairs.problems, pairs.source).summary()}",
-        f"flipped: {_flips(trained, rows)} ({run.flip_mode}, rate {run.flip_rate})",
+        f"flipped: {_flips(trained, rows)} ({config.flip_mode}, rate {config.flip_rate})",
         f"held out: {len(held_out)} pairs, {source}",
     ]
     if came_flipped:
@@ -73,8 +75,10 @@ def load_data(run: TrainConfig) -> RunData:
         )
     if shared:
         lines.append(report_in_both(shared, len(held_out)))
-    if run.batch_size > len(rows):
-        lines.append(f"batch_size={run.batch_size} is more than there are training pairs: each step takes all of them")
+    if config.batch_size > len(rows):
+        lines.append(
+            f"batch_size={config.batch_size} is more than there are training pairs: each step takes all of them"
+        )
     return RunData(rows, true_labels(held_out), "\n".join(lines), came_flipped, shared)
 
 
@@ -98,7 +102,10 @@ def tokenize_rows(config: TrainConfig, data: RunData, tokenizer: Any) -> tuple[R
 
 
 def step_line(step: int, result: StepResult, is_flipped: Iterable[Any], pairs: Iterable[Any]) -> Row:
-    """The line of steps.jsonl on one micro-batch: margins, gaps and weights, each (N,), and their training pairs."""
-    columns = {name: np.asarray(getattr(result, name)) for name in ("margins", "anchor_gaps", "weights")}
-    rounded = {name: [round(float(v), 5) for v in column] for name, column in columns.items()}
+    """The line of steps.jsonl on one micro-batch, its columns (N,): margins, weights, training pairs, flips.
+
+    An objective with an anchor has anchor gaps too.
+    """
+    columns = {name: getattr(result, name) for name in ("margins", "anchor_gaps", "weights")}
+    rounded = {name: [round(float(v), 5) for v in np.asarray(x)] for name, x in columns.items() if x is not None}
     return {"step": step, **rounded, "is_flipped": [int(v) for v in is_flipped], "pair": [int(v) for v in pairs]}

@@ -17,8 +17,9 @@ from gapo.runs.errors import ConfigError
 from gapo.runs.held_out import fingerprint
 from gapo.runs.models.tiny import answer_texts, tiny_model
 from gapo.runs.train.loop import require_supported
+from gapo.runs.train.loss_option import code_digest, loss_of, require_loss_settings
 from gapo.runs.train.run_data import RunData, load_data
-from gapo.runs.train.train_config import TrainConfig, as_dict, require_loss_settings
+from gapo.runs.train.train_config import TrainConfig, as_dict
 from gapo.runs.train.train_page import write_report
 from gapo.runs.versions import versions
 
@@ -26,11 +27,11 @@ _FILES = (
     *("summary.json", "report.html", "metrics.jsonl", "steps.jsonl", "config.json", "reference.safetensors"),
     *("pairs.json", "data.txt"),
 )
-# Of held-out pairs and batches: raised when other ones are drawn, so that no run goes on with them.
+# Version of the drawing of held-out pairs and batches: a run of another version is not resumed.
 _DRAWS = 2
 
 
-def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
+def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     """Run one training; returns its summary, which is also `summary.json` in the output folder.
 
     In several processes (torchrun) the first one writes and prints.
@@ -40,23 +41,24 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
         gapo.data.PairError: the pairs cannot be read.
         ModuleNotFoundError: the backend's libraries are not installed.
     """
-    require_loss_settings(run, step)
-    loop = _loop(run.backend)
-    folder = Path(run.output_dir)
-    _require_folder(folder, run, step)
-    getattr(loop, "require", require_supported)(run)  # what would else be found out after minutes of reading
-    data = load_data(run)
-    known = _require_same_pairs(folder, run, data)
+    require_loss_settings(config.loss, step_config, config.loss_settings)
+    loop = _loop(config.backend)
+    folder = Path(config.output_dir)
+    _require_folder(folder, config, step_config)
+    getattr(loop, "require", require_supported)(config)  # before minutes of reading
+    data = load_data(config)
+    identity = _require_same_pairs(folder, config, data)
     ranks.meet()  # nobody writes before everybody has looked
     if ranks.is_first():
         print(data.summary, flush=True)
-        _write_settings(folder, run, step, data, known)
+        _write_settings(folder, config, step_config, data, identity)
     with ranks.first_ahead():
-        model = str(tiny_model(run, _warmup_answers(run, data.train))) if run.model == "tiny" else run.model
+        model = str(tiny_model(config, _warmup_answers(config, data.train))) if config.model == "tiny" else config.model
     began = time.monotonic()
-    before, after = loop.run(run, step, data, model, folder)
+    before, after = loop.run(config, step_config, data, model, folder)
     summary = {
-        "loss": run.loss,
+        "loss": config.loss,
+        "needs_anchor": loss_of(config.loss, step_config, config.loss_settings).needs_anchor,
         "before": before,
         "after": after,
         "train_pairs": len(data.train),
@@ -73,74 +75,82 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
     return summary
 
 
-def _warmup_answers(run: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
-    if run.pairs == "demo":
-        return warmup_text(2 * run.demo_size, seed=run.seed).split("\n")
+def _warmup_answers(config: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
+    if config.pairs == "demo":
+        return warmup_text(2 * config.demo_size, seed=config.seed).split("\n")
     return answer_texts(rows)
 
 
 def _loop(backend: str) -> Any:
-    """The training loop of a backend, imported first of all: no file is touched where it is not installed."""
+    """The training loop of a backend. It is imported before any file is touched, since it may not be installed."""
     with named_extra(f"gapo train with backend {backend}", {"torch": "hf", "jax": "flax", "mlx": "mlx-lm"}[backend]):
         return importlib.import_module(f"gapo.runs.train.train_{backend}")
 
 
-def _require_folder(folder: Path, run: TrainConfig, step: GAPOConfig) -> None:
+def _require_folder(folder: Path, config: TrainConfig, step_config: GAPOConfig) -> None:
     """Raise for a folder that cannot be written to, or holds a finished run, or an unfinished one of other settings."""
     if folder.is_file():
-        raise ConfigError(f"output_dir {run.output_dir!r} is a file; give a folder")
+        raise ConfigError(f"output_dir {config.output_dir!r} is a file; give a folder")
     require_writable(folder)
-    if run.model == "tiny":
-        require_writable(Path(run.cache_dir))
-    if run.overwrite:
+    if config.model == "tiny":
+        require_writable(Path(config.cache_dir))
+    if config.overwrite:
         return
     if (folder / "summary.json").exists():
-        raise ConfigError(f"{run.output_dir} holds a finished run: give another output_dir, or --overwrite true")
+        raise ConfigError(f"{config.output_dir} holds a finished run: give another output_dir, or --overwrite true")
     if (folder / "config.json").exists():
         old = json.loads((folder / "config.json").read_text())
         ignored = ("resume", "overwrite", "report_to", "logging_steps")
-        new = as_dict(run, step)
+        new = as_dict(config, step_config)
         changed = [name for name in new if name not in ignored and old.get(name) != new[name]]
         if changed:
             changes = ", ".join(f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in changed)
             raise ConfigError(
-                f"{run.output_dir} holds an unfinished run with other settings ({changes}): give another "
+                f"{config.output_dir} holds an unfinished run with other settings ({changes}): give another "
                 "output_dir, or --overwrite true"
             )
 
 
-def _require_same_pairs(folder: Path, run: TrainConfig, data: RunData) -> dict[str, Any]:
-    """What identifies the run's pairs and draws; raises where `folder` holds an unfinished run of others."""
+def _require_same_pairs(folder: Path, config: TrainConfig, data: RunData) -> dict[str, Any]:
+    """What identifies the run's pairs, draws and own loss. Raises where `folder` holds an unfinished run of others."""
     rows = {"train": fingerprint(data.train), "held_out": fingerprint(data.held_out)}
-    known = {"draws": _DRAWS, "processes": ranks.count(), **rows}
-    if run.overwrite or not (folder / "config.json").exists():
-        return known
+    code = {} if (digest := code_digest(config.loss)) is None else {"loss": digest}
+    identity = {"draws": _DRAWS, "processes": ranks.count(), **rows, **code}
+    if config.overwrite or not (folder / "config.json").exists():
+        return identity
     path = folder / "pairs.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     remedy = "give another output_dir, or --overwrite true"
     if old.get("draws") != _DRAWS:
         raise ConfigError(
-            f"{run.output_dir} holds an unfinished run of another version of gapo, which drew held-out pairs and "
+            f"{config.output_dir} holds an unfinished run of another version of gapo, which drew held-out pairs and "
             f"batches otherwise: {remedy}, or end it with that version"
         )
     if old.get("processes") != ranks.count():
         raise ConfigError(
-            f"{run.output_dir} holds an unfinished run in {old.get('processes')} processes, and here are "
+            f"{config.output_dir} holds an unfinished run in {old.get('processes')} processes, and here are "
             f"{ranks.count()}, whose steps would be of other pairs: start as many, or {remedy}"
         )
-    if old != known:
-        which = " and ".join(name.replace("_", "-") for name in ("train", "held_out") if old.get(name) != known[name])
+    if old.get("loss") != identity.get("loss"):
         raise ConfigError(
-            f"{run.output_dir} holds an unfinished run of other {which} pairs: the data have changed since it began; "
-            f"{remedy}"
+            f"{config.output_dir} holds an unfinished run, and the code of its loss {config.loss!r} has changed since "
+            f"it began: {remedy}, or restore that code"
         )
-    return known
+    if old != identity:
+        which = " and ".join(name.replace("_", "-") for name in rows if old.get(name) != identity[name])
+        raise ConfigError(
+            f"{config.output_dir} holds an unfinished run of other {which} pairs: the data have changed since it "
+            f"began; {remedy}"
+        )
+    return identity
 
 
-def _write_settings(folder: Path, run: TrainConfig, step: GAPOConfig, data: RunData, known: dict[str, Any]) -> None:
-    if run.overwrite:
+def _write_settings(
+    folder: Path, config: TrainConfig, step_config: GAPOConfig, data: RunData, identity: dict[str, Any]
+) -> None:
+    if config.overwrite:
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
-    write_text(folder / "pairs.json", json.dumps(known, indent=2) + "\n")
-    write_text(folder / "config.json", json.dumps(as_dict(run, step), indent=2) + "\n")
+    write_text(folder / "pairs.json", json.dumps(identity, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(as_dict(config, step_config), indent=2) + "\n")
     write_text(folder / "data.txt", data.summary + "\n")

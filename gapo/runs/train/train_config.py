@@ -1,4 +1,4 @@
-"""What `gapo train` can be told: one flat set of fields, from YAML and from the command line."""
+"""The settings of `gapo train`: one flat set of fields, from YAML and from the command line."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from gapo.config import GAPOConfig
-from gapo.objectives import OBJECTIVES, without_anchor
 from gapo.runs.config_bases import TrainingConfig, require_not_negative, require_positive
-from gapo.runs.errors import ConfigError, require_seed
+from gapo.runs.errors import require_seed
+from gapo.runs.train.loss_option import require_loss
 
 _POSITIVE = (
     "batch_size",
@@ -24,7 +24,7 @@ _NOT_NEGATIVE = ("eval_steps", "save_steps", "weight_decay", "max_grad_norm", "l
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainingConfig):
-    """The run: data, model and training loop. The fields of `gapo.GAPOConfig` stand beside these.
+    """The run: data, model and training loop. The fields of `gapo.GAPOConfig` are set beside these.
 
     Args:
         eval_fraction: share of the training pairs held out when eval_pairs is not given.
@@ -40,12 +40,14 @@ class TrainConfig(TrainingConfig):
         lora_alpha: scale of the adapters.
         lora_targets: names of the modules that get them, comma separated; none for peft's default.
         loss: "gapo", or "simpo" for the control without an anchor, or another objective to compare with: amapo, dpo,
-            cdpo, rdpo, dr_dpo, ipo, ropo, hypo, rpo, sigmoid_loss, ramp, unhinged.
+            cdpo, rdpo, dr_dpo, ipo, ropo, hypo, rpo, sigmoid_loss, ramp, unhinged. Or MODULE:FUNCTION for one of your
+            own, a function of gapo.objectives.LogProbs that returns (N,) losses.
         loss_settings: settings of the other objectives, such as {beta: 0.1}; those left out keep their defaults. "gapo"
             and "simpo" take theirs from the fields of GAPOConfig.
+        trust_code: let a YAML file name a loss of its own code. It is accepted on the command line alone.
         backend: framework that trains.
         output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
-        resume: go on from the last checkpoint in output_dir, if there is one.
+        resume: resume from the last checkpoint in output_dir, if there is one.
         seed: of the shuffling, the initial weights and the held-out split.
         epochs: passes over the training pairs.
         max_steps: stop after so many steps; -1 for all epochs.
@@ -81,6 +83,7 @@ class TrainConfig(TrainingConfig):
     lora_targets: str | None = None
     loss: str = "gapo"
     loss_settings: dict[str, float] = field(default_factory=dict)
+    trust_code: bool = False
     backend: Literal["torch", "jax", "mlx"] = "torch"
     output_dir: str = "runs/gapo"
     resume: bool = True
@@ -119,27 +122,9 @@ class TrainConfig(TrainingConfig):
                 f"eval_fraction must be in (0, 1) without eval_pairs, to leave pairs on both sides; "
                 f"got {self.eval_fraction!r}"
             )
-        if self.loss not in OBJECTIVES:
-            raise ValueError(f"loss must be one of {', '.join(map(repr, OBJECTIVES))}, got {self.loss!r}")
+        require_loss(self.loss)
 
 
-def require_loss_settings(run: TrainConfig, step: GAPOConfig) -> None:
-    """Raise ConfigError for settings that the loss does not take, or that were given where it does not look."""
-    try:
-        objective, settings = without_anchor(run.loss, step, run.loss_settings)
-    except ValueError as error:
-        raise ConfigError(f"loss_settings: {error}") from error
-    if objective.name == "simpo":
-        return
-    for name in settings:
-        elsewhere = getattr(step, name, None)
-        if name not in run.loss_settings and elsewhere != getattr(GAPOConfig(), name, None):
-            raise ConfigError(
-                f"{name}={elsewhere!r} is a setting of gapo and simpo, and loss {run.loss!r} has its own: give "
-                f"loss_settings: {{{name}: {settings[name]}}}, or --loss_settings.{name} {settings[name]}"
-            )
-
-
-def as_dict(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
-    """Both configurations as one flat dict."""
-    return {**asdict(run), **asdict(step)}
+def as_dict(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
+    """Both configurations as one flat dict, without `trust_code`, which is of the call and not of the run."""
+    return {name: value for name, value in {**asdict(config), **asdict(step_config)}.items() if name != "trust_code"}

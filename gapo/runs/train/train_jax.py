@@ -17,6 +17,7 @@ from gapo.config import GAPOConfig
 from gapo.runs.models import llama
 from gapo.runs.models.pretrained import load_tokenizer, require_same_ids
 from gapo.runs.train import loop
+from gapo.runs.train.loss_option import objective_of
 from gapo.runs.train.run_data import RunData
 from gapo.runs.train.train_config import TrainConfig
 from gapo.step import StepResult
@@ -25,7 +26,7 @@ from gapo.step import StepResult
 class JaxTrainee:
     """A Llama and its AdamW."""
 
-    def __init__(self, config: TrainConfig, step: GAPOConfig, model: str, tokenizer: Any) -> None:
+    def __init__(self, config: TrainConfig, step_config: GAPOConfig, model: str, tokenizer: Any) -> None:
         self._source, self._tokenizer = Path(model), tokenizer
         settings, params = llama.load(model)
         self.vocabulary = len(params["model.embed_tokens.weight"])
@@ -36,31 +37,33 @@ class JaxTrainee:
             tx = optax.MultiSteps(tx, config.accumulation).gradient_transformation()
         forward = lambda params, ids, _: llama.logits(params, ids, settings)  # noqa: E731
         self._state = TrainState.create(apply_fn=forward, params=params, tx=tx)
-        self._step = make_train_step(forward, step, objective=config.loss, objective_settings=config.loss_settings)
+        self._step = make_train_step(
+            forward, step_config, objective=objective_of(config.loss), objective_settings=config.loss_settings
+        )
         self._logps = jax.jit(lambda p, batch: pair_logps(lambda ids, mask: forward(p, ids, mask), batch))
-        self._key, self._draws = jax.random.key(config.seed), step.direction == "gaussian"  # Llama has no dropout
+        self._key, self._draws = (
+            jax.random.key(config.seed),
+            step_config.direction == "gaussian",
+        )  # Llama has no dropout
 
-    def train_step(
-        self, batch: Mapping[str, np.ndarray], learning_rate: float
-    ) -> tuple[Mapping[str, Any], StepResult | None]:
+    def train_step(self, batch: Mapping[str, np.ndarray], learning_rate: float) -> tuple[Mapping[str, Any], StepResult]:
         opt_state = optax.tree.set(self._state.opt_state, learning_rate=np.float32(learning_rate))
         state = self._state.replace(opt_state=opt_state)
         key = jax.random.fold_in(self._key, int(state.step)) if self._draws else None
         self._state, metrics, result = self._step(state, batch, rng=key)
         return metrics, result
 
-    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        chosen, rejected = self._logps(self._state.params, dict(batch))
-        return np.asarray(chosen), np.asarray(rejected)
+    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        return self._logps(self._state.params, dict(batch))
 
     def state(self) -> dict[str, np.ndarray]:
         return loop.named("leaf", jax.tree.leaves(self._state))
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         leaves, tree = jax.tree.flatten(self._state)
-        found = [jax.numpy.asarray(arrays[name]) for name in sorted(arrays)]
+        restored = [jax.numpy.asarray(arrays[name]) for name in sorted(arrays)]
         self._state = jax.tree.unflatten(
-            tree, [new.reshape(np.shape(old)) for new, old in zip(found, leaves, strict=True)]
+            tree, [new.reshape(np.shape(old)) for new, old in zip(restored, leaves, strict=True)]
         )
 
     def save(self, folder: Path) -> None:
@@ -76,7 +79,7 @@ class JaxTrainee:
 
 
 def require(config: TrainConfig) -> None:
-    """Raise ConfigError for what settings and the model's small files tell, before pairs and weights are read."""
+    """Raise ConfigError for settings or a model that cannot be used, before pairs and weights are read."""
     loop.require_supported(config)
     if config.model != "tiny":
         tokenizer = load_tokenizer(config.tokenizer or config.model)
@@ -86,8 +89,10 @@ def require(config: TrainConfig) -> None:
 
 
 def run(
-    config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
+    config: TrainConfig, step_config: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     tokenizer = load_tokenizer(config.tokenizer or model_name)
-    return loop.train(JaxTrainee(config, step, model_name, tokenizer), config, step, data, tokenizer, folder)
+    return loop.train(
+        JaxTrainee(config, step_config, model_name, tokenizer), config, step_config, data, tokenizer, folder
+    )

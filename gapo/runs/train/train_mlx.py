@@ -18,6 +18,7 @@ from gapo.adapters.mlx_pairs import as_arrays
 from gapo.config import GAPOConfig
 from gapo.runs.errors import ConfigError
 from gapo.runs.train import loop
+from gapo.runs.train.loss_option import objective_of
 from gapo.runs.train.run_data import RunData
 from gapo.runs.train.train_config import TrainConfig
 from gapo.step import StepResult
@@ -26,7 +27,7 @@ from gapo.step import StepResult
 class MlxTrainee:
     """A model of mlx-lm and its AdamW."""
 
-    def __init__(self, config: TrainConfig, step: GAPOConfig, model: str) -> None:
+    def __init__(self, config: TrainConfig, step_config: GAPOConfig, model: str) -> None:
         try:
             self._model, wrapper, self._config = load(
                 model, tokenizer_config={"trust_remote_code": False}, return_config=True
@@ -47,16 +48,17 @@ class MlxTrainee:
         self._optimizer.init(self._model.trainable_parameters())
         self._results: list[StepResult] = []
         loss = make_loss(
-            step, objective=config.loss, objective_settings=config.loss_settings, on_step=self._results.append
+            step_config,
+            objective=objective_of(config.loss),
+            objective_settings=config.loss_settings,
+            on_step=self._results.append,
         )
         self._value_and_grad = nn.value_and_grad(self._model, loss)
         self._clip, self._accumulation = config.max_grad_norm, config.accumulation
         self._grads: list[Any] = []
         mx.random.seed(config.seed)
 
-    def train_step(
-        self, batch: Mapping[str, np.ndarray], learning_rate: float
-    ) -> tuple[Mapping[str, Any], StepResult | None]:
+    def train_step(self, batch: Mapping[str, np.ndarray], learning_rate: float) -> tuple[Mapping[str, Any], StepResult]:
         self._model.train()
         self._results.clear()
         _, grads = self._value_and_grad(self._model, *as_arrays(batch))
@@ -68,12 +70,11 @@ class MlxTrainee:
             self._optimizer.update(self._model, mean)
             self._grads.clear()
         mx.eval(self._model.state, self._optimizer.state, self._grads)
-        return last_metrics(self._model), self._results[0] if self._results else None
+        return last_metrics(self._model), self._results[0]
 
-    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[mx.array, mx.array]:
         self._model.eval()
-        chosen, rejected = pair_logps(self._model, batch)
-        return np.array(chosen), np.array(rejected)
+        return pair_logps(self._model, batch)
 
     def state(self) -> dict[str, np.ndarray]:
         parts = {"model": self._model.parameters(), "optimizer": self._optimizer.state, "random": mx.random.state}
@@ -93,9 +94,9 @@ class MlxTrainee:
 
 
 def run(
-    config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
+    config: TrainConfig, step_config: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     loop.require_supported(config)
-    trainee = MlxTrainee(config, step, model_name)
-    return loop.train(trainee, config, step, data, trainee.tokenizer, folder)
+    trainee = MlxTrainee(config, step_config, model_name)
+    return loop.train(trainee, config, step_config, data, trainee.tokenizer, folder)

@@ -22,6 +22,10 @@ _MEASURES = {
     "eval_logps/chosen": "log-probability of chosen, nats per token",
     "eval_logps/rejected": "log-probability of rejected, nats per token",
 }
+_SPREADS = (
+    ("anchor_gaps", "Anchor gaps of the pairs", "nats per token"),
+    ("weights", "Weights of the pairs", "weight"),
+)
 
 
 def write_report(folder: Path, summary: dict[str, Any]) -> Path:
@@ -32,7 +36,7 @@ def write_report(folder: Path, summary: dict[str, Any]) -> Path:
 
 
 def render(folder: Path, summary: dict[str, Any]) -> str:
-    """The page as text. All that came from users (names, data, settings) is escaped."""
+    """The page as text. Texts of users (names, data, settings) are escaped."""
     steps, metrics = read_lines(folder / "steps.jsonl"), read_lines(folder / "metrics.jsonl")
     drifts = [row for row in metrics if "drift/held_out_margin" in row]
     return render_page(
@@ -59,9 +63,10 @@ def diagnostics(steps: list[dict[str, Any]]) -> dict[str, float]:
 
 def _pictures(metrics: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[str]:
     pictures = [plots.reward_accuracy(metrics), plots.margins(metrics), plots.logps(metrics)]
-    if steps:
-        pictures.append(plots.spread_over_time(steps, "anchor_gaps", "Anchor gaps of the pairs", "nats per token"))
-        pictures.append(plots.spread_over_time(steps, "weights", "Weights of the pairs", "weight"))
+    columns = steps[0] if steps else {}
+    for name, title, unit in _SPREADS:
+        if name in columns:
+            pictures.append(plots.spread_over_time(steps, name, title, unit))
     if diagnostics(steps):
         pictures += [plots.flipped_weights(steps), plots.flipped_histogram(steps)]
     return pictures

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,22 @@ from transformers.integrations import get_available_reporting_integrations
 from gapo._extras import named_extra
 from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
-from gapo.adapters.hf.reference import summed_logps
+from gapo.adapters.hf.reference_model import summed_logps
 from gapo.config import GAPOConfig
-from gapo.files import cannot_write, write_errors
-from gapo.objectives import without_anchor
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, load_tokenizer, require_fit, require_model
 from gapo.runs.reference_cache import with_kept_reference
+from gapo.runs.train.loss_option import loss_of, objective_of
 from gapo.runs.train.recorder import Recorder
 from gapo.runs.train.run_data import RunData, tokenize_rows
 from gapo.runs.train.schedule import steps_between_evaluations, steps_per_epoch, total_steps
+from gapo.runs.train.torch_trainer import Progress, TrainerWithFlips, errors_named
 from gapo.runs.train.train_config import TrainConfig
 
 
 def run(
-    config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
+    config: TrainConfig, step_config: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     tokenizer = load_tokenizer(config.tokenizer or model_name)
@@ -52,7 +51,7 @@ def run(
     settings = require_model(model_name, tokenizer=config.tokenizer)
     require_fit(settings, model_name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
     model, _ = _load_model(config, model_name)
-    if without_anchor(config.loss, step, config.loss_settings)[0].needs_reference:
+    if loss_of(config.loss, step_config, config.loss_settings).needs_reference:
         with ranks.first_ahead():
             train_rows, held_out = with_kept_reference(
                 train_rows,
@@ -74,9 +73,12 @@ def run(
         steps_per_epoch=steps_per_epoch(config, len(train_rows), ranks.count()),
     )
     callback = GAPOCallback(
-        step, objective=config.loss, objective_settings=config.loss_settings, on_step=recorder.on_step
+        step_config,
+        objective=objective_of(config.loss),
+        objective_settings=config.loss_settings,
+        on_step=recorder.on_step,
     )
-    trainer = _TrainerWithFlips(
+    trainer = TrainerWithFlips(
         model,
         _arguments(config, checkpoints, len(train_rows)),
         train_dataset=train_rows,
@@ -87,7 +89,7 @@ def run(
     )
     trainer.train_collator = flipped
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Progress())
+    trainer.add_callback(Progress())
     try:
         if last is None:
             trainer.evaluate()
@@ -101,7 +103,7 @@ def run(
         ) from error
     finally:
         recorder.close()
-    with _told(folder / "model"):
+    with errors_named(folder / "model"):
         trainer.save_model(str(folder / "model"))
     return _rewards(recorder.first_evaluation), after
 
@@ -183,16 +185,17 @@ def _arguments(config: TrainConfig, checkpoints: Path, pairs: int) -> TrainingAr
 
 
 def require(config: TrainConfig) -> None:
-    """Raise for what settings, environment and the model's small files tell, before pairs and weights are read.
+    """Raise for settings, an environment or a model that cannot be used, before pairs and weights are read.
 
     Raises:
         ConfigError: a setting cannot be used here; names it.
         ModuleNotFoundError: a library that a setting needs is not installed.
     """
-    known = get_available_reporting_integrations()
+    trackers = get_available_reporting_integrations()
     for name in _trackers(config):
-        if name not in ("none", "all", *known):
-            raise ConfigError(f"report_to={name!r} is no tracker of transformers that is installed: {', '.join(known)}")
+        if name not in ("none", "all", *trackers):
+            listed = ", ".join(trackers)
+            raise ConfigError(f"report_to={name!r} is no tracker of transformers that is installed: {listed}")
     try:
         arguments = _arguments(config, Path(config.output_dir, "checkpoints"), 1)
         arguments.device  # noqa: B018  # set up now, with the processes
@@ -250,49 +253,3 @@ def _rewards(metrics: dict[str, float]) -> dict[str, float]:
         "eval_logps/rejected",
     )
     return {name: metrics[name] for name in wanted if name in metrics}
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Errors of writing as one that names `path`. Those of PyTorch are RuntimeErrors."""
-    errors: tuple[type[Exception], ...] = (*write_errors(), RuntimeError)
-    try:
-        yield
-    except errors as error:
-        raise cannot_write(path, error) from error
-
-
-class _TrainerWithFlips(Trainer):
-    """A plain Trainer, but that its training batches also carry "is_flipped", and no half checkpoint is left."""
-
-    data_collator: Any
-    train_collator: Any = None
-
-    def get_train_dataloader(self) -> Any:
-        plain, self.data_collator = self.data_collator, self.train_collator
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = plain
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        try:
-            with _told(folder):
-                super()._save_checkpoint(*args, **kwargs)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-class _Progress(ProgressCallback):
-    """The Trainer's progress bars, with one line for each evaluation instead of every log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs and "eval_loss" in logs:
-            text = f"step {state.global_step}: held-out reward accuracy {logs['eval_rewards/accuracies']:.4f}"
-            line = f"{text}, margin {logs['eval_rewards/margins']:.3f}, loss {logs['eval_loss']:.4f}"
-            if self.training_bar is not None:
-                self.training_bar.write(line)
-            else:
-                print(line, flush=True)

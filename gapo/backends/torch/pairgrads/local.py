@@ -137,7 +137,7 @@ class Lazy:
         return torch.stack(along)
 
 
-def local_vjp(rerun: Rerun, parameters: dict[str, Tensor], groups: int, differs: list[Tensor]) -> Parts:
+def local_vjp(rerun: Rerun, parameters: dict[str, Tensor], groups: int, differs: list[tuple[str, Tensor]]) -> Parts:
     """The parts of a layer's own `parameters`; `differs` is told, group by group, whether the rerun was another."""
     numbers = sum(x.numel() for x in (*rerun.tensors, *rerun.grads))
     small = {name: p for name, p in parameters.items() if groups * p.numel() <= numbers}
@@ -149,7 +149,7 @@ def local_vjp(rerun: Rerun, parameters: dict[str, Tensor], groups: int, differs:
         for i in range(groups):
             row, other = rerun.of_group(i, list(small.values()))
             rows.append(row)
-            differs.append(other)
+            differs.append((rerun.snapshot.kind, other))
         for name, grads in zip(small, zip(*rows, strict=True), strict=True):
             yield name, Explicit(torch.stack(grads))
 

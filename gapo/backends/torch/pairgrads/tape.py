@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -91,8 +92,9 @@ class Tape:
         self._recording = False
         self._silent = False  # whether layers run again, where taps are no part of the function
         self._sink: GroupGradients | None = None  # where the taps put what they see; None in other backwards
-        self._differs: list[Tensor] = []
+        self._differs: list[tuple[str, Tensor]] = []  # whether reruns gave something else, by type of layer
         self._coarse, self._count = False, 0
+        self._reruns = False  # whether a layer behind the outputs has no rule
         self._spent = False  # whether the graph behind the outputs was propagated through
 
     def __enter__(self) -> Tape:
@@ -192,6 +194,7 @@ class Tape:
                 raise Refused(why)
         if self._by_row:
             self._tell_blocks(calls)
+        self._reruns = any(call.grads is None for call in calls)
         return calls, f"{outside[0]} is used outside of its layer too" if outside else None
 
     def _by_rows(self, length: int) -> bool:
@@ -283,10 +286,11 @@ class Tape:
         self._spent = True
         self._sink = grads = GroupGradients(self.parameters, outputs[0], self._n, self._blocks, self._by_row)
         try:
-            with no_grads_left(self.parameters):
+            with no_grads_left(self.parameters), self._random_numbers_kept():
                 torch.autograd.grad(outputs, self._root, seeds, allow_unused=True)
-            if self._differs and bool(torch.stack(self._differs).any()):
-                raise Refused("a layer without a rule mixes rows or draws random numbers")
+            if self._differs and bool(torch.stack([differs for _, differs in self._differs]).any()):
+                kind = next(kind for kind, differs in self._differs if bool(differs))
+                raise Refused(f"{kind} has no rule, and gives something else when it runs again on one group's rows")
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -295,6 +299,13 @@ class Tape:
             self._sink = None
             self._differs = []
         return grads
+
+    def _random_numbers_kept(self) -> Any:
+        """A layer that draws random numbers, and is refused for it, draws them once all the same."""
+        if not self._reruns:
+            return nullcontext()
+        devices = {p.device.index for p in self.parameters.values() if p.device.type == "cuda"}
+        return torch.random.fork_rng(devices=sorted(devices))
 
     def _record(
         self, layer: nn.Module, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

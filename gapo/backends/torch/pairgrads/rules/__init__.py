@@ -1,6 +1,13 @@
 """Rules for types of layers, one file for each kind; importing them registers them."""
 
-from gapo.backends.torch.pairgrads.rules import embedding, linear, norm  # noqa: F401  (they register their rules)
+from gapo.backends.torch.pairgrads.rules import (  # noqa: F401  (they register their rules)
+    dora,
+    embedding,
+    experts,
+    linear,
+    norm,
+    tables,
+)
 from gapo.backends.torch.pairgrads.rules.registry import Rule, register_rule, rule_for, trained, unfit
 
 __all__ = ["Rule", "register_rule", "rule_for", "trained", "unfit"]

@@ -17,8 +17,9 @@ def embedding(module: Any, a: Tensor, g: Tensor) -> Parts:
     yield "weight", Lookup(a, g, module.weight.shape)
 
 
-def _plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
+    """Whether an embedding gives its table's rows as they are, and each use of a row the same gradient."""
     return owns(layer) == {"weight"} and not (layer.max_norm or layer.scale_grad_by_freq or layer.sparse)
 
 
-register_rule(nn.Embedding, embedding, fits=_plain)
+register_rule(nn.Embedding, embedding, fits=is_plain)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from gapo.backends.torch.pairgrads.parts import Explicit, Outer, Part, Parts
+from gapo.backends.torch.pairgrads.parts import Explicit, Outer, Part, Parts, over_tokens
 from gapo.backends.torch.pairgrads.rules.registry import owns, register_rule
 
 
@@ -35,7 +35,7 @@ def _affine(module: Any, a: Any, g: Tensor, transposed: bool) -> Parts:
     if module.weight.requires_grad:
         yield "weight", _matrix(a, g, transposed)
     if isinstance(module.bias, Tensor) and module.bias.requires_grad:
-        yield "bias", Explicit(g.sum((0, 2)))
+        yield "bias", Explicit(over_tokens(g))
 
 
 def linear(module: nn.Module, a: Any, g: Tensor) -> Parts:
@@ -54,4 +54,5 @@ def _plain(layer: nn.Module) -> bool:
 
 register_rule(nn.Linear, linear, fits=_plain)
 register_rule(NonDynamicallyQuantizableLinear, linear, fits=_plain)
+register_rule("transformers.models.falcon.modeling_falcon.FalconLinear", linear, fits=_plain)
 register_rule("transformers.pytorch_utils.Conv1D", conv1d, fits=lambda layer: owns(layer) == {"weight", "bias"})

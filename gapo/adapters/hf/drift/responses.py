@@ -30,9 +30,15 @@ class Responses:
     def lengths(
         self, model: Any, prompts: Sequence[Tensor], ends: Sequence[int], **options: Any
     ) -> Iterator[list[float]]:
-        """For each prompt, token ids (seq,): tokens generated before a closing one, and 1.0 if one came, else 0.0.
+        """Yield [tokens before the closing one, 1.0 if there is a closing one, else 0.0] for each response.
 
-        `ends` are the ids that close a response. Sampling draws from the global random state.
+        Args:
+            model: generates; a causal language model of transformers.
+            prompts: token ids (seq,) of each prompt.
+            ends: ids that close a response.
+            options: of `generate`.
+
+        Sampling draws from the global random state.
         """
         sampled = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         config = GenerationConfig(
@@ -51,7 +57,7 @@ class Responses:
 
 
 def prompt_of(rows: dict[str, Tensor]) -> Tensor:
-    """(seq,) the prompt's token ids: what stands before the first answer's first token in the rows of a pair."""
+    """(seq,) token ids of a pair's prompt: those before the first answered token of the chosen row."""
     ids, mask, labels = (rows[name][0] for name in ("input_ids", "attention_mask", "labels"))
     first = int((labels != IGNORE_INDEX).int().argmax())
     return ids[:first][mask[:first].bool()]

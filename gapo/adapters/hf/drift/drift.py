@@ -18,10 +18,10 @@ from transformers import Trainer, TrainerCallback
 import gapo
 from gapo.adapters.hf.batches import further_inputs, stack_pairs
 from gapo.adapters.hf.callback import calling_trainer
-from gapo.adapters.hf.models import forward_parameters
-from gapo.adapters.hf.quantised import stay_differentiable
-from gapo.adapters.hf.responses import Responses, prompt_of
-from gapo.adapters.hf.starting import Rows, StartingPolicy, adapters_change_nothing, answer_logits
+from gapo.adapters.hf.drift.responses import Responses, prompt_of
+from gapo.adapters.hf.drift.starting import Rows, StartingPolicy, adapters_change_nothing, answer_logits
+from gapo.adapters.hf.models import end_tokens, forward_parameters, stay_differentiable, undo
+from gapo.adapters.hf.models.prepared import Change
 from gapo.backends.torch.random_state import RandomState
 from gapo.data.tokenize import IGNORE_INDEX
 
@@ -42,26 +42,28 @@ class DriftCallback(TrainerCallback):
     - `drift/response_length`, `drift/response_ended`: tokens of the responses generated for held-out prompts, without
       the closing one, and the share of responses that closed within `max_new_tokens`.
 
-    The training goes on as if nothing had been measured: random state, training mode and gradients are as before. Pairs
-    pass through the model one at a time. The starting policy is the one at step 0, also after a resumption: the base of
-    fresh adapters with these switched off, else log-probabilities kept in `output_dir`/_starting_policy, which take
-    2 bytes for each answer token and vocabulary entry of the held-out sample (32 pairs of 2 x 100 tokens, 128,256
-    entries: 1.5 GiB of disk, none of memory).
+    The training goes on as if nothing had been measured: random state, training mode and gradients are restored. Pairs
+    pass through the model one at a time.
+
+    The starting policy is the policy at step 0, also after a resumption. Where fresh adapters are trained, it is their
+    base: the adapters are switched off. Otherwise its log-probabilities are kept in `output_dir`/_starting_policy, in
+    2 bytes for each answer token and vocabulary entry of the held-out sample. 32 pairs of 2 x 100 tokens with 128,256
+    entries take 1.5 GiB of disk, and no memory.
 
     Args:
         held_out: pairs to measure KL, margins and responses on; None for the trainer's `eval_dataset`.
         train: training pairs to measure margins on; None for the trainer's `train_dataset`.
-        pairs: how many of each, drawn by `seed`; all, where there are fewer.
-        every: measure every so many steps too; 0 for checkpoints alone.
-        prompts: generate responses for so many of the held-out pairs; 0 for none.
+        pairs: size of each sample, drawn by `seed`; all pairs, where there are fewer.
+        every: measure also each time this number of steps has passed; 0 for checkpoints alone.
+        prompts: number of held-out pairs to generate responses for; 0 for none.
         max_new_tokens: most tokens of a response.
-        temperature: 0 for greedy responses, else they are sampled, from `seed`.
+        temperature: 0 for greedy responses; otherwise responses are sampled, by `seed`.
         seed: of the samples of pairs and of the sampled responses.
         warn_above_gib: log a warning where the starting policy takes more disk than this.
 
     Raises:
-        ValueError: an argument is out of its range. When training begins: the trainer has no pairs of its own to draw
-            from, the disk has no room for the starting policy, or the held-out sample is not the one of the start.
+        ValueError: an argument is out of its range. When training begins: the trainer has no pairs to draw from, the
+            disk has no room for the starting policy, or the held-out sample is not that of step 0.
     """
 
     def __init__(
@@ -92,14 +94,14 @@ class DriftCallback(TrainerCallback):
         self._warn_above = warn_above_gib
         self._samples: dict[str, list[Rows]] = {}
         self._measured: int | None = None
-        self._told = False
-        self._changed: list[tuple[Any, str, Any]] = []
+        self._warned = False
+        self._changes: list[Change] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = calling_trainer(self)
-        self._changed = stay_differentiable(trainer.model)
-        given = {"held_out": (self.held_out, trainer.eval_dataset), "train": (self.train, trainer.train_dataset)}
-        self._samples = {name: self._sample(name, *rows, trainer) for name, rows in given.items()}
+        self._changes += stay_differentiable(trainer.model)
+        sources = {"held_out": (self.held_out, trainer.eval_dataset), "train": (self.train, trainer.train_dataset)}
+        self._samples = {name: self._sample(name, *rows, trainer) for name, rows in sources.items()}
         # The underscore keeps it out of what a Trainer uploads to the Hub.
         self._starting = StartingPolicy(Path(args.output_dir, "_starting_policy"))
         self._measured = None
@@ -109,7 +111,7 @@ class DriftCallback(TrainerCallback):
             self._measure(trainer, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Before the checkpoint is written, so that it holds this log and a resumed run need not measure again.
+        # Before the checkpoint is written, which then holds this log: a resumed run need not measure again.
         if control.should_save or (self.every and state.global_step % self.every == 0):
             self._measure(calling_trainer(self), control)
 
@@ -118,22 +120,22 @@ class DriftCallback(TrainerCallback):
             self._measure(calling_trainer(self), control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._measure(calling_trainer(self), control)  # a checkpoint that was decided on later, such as the best so far
+        self._measure(calling_trainer(self), control)  # a checkpoint that was decided on late, such as the best one
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for module, attribute, value in self._changed:
-            setattr(module, attribute, value)
+        undo(self._changes)
+        self._changes.clear()
 
-    def _sample(self, name: str, given: Any, own: Any, trainer: Trainer) -> list[Rows]:
-        """The rows of each pair of the sample, on the CPU."""
-        source = own if given is None else given
+    def _sample(self, name: str, pairs: Any, of_trainer: Any, trainer: Trainer) -> list[Rows]:
+        """The rows of each pair of a sample of `pairs`, or of the trainer's data set, on the CPU."""
+        source = of_trainer if pairs is None else pairs
         if source is None or isinstance(source, dict) or not hasattr(source, "__len__") or not len(source):
             where = "eval_dataset" if name == "held_out" else "train_dataset"
             raise ValueError(
                 f"DriftCallback draws its sample from the trainer's {where}, which must be a data set with a length "
                 f"and a pair in it; got {type(source).__name__}. Give pairs with DriftCallback({name}=...)"
             )
-        # A stream of its own: whoever flipped or split by the same seed took the first of its plain permutation.
+        # A stream of its own: flips and splits by the same seed take the first rows of the plain permutation.
         stream = np.random.SeedSequence(self.seed, spawn_key=(1,))
         drawn = np.random.default_rng(stream).permutation(len(source))[: self.pairs]
         accepted = forward_parameters(trainer.model)
@@ -170,9 +172,9 @@ class DriftCallback(TrainerCallback):
             metrics = self._of_pairs(trainer, "train") | self._of_pairs(trainer, "held_out")
             metrics |= self._of_responses(trainer)
         due = control.should_log
-        # Not the log of a subclass, which may close a window of its own metrics (TRL's trainers do) in a row of ours.
+        # Not a subclass's log: TRL's trainers close a window of their own metrics in it, and would do so in this row.
         Trainer.log(trainer, {f"drift/{name}": value for name, value in metrics.items()})
-        control.should_log = due  # a log ticks it off, and the step's own is still to come
+        control.should_log = due  # the log has reset it, and the step's own log is still to come
 
     def _of_pairs(self, trainer: Trainer, name: str) -> dict[str, float]:
         sample, device = self._samples[name], trainer.accelerator.device
@@ -183,32 +185,32 @@ class DriftCallback(TrainerCallback):
                 for i in _progress(trainer, indices, f"drift on {name.replace('_', '-')} pairs")
             ]
 
-        chosen, margins, kept, kl = _over_ranks(trainer.accelerator, len(sample), measure).unbind(-1)
+        chosen, margins, has_start, kl = _over_ranks(trainer.accelerator, len(sample), measure).unbind(-1)
         metrics = {
             f"{name}_chosen_logps": float(chosen.mean()),
             f"{name}_margin": float(margins.mean()),
             f"{name}_accuracy": float((margins > 0).double().mean()),
         }
-        if name == "held_out" and bool(kept.all()):
+        if name == "held_out" and bool(has_start.all()):
             metrics["kl"] = float(kl.sum()) / sum(_answer_tokens(rows) for rows in sample)
         elif name == "held_out":
-            self._tell_that_no_start_is_kept()
+            self._warn_that_no_start_is_kept()
         return metrics
 
     def _of_pair(self, model: nn.Module, name: str, index: int, rows: Rows) -> list[float]:
-        """Chosen log-probability and margin; for held-out pairs whether the start is kept, and the sum of the KL."""
+        """Chosen log-probability, margin, whether the starting policy can be asked, and the sum of the KL to it."""
         answers, logits, labels = answer_logits(model, rows)
         chosen, rejected = gapo.sequence_logps(logits, labels, backend="torch").tolist()
-        kept = name == "held_out" and self._starting.has(index)
-        kl = float(self._starting.kl(model, index, rows, answers).sum()) if kept else 0.0
-        return [chosen, chosen - rejected, float(kept), kl]
+        has_start = name == "held_out" and self._starting.has(index)
+        kl = float(self._starting.kl(model, index, rows, answers).sum()) if has_start else 0.0
+        return [chosen, chosen - rejected, float(has_start), kl]
 
     def _of_responses(self, trainer: Trainer) -> dict[str, float]:
         model, accelerator = trainer.model, trainer.accelerator
         prompts = [prompt for rows in self._samples["held_out"] if len(prompt := prompt_of(rows))][: self.prompts]
         if not prompts:
             return {}
-        ends = _end_tokens(model, trainer.processing_class)
+        ends = end_tokens(model, trainer.processing_class)
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if self._responses.temperature:
             torch.manual_seed(self.seed + accelerator.process_index)
@@ -221,9 +223,9 @@ class DriftCallback(TrainerCallback):
         length, ended = _over_ranks(accelerator, len(prompts), measure).mean(0).tolist()
         return {"response_length": length, "response_ended": ended}
 
-    def _tell_that_no_start_is_kept(self) -> None:
-        if not self._told:
-            self._told = True
+    def _warn_that_no_start_is_kept(self) -> None:
+        if not self._warned:
+            self._warned = True
             logger.warning(
                 "drift/kl is left out: the starting policy was not kept at step 0 in this output_dir. The callback has "
                 "to be there from the start of a training"
@@ -231,9 +233,10 @@ class DriftCallback(TrainerCallback):
 
 
 def _over_ranks(accelerator: Any, n: int, measure: Callable[[Sequence[int]], list[list[float]]]) -> Tensor:
-    """(n, columns) of `measure`, which takes numbers of items and gives a row for each, shared out among the ranks.
+    """(n, columns): `measure` takes indices of items and returns a row for each; the ranks share the items.
 
-    Each rank gets equally many, so that engines with collectives in a forward stay in step; what is too many is cut.
+    Each rank measures equally many, so that engines with collectives in a forward stay together. The last rank repeats
+    the last item where they do not divide evenly, and the repeated rows are cut.
     """
     each = -(-n // accelerator.num_processes)
     start = each * accelerator.process_index
@@ -244,7 +247,7 @@ def _over_ranks(accelerator: Any, n: int, measure: Callable[[Sequence[int]], lis
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradient; afterwards modes and random streams are as before."""
+    """Evaluation mode, no gradient; modes and random streams are restored."""
     modes = [(module, module.training) for module in model.modules()]
     state = RandomState(model)
     try:
@@ -255,14 +258,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         state.restore()
         for module, training in modes:
             module.training = training
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that close a response, by the model's generation settings and the tokenizer."""
-    found: list[int] = []
-    for ids in (model.generation_config.eos_token_id, getattr(tokenizer, "eos_token_id", None)):
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return sorted(set(found))
 
 
 def _answer_tokens(rows: Rows) -> int:

@@ -1,16 +1,14 @@
-"""The starting policy of a run, to measure drift from: without a second model in memory.
+"""The starting policy of a run, from which drift is measured, without a second model in memory.
 
-Where adapters are trained over a base that they did not change at first, the base is the starting policy: the adapters
-are switched off for a forward. Otherwise its log-probabilities on a fixed sample of answers are kept in files of the
-output folder, one for each pair, and read pair by pair. Either way a resumed run measures from step 0.
+Where adapters are trained that changed nothing at first, their base is the starting policy: a forward with the adapters
+switched off gives its logits. Otherwise its log-probabilities on a fixed sample of answers are kept in the output
+folder, in one file for each pair, and read pair by pair. Either way a resumed run measures from step 0.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gapo.adapters.hf.margins import row_logits
+from gapo.adapters.hf.models import adapters_off
 from gapo.backends.torch.token_kl import token_kl
 from gapo.data.tokenize import IGNORE_INDEX
 from gapo.files import whole
@@ -27,32 +26,33 @@ logger = logging.getLogger(__name__)
 
 Rows = dict[str, Tensor]  # of one pair, chosen and rejected: "input_ids", "attention_mask", "labels", each (2, seq)
 
-_ADAPTERS = "adapters_off"  # an empty file: the base without its adapters is the starting policy
+_ADAPTERS = "adapters_off"  # an empty file, which says that the model without its adapters is the starting policy
 _NO_DRIFT = 1e-6  # nats a token
 
 
 class StartingPolicy:
-    """What the policy was at step 0, for the answers of a fixed sample of pairs.
+    """The policy at step 0, on the answers of a fixed sample of pairs.
 
     Args:
-        folder: where it is kept.
+        folder: the folder that keeps it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def clear(self) -> None:
-        """Forget an earlier run's."""
+        """Remove an earlier run's starting policy."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def use_adapters_off(self) -> None:
-        """Let the model without its adapters be the starting policy, from now on and after a resumption."""
+        """Take the model without its adapters as the starting policy, from now on and after a resumption."""
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / _ADAPTERS).touch()
 
     def require_room(self, model: nn.Module, rows: Rows, tokens: int, warn_above_gib: float) -> None:
-        """Raise ValueError where the disk has no room for the log-probabilities of so many tokens (the vocabulary is
-        that of `model`'s logits on `rows`), and log a warning where they take more than `warn_above_gib`.
+        """Raise ValueError where the disk has no room; log a warning where more than `warn_above_gib` is needed.
+
+        The need is 2 bytes for each of the `tokens` and each entry of the vocabulary, that of the logits on `rows`.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         size, free = (b / 2**30 for b in (2 * tokens * _answers(model, rows)[0].shape[-1], _free(self._folder)))
@@ -63,8 +63,9 @@ class StartingPolicy:
             logger.warning("%s: fewer pairs take less", text)
 
     def keep(self, model: nn.Module, index: int, rows: Rows) -> None:
-        """Keep what `model` gives now for the pair of this number: log-probabilities in float16, (tokens, vocab) of
-        each answer. They are rounded: the KL of a policy to itself comes out just under 1e-6 nats instead of 0.
+        """Keep the log-probabilities of `model` for pair `index`: float16, (tokens, vocab) of each answer.
+
+        They are rounded: the KL of a policy to itself is just under 1e-6 nats instead of 0.
         """
         answers = {
             f"logps_{r}": answer.float().log_softmax(-1).half() for r, answer in enumerate(_answers(model, rows))
@@ -73,26 +74,26 @@ class StartingPolicy:
             save_file({name: x.cpu().contiguous() for name, x in {**answers, "tokens": _tokens(rows)}.items()}, partial)
 
     def has(self, index: int) -> bool:
-        """Whether `kl` can be asked of this pair."""
+        """Whether pair `index` has a starting policy, so that `kl` can be asked."""
         return (self._folder / _ADAPTERS).exists() or self._path(index).exists()
 
     def kl(self, model: nn.Module, index: int, rows: Rows, policy: list[Tensor]) -> Tensor:
         """(tokens,) KL of `policy`, the logits (tokens, vocab) of both answers, to the starting policy, in nats.
 
         Raises:
-            ValueError: what was kept is of another pair.
+            ValueError: the file of this index is that of another pair.
         """
         if (self._folder / _ADAPTERS).exists():
             with adapters_off(model):
                 start = _answers(model, rows)
         else:
-            kept = load_file(self._path(index))
-            if not torch.equal(kept["tokens"], _tokens(rows).cpu()):
+            saved = load_file(self._path(index))
+            if not torch.equal(saved["tokens"], _tokens(rows).cpu()):
                 raise ValueError(
                     f"pair {index} of the held-out sample is not the one that {self._path(index)} was made of: resume "
                     "with the same pairs, seed and tokenizer as at the start, or begin in another output_dir"
                 )
-            start = [kept["logps_0"], kept["logps_1"]]
+            start = [saved["logps_0"], saved["logps_1"]]
         return torch.cat([token_kl(p, q) for p, q in zip(policy, start, strict=True)])
 
     def _path(self, index: int) -> Path:
@@ -100,7 +101,7 @@ class StartingPolicy:
 
 
 def answer_logits(model: nn.Module, rows: Rows) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The logits (tokens, vocab) of each answer of a pair, and the logits and labels that they were taken from."""
+    """The logits (tokens, vocab) of each answer of a pair; then the logits and labels of its whole rows."""
     logits, labels = row_logits(model, rows)
     counted = labels[:, 1:] != IGNORE_INDEX
     return [logits[r, :-1][counted[r]] for r in range(len(labels))], logits, labels
@@ -121,7 +122,7 @@ def _tokens(rows: Rows) -> Tensor:
 
 
 def adapters_change_nothing(model: Any, rows: Rows) -> bool:
-    """Whether all that is trained are adapters of peft, and `model` gives the same with them as without."""
+    """Whether nothing but adapters of PEFT is trained, and `model` gives the same logits without them."""
     if not hasattr(model, "disable_adapter"):
         return False
     policy = _answers(model, rows)
@@ -130,15 +131,3 @@ def adapters_change_nothing(model: Any, rows: Rows) -> bool:
             return False
         start = _answers(model, rows)
     return float(torch.cat([token_kl(p, q) for p, q in zip(policy, start, strict=True)]).mean()) < _NO_DRIFT
-
-
-@contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
-    """The base of a peft model; afterwards each parameter wants its gradient, or does not, as before."""
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for p, flag in wanted:
-            p.requires_grad_(flag)

@@ -95,10 +95,10 @@ def _fault_within(value: Any, depth: int = 0) -> str | None:
 def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     """`row` with "prompt" separate from its answers, and with "is_flipped" true, false or absent.
 
-    A row without a prompt gets the common start of both answers: whole messages or words; or, of texts that are whole
-    conversations, all up to the last shared head of an answer, such as "\\n\\nAssistant:". Messages of the prompt that
-    both answers repeat are removed from the answers. If the prompt is text and the answers are messages, as in
-    UltraFeedback, the common messages of both answers become the prompt.
+    A row without a prompt gets the common start of both answers, in whole messages or words. Of texts that are whole
+    conversations, it gets all up to the last shared head of an answer, such as "\\n\\nAssistant:". Messages of the
+    prompt that both answers repeat are removed from the answers. If the prompt is text and the answers are messages,
+    as in UltraFeedback, the common messages of both answers become the prompt.
 
     Raises:
         RowFault: prompt and answers contradict each other.
@@ -124,7 +124,7 @@ def _with_flag(row: dict[str, Any]) -> dict[str, Any]:
         return row
     flag = row["is_flipped"]
     is_number = isinstance(flag, (Real, np.bool_))
-    if flag is None or (isinstance(flag, str) and not flag) or (is_number and flag != flag):
+    if flag is None or (isinstance(flag, str) and not flag) or (is_number and flag != flag):  # NaN differs from itself
         return {name: value for name, value in row.items() if name != "is_flipped"}
     return {**row, "is_flipped": bool(flag)} if is_number and flag in (0, 1) else row
 
@@ -134,6 +134,7 @@ def _end_of_prompt(chosen: str, rejected: str) -> int:
     heads = list(_ANSWER_HEAD.finditer(chosen, 0, shared))
     if heads:
         end = heads[-1].end()
+        # A turn of the user behind the last shared head: both conversations go on, and differ only later.
         if _OTHER_HEAD.search(chosen, end, shared):
             raise RowFault("the answers differ within a turn of the user, so that they have no prompt in common")
         return end
@@ -154,7 +155,7 @@ def _end_of_messages(prompt: str, chosen: list[dict[str, Any]], rejected: list[d
 
 def _without_repeated(row: dict[str, Any]) -> dict[str, Any]:
     prompt = bare(row["prompt"])
-    while prompt:
+    while prompt:  # until no copy is left: `with_prompt` of a checked pair must change nothing
         repeats = [bare(row[name][: len(prompt)]) == prompt for name in SIDES]
         if not any(repeats):
             break

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gapo import data
-from gapo.adapters.hf.causal import require_causal, require_decoder
 from gapo.adapters.hf.margins import log_probs, stack_pairs
+from gapo.adapters.hf.models import require_causal, require_decoder
 
 
 def with_reference_logps(
@@ -23,13 +23,13 @@ def with_reference_logps(
 ) -> list[dict[str, Any]]:
     """The rows with "ref_chosen_logps" and "ref_rejected_logps": summed log-probabilities under `model`, nats.
 
-    Call it on the model that training starts from, before it starts; dropout is off meanwhile.
+    Call it on the model that training starts from, before it starts. Dropout is off during the call.
 
     Args:
         model: a causal language model, the reference.
         tokenized: rows of `gapo.data.tokenize_pair`.
         batch_size: pairs in a batch; no gradient is kept.
-        progress: what the progress bar says; None for no bar.
+        progress: text of the progress bar; None for no bar.
 
     Returns:
         New rows, in the order of `tokenized`, for `PreferenceCollator`.
@@ -39,14 +39,15 @@ def with_reference_logps(
         FloatingPointError: a log-probability is not finite, naming the row.
     """
     require_decoder(model)
-    asked: list[bool] = []
+    is_causal = False
 
     def measure(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        found = summed_logps(model, batch)
-        if not asked:
-            asked.append(True)
+        nonlocal is_causal
+        logps = summed_logps(model, batch)
+        if not is_causal:
             require_causal(model, stack_pairs(_tensors(model, batch)))
-        return found
+            is_causal = True
+        return logps
 
     return data.with_reference_logps(
         tokenized,
@@ -63,10 +64,10 @@ def summed_logps(model: nn.Module, batch: Mapping[str, np.ndarray]) -> tuple[np.
     model.eval()
     try:
         with torch.no_grad():
-            found = log_probs(model, _tensors(model, batch))
+            logps = log_probs(model, _tensors(model, batch))
     finally:
         model.train(training)
-    return _array(found.chosen), _array(found.rejected)
+    return _array(logps.chosen), _array(logps.rejected)
 
 
 def _tensors(model: nn.Module, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

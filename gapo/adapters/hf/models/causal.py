@@ -1,4 +1,8 @@
-"""Whether a model sees the answer that it should predict, asked of the model itself."""
+"""Does a model see the answer that it should predict? The model is asked, since neither class nor config tells it.
+
+The model reads one short row twice. The last tokens of the second row are other ones. A causal model's logits before
+the change stay as they were; those of a model like BERT move.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gapo.adapters.hf.models import forward_parameters, has_virtual_tokens, innermost, placeholders
+from gapo.adapters.hf.models.architecture import forward_parameters, innermost, placeholders
+from gapo.adapters.hf.models.peft_models import has_virtual_tokens
 from gapo.backends.torch.random_state import RandomState
 from gapo.data.tokenize import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
 _HALF = 4  # tokens that stay, and tokens after them that change
-# Where the change of the logits before the changed tokens, over that of the logits behind them, is no rounding. A
-# causal model's is 0, or near 1e-8 for experts, which group tokens in another way; that of models like BERT is 6e-4 to
-# 9e-3 with fresh weights of width 16 to 32, and 0.02 to 0.1 with width 256.
+# The change of the logits before the changed tokens, over that behind them, from which on it is no rounding. Measured:
+# causal models 0, or near 1e-8 for experts, which group tokens in another way; models like BERT 6e-4 to 9e-3 with
+# fresh weights of width 16 to 32, and 0.02 to 0.1 with width 256.
 _SEES, _SEES_IN_16_BITS = 1e-5, 1e-2
-
-
-def require_decoder(model: nn.Module) -> None:
-    """Raise ValueError for an encoder-decoder, whose decoder reads another row than its encoder."""
-    inner = innermost(model)
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(inner).__name__} is an encoder-decoder: GAPO needs a causal (decoder-only) language model, which "
-            "AutoModelForCausalLM loads"
-        )
 
 
 def require_causal(model: nn.Module, rows: Mapping[str, Tensor], in_16_bits: bool = False) -> None:
     """Raise ValueError where the logits of a token change with the tokens after it.
 
-    Two forwards of one short row each, without gradient, which differ in their last tokens. The row is made of answer
-    tokens of `rows` (of `stack_pairs`). Both draw the same random numbers, so that dropout and noise change nothing;
-    the streams go on from where they were. `in_16_bits` says that the forward computes so whatever the weights are.
+    Costs two forwards of one short row, without gradient. Both draw the same random numbers, so that dropout and noise
+    change nothing; the caller's random streams are restored. A model that cannot run them is accepted, with a warning.
+
+    Args:
+        model: the language model, with or without wrappers.
+        rows: of `stack_pairs`; the short row is made of tokens of their answers.
+        in_16_bits: whether the forward computes in 16 bits although the weights are wider, as under autocast.
     """
     tokens, further = _answer_tokens(model, rows)
     if not len(tokens):
@@ -62,24 +61,24 @@ def require_causal(model: nn.Module, rows: Mapping[str, Tensor], in_16_bits: boo
 
 
 def _answer_tokens(model: Any, rows: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """(2 * _HALF,) token ids of answers, repeated where they are fewer, and what the rows hold for each of them."""
+    """(2 * _HALF,) token ids of answers, repeated where there are fewer, and the other inputs for these tokens."""
     answer = (rows["labels"] != IGNORE_INDEX) & ~torch.isin(rows["input_ids"], _placeholders(model, rows))
     columns = {
         name: x[answer]
         for name, x in rows.items()
         if x.shape == answer.shape and name in forward_parameters(model) and name not in ("labels", "position_ids")
     }
-    found = int(answer.sum())
-    taken = torch.arange(2 * _HALF if found else 0, device=answer.device) % max(found, 1)
-    further = {name: x[taken] for name, x in columns.items() if name not in ("input_ids", "attention_mask")}
-    return rows["input_ids"][answer][taken], further
+    count = int(answer.sum())
+    places = torch.arange(2 * _HALF if count else 0, device=answer.device) % max(count, 1)
+    further = {name: x[places] for name, x in columns.items() if name not in ("input_ids", "attention_mask")}
+    return rows["input_ids"][answer][places], further
 
 
 def _others(model: Any, rows: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    """`tokens`, the second half replaced, each by another one of the rows' ids."""
-    known = torch.unique(rows["input_ids"][rows["attention_mask"] != 0])
-    known = known[~torch.isin(known, _placeholders(model, rows))]
-    replaced = known[(torch.searchsorted(known, tokens) + 1) % len(known)]
+    """`tokens`, with each one of the second half replaced by another id of the rows."""
+    ids = torch.unique(rows["input_ids"][rows["attention_mask"] != 0])
+    ids = ids[~torch.isin(ids, _placeholders(model, rows))]
+    replaced = ids[(torch.searchsorted(ids, tokens) + 1) % len(ids)]
     return torch.cat([tokens[:_HALF], replaced[_HALF:]])
 
 
@@ -88,7 +87,7 @@ def _placeholders(model: Any, rows: Mapping[str, Tensor]) -> Tensor:
 
 
 def _logits(model: nn.Module, ids: Tensor, further: Mapping[str, Tensor], state: RandomState) -> Tensor:
-    """(2 * _HALF, vocab) in float32."""
+    """(2 * _HALF, vocab) in float32, of one row without padding."""
     accepted = forward_parameters(model)
     options: dict[str, Any] = {name: x[None] for name, x in further.items()}
     if "use_cache" in accepted:
