@@ -330,7 +330,7 @@ def test_a_loss_that_is_not_finite_ends_the_loop_before_a_checkpoint(tmp_path: P
         FloatingPointError, match=r"loss is inf in step 3: .* pairs \[\d, \d\].* goes on from .*state\.sa"
     ):
         run_loop(tmp_path, toy)
-    with pytest.raises(FloatingPointError, match=r"loss is nan in step 1: .* No checkpoint was kept yet"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan in step 1: .* No checkpoint was saved yet"):
         run_loop(tmp_path / "other", Toy(loss=lambda step: NAN))
     run_loop(tmp_path, toy := Toy())
     assert toy.w[0] == 4  # two steps before, two after: step 3 was done again
