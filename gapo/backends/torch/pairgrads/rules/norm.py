@@ -59,9 +59,9 @@ def is_affine(layer: Any, a: Tensor, output: Tensor) -> bool | Grads:
     weight = layer.weight.detach().to(wide.dtype)
     drawn = 4 * torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight) - 2
     bias = {"bias": drawn.flip(-1)} if _has_bias(layer) else {}
-    zero, one = (_at(layer, value, wide, wide.dtype) for value in (0, 1))
+    zero, unit = (_at(layer, value, wide, wide.dtype) for value in (0, 1))
     other = _computed(layer, {"weight": drawn, **bias}, wide)
-    expected = zero + drawn * (one - zero) + bias.get("bias", 0)
+    expected = zero + drawn * (unit - zero) + bias.get("bias", 0)
     if not bool(((other - expected).norm() <= 1e-4 * expected.norm()).logical_and(expected.isfinite().all())):
         return False
     ramp = torch.linspace(1, 2, a.shape[-1], dtype=wide.dtype, device=a.device)  # a row of `a` may be all zeros
@@ -69,7 +69,7 @@ def is_affine(layer: Any, a: Tensor, output: Tensor) -> bool | Grads:
     if not bool(first.any()):
         return norm
     # Both on the ramp, where nothing is 0, and on what the layer received.
-    twice = torch.allclose(second, 2 * first) and torch.allclose(one, 2 * zero, atol=1e-5)
+    twice = torch.allclose(second, 2 * first) and torch.allclose(unit, 2 * zero, atol=1e-5)
     return norm_of_one_more if twice else norm_with_offset
 
 
