@@ -55,14 +55,6 @@ def reference_metrics(log_ratio_margins: Array) -> dict[str, Array]:
     return {"reference/accuracies": xp.mean(right), "reference/margins": xp.mean(log_ratio_margins)}
 
 
-def pair_metrics(logps: LogProbs, config: GAPOConfig) -> dict[str, Array]:
-    """Leaves with the last caller: `step_metrics`."""
-    averages = logps.per_token()
-    metrics = reward_metrics(averages.chosen, averages.rejected, config)
-    margins = logps.log_ratio_margins()
-    return metrics if margins is None else metrics | reference_metrics(margins)
-
-
 def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:
     """Scalars of one step of any objective.
 

@@ -20,6 +20,7 @@ COLUMNS = tuple(f"{side}_{part}" for side in SIDES for part in PARTS)
 # TRL's names for reference log-probabilities: sums over the response's tokens, nats.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _LENGTHS = ("chosen_lengths", "rejected_lengths")
+_Arrays = Mapping[str, Array | None]
 
 
 def stacked(batch: Mapping[str, Array], *parts: str) -> list[Array]:
@@ -97,9 +98,7 @@ class LogProbs:
 
     It is made of sums, as here, or of length-normalised log-probabilities (`from_averages`). Each is computed from the
     other, by the lengths, when it is asked for. Reference and anchor carry no gradient, ever. float16 and bfloat16 are
-    widened to float32.
-
-    Every argument is an attribute of the same name.
+    widened to float32. Every argument is an attribute of the same name.
 
     Args:
         chosen: (N,) of each chosen response under the policy.
@@ -119,8 +118,6 @@ class LogProbs:
             value is asked for, ValueError: nothing that it is computed from is known.
     """
 
-    xp: Namespace
-
     def __init__(
         self,
         *,
@@ -134,9 +131,8 @@ class LogProbs:
         anchor_rejected: Array | None = None,
     ) -> None:
         arrays = (chosen, rejected, ref_chosen, ref_rejected, anchor_chosen, anchor_rejected)
-        self._fill(
-            dict(zip(_SIDES_UNDER, arrays, strict=True)), {}, {"chosen": chosen_lengths, "rejected": rejected_lengths}
-        )
+        lengths = dict(zip(SIDES, (chosen_lengths, rejected_lengths), strict=True))
+        self._fill(dict(zip(_SIDES_UNDER, arrays, strict=True)), {}, lengths)
 
     @classmethod
     def from_averages(
@@ -186,25 +182,21 @@ class LogProbs:
     @classmethod
     def of_arrays(cls, *arrays: Any) -> LogProbs:
         """From (sums, averages, lengths by side, anchor gaps), each a mapping by name but the last."""
-        logps = cls.__new__(cls)
-        logps._fill(*arrays)
+        (logps := cls.__new__(cls))._fill(*arrays)
         return logps
 
-    def _fill(
-        self,
-        sums: Mapping[str, Array | None],
-        averages: Mapping[str, Array | None],
-        lengths: Mapping[str, Array | None],
-        anchor_gaps: Array | None = None,
-    ) -> None:
+    def _fill(self, sums: _Arrays, averages: _Arrays, lengths: _Arrays, anchor_gaps: Array | None = None) -> None:
         policy: Any = next(x for name, x in {**averages, **sums}.items() if name in ("margins", *SIDES))
         # Reference and lengths come with the batch, which may lie elsewhere than the policy.
         self._sums, self._averages, self._lengths = (
             {name: like(x, policy) for name, x in arrays.items() if x is not None}
             for arrays in (sums, averages, lengths)
         )
-        self.xp = namespace(**self._averages, **self._sums)
+        self.xp: Namespace = namespace(**self._averages, **self._sums)
         check_batches({**self._averages, **self._sums}, self.xp)
+        for side, counts in self._lengths.items():
+            if tuple(counts.shape) != tuple(policy.shape):  # others would broadcast
+                raise ValueError(f"{side}_lengths must be {tuple(policy.shape)}, one for each pair, got {counts.shape}")
         for arrays in (self._sums, self._averages):
             for name, x in arrays.items():
                 wide = at_least_float32(x, self.xp)
@@ -215,9 +207,8 @@ class LogProbs:
     def __getattr__(self, name: str) -> Any:
         if name in _SIDES_UNDER:
             return self._sum(name)
-        side, _, lengths = name.partition("_")
-        if lengths == "lengths" and side in SIDES:
-            return self._lengths.get(side)
+        if name in _LENGTHS:
+            return self._lengths.get(name.partition("_")[0])
         raise AttributeError(f"LogProbs has no attribute {name!r}")
 
     def _sum(self, name: str) -> Any:
@@ -262,7 +253,7 @@ class LogProbs:
 
     @property
     def chosen_per_token(self) -> Any:
-        """(N,) length-normalised log-probability of each chosen response, nats per token."""
+        """Length-normalised log-probability of each chosen response (N,), nats per token."""
         return self._average("chosen")
 
     @property

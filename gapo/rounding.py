@@ -1,7 +1,7 @@
 """Rounding and the anchor: which anchor "auto" takes, and the warning where gaps do not fit the probe's gradient.
 
-An exact gap is the difference of two forwards. 16 bits, of weights or of compute, lose it or enlarge it: a weight's
-change below half a unit in its last place is lost, or becomes that unit, at every use. A first-order gap adds nothing
+An exact gap is the difference of two forwards, which 16 bits of weights or of compute lose or enlarge. A weight's
+change below half a unit in its last place vanishes at every use, or becomes that unit. A first-order gap adds nothing
 to the weights.
 """
 

@@ -60,7 +60,7 @@ def value_and_grad(
         FloatingPointError: from `step`: a margin, the loss, or the gradient of the probe is not finite.
 
     Warns:
-        RuntimeWarning: once for each cause: the gaps do not fit the gradient (`first_order_ratio` outside [0.5, 2]), or
+        RuntimeWarning: once for each cause. The gaps do not fit the gradient (`first_order_ratio` outside [0.5, 2]), or
             16-bit weights lost a tenth of the perturbation's radius.
 
     Source: method document, "The step"; arXiv 2602.04909.

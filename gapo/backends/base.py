@@ -124,12 +124,12 @@ def require_real(kinds: Mapping[str, bool]) -> None:
 
     Their gradients are conjugated or not by framework, and neither |theta| nor the pairs' gaps are defined for them.
     """
-    found = [name for name, is_complex in kinds.items() if is_complex]
-    if found:
+    names = [name for name, is_complex in kinds.items() if is_complex]
+    if names:
         raise ValueError(
-            f"trainable parameters must be real, and {', '.join(map(repr, found[:3]))}{' ...' if found[3:] else ''} "
-            f"{'are' if found[1:] else 'is'} complex: freeze what does not train (in JAX keep it out of params), or "
-            "train real and imaginary parts as two real parameters"
+            f"trainable parameters must be real, and {', '.join(map(repr, names[:3]))}{' ...' if names[3:] else ''} "
+            f"{'are' if names[1:] else 'is'} complex: freeze what does not train (in JAX keep it out of params). "
+            "Real and imaginary parts can train as two real parameters"
         )
 
 

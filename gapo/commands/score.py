@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo score` with `arguments`; returns the exit status."""
-    config, step = parse(arguments)
+    config, step_config = parse(arguments)
     with named_extra("gapo score", "cli"):
         from gapo.runs.score.flow import Files, score
 
-    scores = score(config, step)
+    scores = score(config, step_config)
     files = Files(config.output)
     print(f"{len(scores)} scores: {files.output}; settings {files.sidecar.name}, page {files.page}")
     if config.select is not None:
@@ -67,10 +67,10 @@ def parse(arguments: Sequence[str]) -> tuple[ScoreConfig, GAPOConfig]:
     try:
         lists = {"model": tuple(values["model"]), "select": _selection(values["select"])}
         config = ScoreConfig(**{f.name: values[f.name] for f in fields(ScoreConfig)} | lists)
-        step = GAPOConfig(**{f.name: values[f.name] for f in fields(GAPOConfig) if f.name != "sft_weight"})
+        step_config = GAPOConfig(**{f.name: values[f.name] for f in fields(GAPOConfig) if f.name != "sft_weight"})
     except ValueError as error:
         parser.error(str(error))
-    return config, step
+    return config, step_config
 
 
 def _selection(words: list[str] | None) -> tuple[str, float] | None:

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
         make_parser().print_help()
         return 0
     try:
-        run, step = parse(arguments)
+        config, step_config = parse(arguments)
     except ConfigError as error:
         print(f"gapo train: error: {error}. See gapo train --help", file=sys.stderr)
         return 2
@@ -29,12 +29,12 @@ def main(arguments: Sequence[str]) -> int:
         from gapo.runs import ranks
         from gapo.runs.train.train import train
 
-    summary = train(run, step)
+    summary = train(config, step_config)
     if not ranks.is_first():
         return 0
     accuracy = "eval_rewards/accuracies"
     print(f"reward accuracy on held-out pairs: {summary['before'][accuracy]:.4f} -> {summary['after'][accuracy]:.4f}")
-    print(f"report: {Path(run.output_dir) / 'report.html'}")
+    print(f"report: {Path(config.output_dir) / 'report.html'}")
     return 0
 
 
@@ -64,15 +64,15 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
     from gapo.runs.train.loss_option import require_loss_settings
     from gapo.runs.train.train_config import TrainConfig
 
-    def check(run: TrainConfig, step: GAPOConfig) -> None:
-        _require_trust(run, arguments)  # before the loss is imported
-        require_loss_settings(run.loss, step, run.loss_settings)
+    def check(config: TrainConfig, step_config: GAPOConfig) -> None:
+        _require_trust(config, arguments)  # before the loss is imported
+        require_loss_settings(config.loss, step_config, config.loss_settings)
 
-    run, step = parse_fields(parser, arguments, (TrainConfig, GAPOConfig), check)
-    return run, step
+    config, step_config = parse_fields(parser, arguments, (TrainConfig, GAPOConfig), check)
+    return config, step_config
 
 
-def _require_trust(run: TrainConfig, arguments: Sequence[str]) -> None:
+def _require_trust(config: TrainConfig, arguments: Sequence[str]) -> None:
     """Raise ConfigError where a YAML file would run code that the command line does not name or trust."""
     import yaml
 
@@ -83,8 +83,8 @@ def _require_trust(run: TrainConfig, arguments: Sequence[str]) -> None:
     for path in files:
         if "trust_code" in yaml.safe_load(path.read_text(encoding="utf-8-sig")):
             raise ConfigError(f"{path}: trust_code is accepted on the command line alone, --trust_code true: remove it")
-    if files and is_own(run.loss) and not run.trust_code and run.loss not in values_of("loss", arguments):
+    if files and is_own(config.loss) and not config.trust_code and config.loss not in values_of("loss", arguments):
         raise ConfigError(
-            f"{files[-1]}: loss {run.loss!r} is code, which a file may not run by itself: if you trust it, give "
-            f"--trust_code true, or --loss {run.loss}, on the command line"
+            f"{files[-1]}: loss {config.loss!r} is code, which a file may not run by itself: if you trust it, give "
+            f"--trust_code true, or --loss {config.loss}, on the command line"
         )

@@ -4,7 +4,7 @@ Each function says what it needs: summed or length-normalised log-probabilities,
 `OBJECTIVES` holds them by name in one form for callers: `OBJECTIVES["dpo"].losses(LogProbs(...), beta=0.1)`.
 """
 
-from gapo.objectives.registry import OBJECTIVES, Loss, Objective, find, resolve, without_anchor
+from gapo.objectives.registry import OBJECTIVES, Loss, Objective, find, resolve
 from gapo.objectives.robust import cdpo, dr_dpo, rdpo, ropo
 from gapo.objectives.symmetric import ramp, sigmoid_loss, unhinged
 from gapo.objectives.with_reference import dpo, hypo, ipo, rpo
@@ -36,5 +36,4 @@ __all__ = [
     "sigmoid_loss",
     "simpo",
     "unhinged",
-    "without_anchor",
 ]

@@ -1,7 +1,7 @@
 """From a formula to an `Objective` and to the public function of plain arrays: checks, namespace, reduction, docstring.
 
-A formula takes a `LogProbs`. Users of DPO know the same loss as a function of four arrays: it is made here, so that the
-formula stands once and its file holds mathematics alone.
+A formula takes a `LogProbs`. Users of DPO know the same loss as a function of four arrays, which is made here. So the
+formula stands once, and its file holds mathematics alone.
 """
 
 from __future__ import annotations

@@ -263,11 +263,3 @@ def resolve(
     own = {name: getattr(config, name) for name in entry.step_settings} or entry.settings(settings)
     probe = resolve("simpo", replace(config, sft_weight=0.0)) if entry.needs_anchor else None
     return Loss(objective=entry, settings=own, sft_weight=config.sft_weight, probe=probe)
-
-
-def without_anchor(
-    name: str, config: GAPOConfig, settings: Mapping[str, Any] | None = None
-) -> tuple[Objective, dict[str, Any]]:
-    """Leaves with the last caller: `resolve(...).evaluated`."""
-    loss = resolve(name, config, settings).evaluated
-    return loss.objective, dict(loss.settings)

@@ -78,7 +78,7 @@ def amapo(logps: LogProbs, *, beta: float = 2.0) -> Array:
 
 
 def _adaptive_targets(margins: Array, xp: Namespace) -> Array:
-    """[M < mu] * exp((mu - M) / s * mu), (N,): 0 for all pairs where they are equal, and so for one pair alone."""
+    """[M < mu] * exp((mu - M) / s * mu), (N,). It is 0 where all pairs are equal, and for one pair alone."""
     mean = xp.mean(margins)
     squares = xp.sum((margins - mean) ** 2) / max(1, margins.shape[0] - 1)
     below = (margins < mean) & (squares > 0)

@@ -64,19 +64,21 @@ class Arm:
 
     def last_tries(self, best: Settings, learning_rates: list[float]) -> list[Settings]:
         """Two learning rates around the best of all."""
-        step = 0.25 if self.second is None else 0.5
-        return _around(best, learning_rates, -step, step)
+        distance = 0.25 if self.second is None else 0.5
+        return _around(best, learning_rates, -distance, distance)
 
     def _try(self, learning_rate: float, value: float | None) -> Settings:
         second = {} if self.second is None or value is None else {self.second[0]: value}
         return {**self.fixed, **second, "learning_rate": learning_rate}
 
 
-def _around(best: Settings, learning_rates: list[float], *steps: float) -> list[Settings]:
+def _around(best: Settings, learning_rates: list[float], *distances: float) -> list[Settings]:
     """`best` with learning rates so many steps of the grid away."""
     grid = sorted(learning_rates)
     factor = grid[1] / grid[0] if len(grid) > 1 else 4.0
-    return [{**best, "learning_rate": float(f"{best['learning_rate'] * factor**step:.3g}")} for step in steps]
+    return [
+        {**best, "learning_rate": float(f"{best['learning_rate'] * factor**distance:.3g}")} for distance in distances
+    ]
 
 
 def _gapo(name: str, second: Second | None, **fixed: Any) -> Arm:

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer
 
 import gapo
 from gapo.adapters.hf import GAPOCallback, GAPOConfig, GAPOTrainer, PreferenceCollator, with_reference_logps
+from gapo.adapters.hf.margins import pair_logps
 from gapo.data import write_rows
+from gapo.objectives import LogProbs
 
 COLUMNS = ("prompt", "chosen", "rejected")
 
@@ -142,9 +144,40 @@ def test_other_objectives_bring_their_settings_and_claim_no_gapo(tmp_path: Path)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # (0.75 - 0.25) / 0.5 log 2
     trainer.create_model_card()
-    assert "2602.04909" not in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "2602.04909" not in card
+    assert "objective `rdpo` (Chowdhury, Kini, Natarajan, arXiv 2403.00409)" in card
+    assert "beta 0.1, label_smoothing 0.25" in card
+    assert "- rdpo" in card
     with pytest.raises(ValueError, match="objective 'rdpo' has no setting 'rho'"):
         arguments(tmp_path, objective="rdpo", objective_settings={"rho": 1})
+
+
+def squares(logps: LogProbs, *, target: float = 1.0) -> torch.Tensor:
+    """A user's own objective, of margins."""
+    return (target - logps.margins) ** 2
+
+
+def test_an_objective_of_ones_own(tmp_path: Path) -> None:
+    model, options = hf_models.make("llama"), {"processing_class": hf_models.tokenizer(), "train_dataset": dataset()}
+    args, settings = arguments(tmp_path, max_steps=1), {"target": 3.0}
+    batch = PreferenceCollator(hf_models.tokenizer())(hf_models.pairs(8))
+    with torch.no_grad():
+        chosen, rejected = pair_logps(model, batch)
+    trainer = GAPOTrainer(
+        model, args, objective=squares, objective_settings=settings, eval_dataset=dataset(), **options
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(((3 - (chosen - rejected)) ** 2).mean()), rel=1e-5)
+    trainer.train()
+    assert {"loss", "gapo/weight_mean"} <= set(trainer.state.log_history[0])
+    trainer.create_model_card()
+    assert "the objective `squares`, by the `gapo` library: target 3.0" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="args name the objective 'dpo', and objective= names another: leave one out"):
+        GAPOTrainer(hf_models.make("llama"), arguments(tmp_path, objective="dpo"), objective=squares, **options)
+    with pytest.raises(ValueError, match=r"objective 'squares' has no setting 'beta'; it takes target \(1.0\)"):
+        GAPOTrainer(hf_models.make("llama"), args, objective=squares, objective_settings={"beta": 1}, **options)
+    with pytest.raises(ValueError, match=r"objective_settings are of objective=, which is not given"):
+        GAPOTrainer(hf_models.make("llama"), args, objective_settings=settings, **options)
 
 
 def test_settings_are_the_cores_and_checked(tmp_path: Path) -> None:

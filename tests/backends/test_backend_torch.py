@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -14,6 +16,7 @@ import gapo
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.head import head_parameters
+from gapo.objectives import resolve
 from gapo.step import run
 
 
@@ -326,3 +329,54 @@ def test_cuda_agrees_with_the_cpu() -> None:
     here = take_step(model, batch, rho=0.3)[0].anchor_gaps
     there = take_step(model.cuda(), {k: v.cuda() for k, v in batch.items()}, rho=0.3)[0].anchor_gaps
     torch.testing.assert_close(here, there.cpu(), rtol=1e-3, atol=1e-4)
+
+
+class Wrapper(nn.Module):
+    """A module around another one, as DDP is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def forwards_through(wrapper: nn.Module, objective: str) -> list[bool]:
+    """For each forward of a training step, in order, whether it went through the wrapper."""
+    through: list[bool] = []
+
+    def margin_fn(module: nn.Module, batch: Any) -> Any:
+        through.append(module is wrapper)
+        return pair_logps(module, batch)
+
+    config, backend = gapo.GAPOConfig(anchor="exact", rho=0.3), TorchBackend()
+    loss = resolve(objective, config)
+    forward = backend.forward(
+        margin_fn, wrapper.module, hf_models.batch(), config, anchor=loss.needs_anchor, by_side=True, wrapper=wrapper
+    )
+    result, cotangents = run(forward, config, backend, loss=loss)
+    forward.as_loss(result.loss, cotangents).backward()
+    return through
+
+
+def test_the_updates_forward_alone_goes_through_the_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP prepares its reduction in it. DeepSpeed's engine would take a probe's backward for the update's."""
+    wrapper = Wrapper(hf_models.make("llama"))
+    assert forwards_through(wrapper, "simpo") == [True]
+    clean, *others = forwards_through(wrapper, "gapo")
+    assert clean
+    assert others
+    assert not any(others)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(DeepSpeedEngine=Wrapper))
+    assert forwards_through(wrapper, "simpo") == [True]
+    assert not any(forwards_through(wrapper, "gapo"))
+
+
+def test_zero3_is_chosen_by_the_backend_where_its_engine_is_known() -> None:
+    model, backend = nn.Linear(1, 1), TorchBackend()
+    model.weight.ds_tensor = torch.empty(1)
+    with pytest.raises(ValueError, match=r"DeepSpeed has partitioned the parameters \(ZeRO-3\)"):
+        backend.forward(pair_logps, model, {}, gapo.GAPOConfig())
+    with pytest.raises(ValueError, match=r'anchor="first_order" is not supported under DeepSpeed ZeRO-3'):
+        backend.forward(pair_logps, model, {}, gapo.GAPOConfig(anchor="first_order"), wrapper=Wrapper(model))

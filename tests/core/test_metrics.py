@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 
 from gapo import GAPOConfig, value_and_grad
-from gapo.metrics import combine, pair_metrics, reference_metrics, reward_metrics, step_metrics
-from gapo.objectives import LogProbs
+from gapo.metrics import (
+    combine,
+    evaluation_columns,
+    evaluation_metrics,
+    reference_metrics,
+    reward_metrics,
+    step_metrics,
+)
+from gapo.objectives import LogProbs, resolve
 
 
 def test_reward_metrics_are_trls() -> None:
@@ -28,10 +35,14 @@ def test_with_a_reference_the_log_ratios_are_measured_too() -> None:
     assert plain.chosen.tolist() == [-2.0, -6.0]
     assert plain.rejected.tolist() == [-8.0, -5.0]
     assert plain.log_ratio_margins() is None
-    assert pair_metrics(plain, GAPOConfig()) == reward_metrics(*averages, GAPOConfig())
+    config, loss = GAPOConfig(), resolve("simpo")
+    rewards = reward_metrics(*averages, config)
+    metrics = evaluation_metrics(evaluation_columns(loss, plain), config)
+    assert metrics == {"loss": metrics["loss"], **rewards}
     compared = LogProbs.from_averages(*averages, lengths, np.array([-3.0, -6.0]), np.array([-8.0, -9.0]))
-    assert pair_metrics(compared, GAPOConfig()) == {
-        **reward_metrics(*averages, GAPOConfig()),
+    assert evaluation_metrics(evaluation_columns(loss, compared), config) == {
+        "loss": metrics["loss"],
+        **rewards,
         "reference/accuracies": 0.5,  # z is 6 - 5 and -1 - 3
         "reference/margins": -1.5,
     }

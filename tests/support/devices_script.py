@@ -43,6 +43,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "gaussian": {"model": "pythia", "direction": "gaussian"},
     "lora": {"model": "lora", "adaptive": False, "perturb": "all"},
     "tied": {"model": "gpt2", "sft_weight": 0.1},
+    "simpo": {"model": "pythia", "objective": "simpo"},  # without an anchor
 }
 PAIRS = 4  # share an anchor
 ZERO3 = {
@@ -91,13 +92,15 @@ def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: 
         assert arguments.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     collator = PreferenceCollator(hf_models.tokenizer(), max_length=64, pad_to_multiple_of=64)
+    settings = {"rho": 0.3, **config}
+    objective = settings.pop("objective", "gapo")
     return hf_models.InOrder(
         make_model(kind).double(),
         arguments,
         train_dataset=hf_models.pairs(16),
         eval_dataset=hf_models.pairs(6, seed=2),
         data_collator=collator,
-        callbacks=[GAPOCallback(GAPOConfig(**{"rho": 0.3, **config}))],
+        callbacks=[GAPOCallback(GAPOConfig(**settings), objective=objective)],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ class GAPOTrainer(Trainer):
         data_collator: None for `PreferenceCollator` with the limits of `args`.
         peft_config: adapters to train instead of the model's weights. A quantised model is made ready for it.
         objective: a `gapo.objectives.Objective`, or any function of a `gapo.objectives.LogProbs` that returns the loss
-            of each pair, (N,), with the `objective_settings` of `args`. None for the objective that `args` names.
+            of each pair, (N,). None for the objective that `args` names.
+        objective_settings: settings of this `objective`; None for its defaults.
         compute_metrics: as in `transformers.Trainer`, like the next two.
         callbacks: besides GAPO's own.
         optimizers: (optimizer, scheduler); None in a place for the one that `args` names.
@@ -77,6 +78,7 @@ class GAPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         objective: Objective | Callable[..., Tensor] | str | None = None,
+        objective_settings: Mapping[str, Any] | None = None,
     ) -> None:
         args = GAPOConfig("gapo") if args is None else args
         if not isinstance(args, GAPOConfig):
@@ -115,13 +117,17 @@ class GAPOTrainer(Trainer):
                 if isinstance(eval_dataset, dict)
                 else tokenized(eval_dataset, "eval_dataset", data_collator, args)
             )
-        if objective is not None and args.objective != GAPOConfig.objective:
+        if objective is None:
+            if objective_settings is not None:
+                raise ValueError("objective_settings are of objective=, which is not given: put them into args")
+            of_args: Any = args.objective_settings
+            objective, objective_settings = args.objective, of_args
+        elif args.objective != GAPOConfig.objective:
             raise ValueError(f"args name the objective {args.objective!r}, and objective= names another: leave one out")
-        settings: Any = args.objective_settings
         step = GAPOCallback(
             args.step_config(),
-            objective=args.objective if objective is None else objective,
-            objective_settings=settings,
+            objective=objective,
+            objective_settings=objective_settings,
             disable_dropout=args.disable_dropout,
         )
         self._loss = step.loss

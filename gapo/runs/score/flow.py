@@ -132,7 +132,7 @@ class Files:
             path.unlink(missing_ok=True)
 
 
-def _settings(config: ScoreConfig, step: GAPOConfig, pairs: Sequence[Row], sources: list[Source]) -> Row:
+def _settings(config: ScoreConfig, step_config: GAPOConfig, pairs: Sequence[Row], sources: list[Source]) -> Row:
     """Everything that the scores depend on, and the name of the pairs."""
     measured = {name: value for name, value in asdict(config).items() if name not in _FREE}
     return {
@@ -143,7 +143,7 @@ def _settings(config: ScoreConfig, step: GAPOConfig, pairs: Sequence[Row], sourc
         "tokenizers_sha256": tokenizers_fingerprint(sources, config),
         "draws": _DRAWS,
         **measured,
-        **{name: value for name, value in asdict(step).items() if name != "sft_weight"},
+        **{name: value for name, value in asdict(step_config).items() if name != "sft_weight"},
     }
 
 
@@ -152,7 +152,7 @@ def _of_measurement(settings: Row) -> Row:
     return {name: settings.get(name) for name in ("models", "weights_sha256", "tokenizers_sha256", "draws")}
 
 
-def _adopt(config: ScoreConfig, step: GAPOConfig, earlier: Row) -> tuple[ScoreConfig, GAPOConfig]:
+def _adopt(config: ScoreConfig, step_config: GAPOConfig, earlier: Row) -> tuple[ScoreConfig, GAPOConfig]:
     """Both configurations, with the earlier value wherever they have the default."""
 
     def adopted(own: Any) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _adopt(config: ScoreConfig, step: GAPOConfig, earlier: Row) -> tuple[ScoreCo
         defaults = {f.name: f.default for f in fields(own)}
         return {name: earlier[name] for name in names if getattr(own, name) == defaults[name]}
 
-    return replace(config, **adopted(config)), replace(step, **adopted(step))
+    return replace(config, **adopted(config)), replace(step_config, **adopted(step_config))
 
 
 def _require_same(settings: Row, earlier: Row, where: Path) -> None:
@@ -171,7 +171,7 @@ def _require_same(settings: Row, earlier: Row, where: Path) -> None:
 
 
 def _measure_all(
-    pairs: list[Row], sources: list[Source], settings: Row, config: ScoreConfig, step: GAPOConfig, files: Files
+    pairs: list[Row], sources: list[Source], settings: Row, config: ScoreConfig, step_config: GAPOConfig, files: Files
 ) -> list[Row]:
     """Measure what the log does not hold yet; write the settings, then the scores."""
     head, *lines = read_lines(files.log) or [{}]
@@ -191,7 +191,7 @@ def _measure_all(
             first = len(lines) - place * len(batches)
             if first >= len(batches):
                 continue
-            measure = Measure(source, pairs, config, step)
+            measure = Measure(source, pairs, config, step_config)
             for batch in batches[first:]:
                 line = {"step": len(lines) + 1, "checkpoint": source.name, **measure(batch)}
                 if log is None:  # opened late: a call that cannot start leaves old files alone

@@ -30,20 +30,22 @@ class Measure:
         source: the model to load.
         pairs: every pair that is scored.
         config: of the scoring.
-        step: settings of the step.
+        step_config: settings of the step.
 
     Raises:
         gapo.runs.errors.ConfigError: the model cannot be loaded. When called, FloatingPointError or ValueError:
             the step failed; names the rows of the batch. The weights are as before.
     """
 
-    def __init__(self, source: Source, pairs: list[Row], config: ScoreConfig, step: GAPOConfig) -> None:
-        self._name, self._pairs, self._seed, self._step = source.name, pairs, config.seed, step
+    def __init__(self, source: Source, pairs: list[Row], config: ScoreConfig, step_config: GAPOConfig) -> None:
+        self._name, self._pairs, self._seed, self._step_config = source.name, pairs, config.seed, step_config
         self._model, tokenizer = load(source, config)
         self._is_causal = False  # until the first batch has shown it
         self._collate = PreferenceCollator(tokenizer, max_length=config.max_length)
         # No update follows. So one pass is worth its memory only where it saves the anchor's forward.
-        first_order = step.anchor == "first_order" or (step.anchor == "auto" and config.dtype.endswith("16"))
+        first_order = step_config.anchor == "first_order" or (
+            step_config.anchor == "auto" and config.dtype.endswith("16")
+        )
         self._backend = get_backend("torch", one_pass=first_order)
         self._warned = False
         self._rows = [self._tokenized(i, pair) for i, pair in enumerate(pairs)]
@@ -59,7 +61,7 @@ class Measure:
             named = ", ".join(_named(i, self._pairs[i]) for i in rows)
             text = f"{self._name}, repeat {repeat}, batch {number}: {error}. Its pairs, from 0: rows {named}"
             raise (FloatingPointError if isinstance(error, FloatingPointError) else ValueError)(text) from error
-        if float(result.radius) == 0 and self._step.rho > 0 and not self._warned:
+        if float(result.radius) == 0 and self._step_config.rho > 0 and not self._warned:
             self._warned = True
             logger.warning("%s: abs(theta) * g is 0 for every selected parameter, so that every gap is 0", self._name)
         values = {field: [digits(v) for v in getattr(result, field).tolist()] for field in MEASURES.values()}
@@ -81,8 +83,8 @@ class Measure:
             self._is_causal = True
         rng = torch.Generator().manual_seed(int(stream(self._seed, "score direction", *place).integers(2**53)))
         try:
-            forward = self._backend.forward(pair_logps, self._model, batch, self._step)
-            return run(forward, self._step, self._backend, rng=rng)[0]
+            forward = self._backend.forward(pair_logps, self._model, batch, self._step_config)
+            return run(forward, self._step_config, self._backend, rng=rng)[0]
         except torch.OutOfMemoryError as error:
             raise ValueError("out of memory: lower batch_size or max_length") from error
 

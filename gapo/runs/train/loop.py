@@ -75,13 +75,13 @@ def require_supported(config: TrainConfig) -> None:
 
 
 def train(
-    trainee: Trainee, config: TrainConfig, step: GAPOConfig, data: RunData, tokenizer: Any, folder: Path
+    trainee: Trainee, config: TrainConfig, step_config: GAPOConfig, data: RunData, tokenizer: Any, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     _require_known(trainee, tokenizer, max(extent([*train_rows, *held_out])[0], pad))
-    loss = loss_of(config.loss, step, config.loss_settings)
+    loss = loss_of(config.loss, step_config, config.loss_settings)
     if loss.needs_reference:
         train_rows, held_out = with_kept_reference(
             train_rows,
@@ -107,7 +107,7 @@ def train(
     window: dict[str, list[tuple[float, int]]] = {}  # of each metric: its value in a micro-batch of so many pairs
 
     def measure(number: int, bar: Any) -> None:
-        row = {"step": number, **evaluate(trainee, held_out, config, step, loss, pad)}
+        row = {"step": number, **evaluate(trainee, held_out, config, step_config, loss, pad)}
         metrics_log.write(row)
         evaluations.append(row)
         bar.write(
@@ -169,7 +169,7 @@ def _require_finite(metrics: Mapping[str, Any], step: int, index: np.ndarray, ch
 
 
 def evaluate(
-    trainee: Trainee, rows: Rows, config: TrainConfig, step: GAPOConfig, loss: Loss, pad_token_id: int
+    trainee: Trainee, rows: Rows, config: TrainConfig, step_config: GAPOConfig, loss: Loss, pad_token_id: int
 ) -> dict[str, float]:
     """The loss without an anchor and TRL's reward metrics of `rows` under "eval_" (method document, step 6).
 
@@ -182,7 +182,7 @@ def evaluate(
         columns = evaluation_columns(loss, _log_probs(trainee, batch))
         parts.append({name: np.asarray(column) for name, column in columns.items()})
     every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return {f"eval_{name}": float(value) for name, value in evaluation_metrics(every, step).items()}
+    return {f"eval_{name}": float(value) for name, value in evaluation_metrics(every, step_config).items()}
 
 
 def _log_probs(trainee: Trainee, batch: Mapping[str, np.ndarray]) -> LogProbs:

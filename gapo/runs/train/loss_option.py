@@ -75,22 +75,22 @@ def _imported(name: str, loss: str) -> ModuleType:
         raise ConfigError(f"loss {loss!r}: {reason}") from error
 
 
-def loss_of(loss: str, step: GAPOConfig, settings: Mapping[str, float]) -> Loss:
+def loss_of(loss: str, step_config: GAPOConfig, settings: Mapping[str, float]) -> Loss:
     """The loss of a run, with `loss_settings` or the settings of the step. Raises ConfigError for ones not accepted."""
     objective = objective_of(loss)
     try:
-        return resolve(objective, step, settings)
+        return resolve(objective, step_config, settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"loss_settings: {error}" if settings else str(error)) from error
 
 
-def require_loss_settings(loss: str, step: GAPOConfig, settings: Mapping[str, float]) -> None:
+def require_loss_settings(loss: str, step_config: GAPOConfig, settings: Mapping[str, float]) -> None:
     """Raise ConfigError for settings that the loss does not take, or for those of GAPOConfig that it would not read."""
-    resolved = loss_of(loss, step, settings)
+    resolved = loss_of(loss, step_config, settings)
     if resolved.objective.step_settings:
         return
     for name, value in resolved.settings.items():
-        elsewhere = getattr(step, name, None)
+        elsewhere = getattr(step_config, name, None)
         if name not in settings and elsewhere != getattr(GAPOConfig(), name, None):
             raise ConfigError(
                 f"{name}={elsewhere!r} is a setting of gapo and simpo, and loss {loss!r} has its own: give "

@@ -39,31 +39,33 @@ class RunData:
     in_both: int = 0
 
 
-def load_data(run: TrainConfig) -> RunData:
+def load_data(config: TrainConfig) -> RunData:
     """Read, hold out and flip. The training labels alone are flipped; held-out pairs get their true ones.
 
     Raises:
         ConfigError: no pair is left to train on or to evaluate on, or a data set lacks the split.
         gapo.data.PairError: the pairs cannot be read.
     """
-    pairs, evaluated = read_both(run, generated=max(200, run.demo_size // 10), strict=run.strict)
+    pairs, evaluated = read_both(config, generated=max(200, config.demo_size // 10), strict=config.strict)
     if evaluated is not None:
         trained, held_out, source = pairs.rows, evaluated.rows, evaluated.summary()
     else:
-        trained, held_out = hold_out_share(pairs.rows, run.eval_fraction, stream(run.seed, "hold-out"))
-        source = f"a random {run.eval_fraction:.0%} of the training file"
+        trained, held_out = hold_out_share(pairs.rows, config.eval_fraction, stream(config.seed, "hold-out"))
+        source = f"a random {config.eval_fraction:.0%} of the training file"
     if not held_out:
         raise ConfigError("no pair is held out to evaluate on: give eval_pairs, or a larger eval_fraction")
     if not trained:
-        raise ConfigError(f"eval_fraction={run.eval_fraction} leaves no pair to train on: lower it")
-    rows = flip_pairs(trained, mode=run.flip_mode, rate=run.flip_rate, seed=run.flip_seed, favour=run.flip_favour)
+        raise ConfigError(f"eval_fraction={config.eval_fraction} leaves no pair to train on: lower it")
+    rows = flip_pairs(
+        trained, mode=config.flip_mode, rate=config.flip_rate, seed=config.flip_seed, favour=config.flip_favour
+    )
     came_flipped = sum(bool(row.get("is_flipped")) for row in held_out)
     shared = in_both(held_out, trained)
     if shared:
         logger.warning(report_in_both(shared, len(held_out)))
     lines = [
         f"train: {Pairs(trained, pairs.problems, pairs.source).summary()}",
-        f"flipped: {_flips(trained, rows)} ({run.flip_mode}, rate {run.flip_rate})",
+        f"flipped: {_flips(trained, rows)} ({config.flip_mode}, rate {config.flip_rate})",
         f"held out: {len(held_out)} pairs, {source}",
     ]
     if came_flipped:
@@ -73,8 +75,10 @@ def load_data(run: TrainConfig) -> RunData:
         )
     if shared:
         lines.append(report_in_both(shared, len(held_out)))
-    if run.batch_size > len(rows):
-        lines.append(f"batch_size={run.batch_size} is more than there are training pairs: each step takes all of them")
+    if config.batch_size > len(rows):
+        lines.append(
+            f"batch_size={config.batch_size} is more than there are training pairs: each step takes all of them"
+        )
     return RunData(rows, true_labels(held_out), "\n".join(lines), came_flipped, shared)
 
 

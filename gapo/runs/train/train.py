@@ -31,7 +31,7 @@ _FILES = (
 _DRAWS = 2
 
 
-def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
+def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     """Run one training; returns its summary, which is also `summary.json` in the output folder.
 
     In several processes (torchrun) the first one writes and prints.
@@ -41,24 +41,24 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
         gapo.data.PairError: the pairs cannot be read.
         ModuleNotFoundError: the backend's libraries are not installed.
     """
-    require_loss_settings(run.loss, step, run.loss_settings)
-    loop = _loop(run.backend)
-    folder = Path(run.output_dir)
-    _require_folder(folder, run, step)
-    getattr(loop, "require", require_supported)(run)  # before minutes of reading
-    data = load_data(run)
-    identity = _require_same_pairs(folder, run, data)
+    require_loss_settings(config.loss, step_config, config.loss_settings)
+    loop = _loop(config.backend)
+    folder = Path(config.output_dir)
+    _require_folder(folder, config, step_config)
+    getattr(loop, "require", require_supported)(config)  # before minutes of reading
+    data = load_data(config)
+    identity = _require_same_pairs(folder, config, data)
     ranks.meet()  # nobody writes before everybody has looked
     if ranks.is_first():
         print(data.summary, flush=True)
-        _write_settings(folder, run, step, data, identity)
+        _write_settings(folder, config, step_config, data, identity)
     with ranks.first_ahead():
-        model = str(tiny_model(run, _warmup_answers(run, data.train))) if run.model == "tiny" else run.model
+        model = str(tiny_model(config, _warmup_answers(config, data.train))) if config.model == "tiny" else config.model
     began = time.monotonic()
-    before, after = loop.run(run, step, data, model, folder)
+    before, after = loop.run(config, step_config, data, model, folder)
     summary = {
-        "loss": run.loss,
-        "needs_anchor": loss_of(run.loss, step, run.loss_settings).needs_anchor,
+        "loss": config.loss,
+        "needs_anchor": loss_of(config.loss, step_config, config.loss_settings).needs_anchor,
         "before": before,
         "after": after,
         "train_pairs": len(data.train),
@@ -75,9 +75,9 @@ def train(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
     return summary
 
 
-def _warmup_answers(run: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
-    if run.pairs == "demo":
-        return warmup_text(2 * run.demo_size, seed=run.seed).split("\n")
+def _warmup_answers(config: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
+    if config.pairs == "demo":
+        return warmup_text(2 * config.demo_size, seed=config.seed).split("\n")
     return answer_texts(rows)
 
 
@@ -87,68 +87,70 @@ def _loop(backend: str) -> Any:
         return importlib.import_module(f"gapo.runs.train.train_{backend}")
 
 
-def _require_folder(folder: Path, run: TrainConfig, step: GAPOConfig) -> None:
+def _require_folder(folder: Path, config: TrainConfig, step_config: GAPOConfig) -> None:
     """Raise for a folder that cannot be written to, or holds a finished run, or an unfinished one of other settings."""
     if folder.is_file():
-        raise ConfigError(f"output_dir {run.output_dir!r} is a file; give a folder")
+        raise ConfigError(f"output_dir {config.output_dir!r} is a file; give a folder")
     require_writable(folder)
-    if run.model == "tiny":
-        require_writable(Path(run.cache_dir))
-    if run.overwrite:
+    if config.model == "tiny":
+        require_writable(Path(config.cache_dir))
+    if config.overwrite:
         return
     if (folder / "summary.json").exists():
-        raise ConfigError(f"{run.output_dir} holds a finished run: give another output_dir, or --overwrite true")
+        raise ConfigError(f"{config.output_dir} holds a finished run: give another output_dir, or --overwrite true")
     if (folder / "config.json").exists():
         old = json.loads((folder / "config.json").read_text())
         ignored = ("resume", "overwrite", "report_to", "logging_steps")
-        new = as_dict(run, step)
+        new = as_dict(config, step_config)
         changed = [name for name in new if name not in ignored and old.get(name) != new[name]]
         if changed:
             changes = ", ".join(f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in changed)
             raise ConfigError(
-                f"{run.output_dir} holds an unfinished run with other settings ({changes}): give another "
+                f"{config.output_dir} holds an unfinished run with other settings ({changes}): give another "
                 "output_dir, or --overwrite true"
             )
 
 
-def _require_same_pairs(folder: Path, run: TrainConfig, data: RunData) -> dict[str, Any]:
+def _require_same_pairs(folder: Path, config: TrainConfig, data: RunData) -> dict[str, Any]:
     """What identifies the run's pairs, draws and own loss. Raises where `folder` holds an unfinished run of others."""
     rows = {"train": fingerprint(data.train), "held_out": fingerprint(data.held_out)}
-    code = {} if (digest := code_digest(run.loss)) is None else {"loss": digest}
+    code = {} if (digest := code_digest(config.loss)) is None else {"loss": digest}
     identity = {"draws": _DRAWS, "processes": ranks.count(), **rows, **code}
-    if run.overwrite or not (folder / "config.json").exists():
+    if config.overwrite or not (folder / "config.json").exists():
         return identity
     path = folder / "pairs.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     remedy = "give another output_dir, or --overwrite true"
     if old.get("draws") != _DRAWS:
         raise ConfigError(
-            f"{run.output_dir} holds an unfinished run of another version of gapo, which drew held-out pairs and "
+            f"{config.output_dir} holds an unfinished run of another version of gapo, which drew held-out pairs and "
             f"batches otherwise: {remedy}, or end it with that version"
         )
     if old.get("processes") != ranks.count():
         raise ConfigError(
-            f"{run.output_dir} holds an unfinished run in {old.get('processes')} processes, and here are "
+            f"{config.output_dir} holds an unfinished run in {old.get('processes')} processes, and here are "
             f"{ranks.count()}, whose steps would be of other pairs: start as many, or {remedy}"
         )
     if old.get("loss") != identity.get("loss"):
         raise ConfigError(
-            f"{run.output_dir} holds an unfinished run, and the code of its loss {run.loss!r} has changed since it "
-            f"began: {remedy}, or end it with the code of then"
+            f"{config.output_dir} holds an unfinished run, and the code of its loss {config.loss!r} has changed since "
+            f"it began: {remedy}, or restore that code"
         )
     if old != identity:
         which = " and ".join(name.replace("_", "-") for name in rows if old.get(name) != identity[name])
         raise ConfigError(
-            f"{run.output_dir} holds an unfinished run of other {which} pairs: the data have changed since it began; "
-            f"{remedy}"
+            f"{config.output_dir} holds an unfinished run of other {which} pairs: the data have changed since it "
+            f"began; {remedy}"
         )
     return identity
 
 
-def _write_settings(folder: Path, run: TrainConfig, step: GAPOConfig, data: RunData, identity: dict[str, Any]) -> None:
-    if run.overwrite:
+def _write_settings(
+    folder: Path, config: TrainConfig, step_config: GAPOConfig, data: RunData, identity: dict[str, Any]
+) -> None:
+    if config.overwrite:
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
     write_text(folder / "pairs.json", json.dumps(identity, indent=2) + "\n")
-    write_text(folder / "config.json", json.dumps(as_dict(run, step), indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(as_dict(config, step_config), indent=2) + "\n")
     write_text(folder / "data.txt", data.summary + "\n")

@@ -125,6 +125,6 @@ class TrainConfig(TrainingConfig):
         require_loss(self.loss)
 
 
-def as_dict(run: TrainConfig, step: GAPOConfig) -> dict[str, Any]:
+def as_dict(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     """Both configurations as one flat dict, without `trust_code`, which is of the call and not of the run."""
-    return {name: value for name, value in {**asdict(run), **asdict(step)}.items() if name != "trust_code"}
+    return {name: value for name, value in {**asdict(config), **asdict(step_config)}.items() if name != "trust_code"}

@@ -26,7 +26,7 @@ from gapo.step import StepResult
 class JaxTrainee:
     """A Llama and its AdamW."""
 
-    def __init__(self, config: TrainConfig, step: GAPOConfig, model: str, tokenizer: Any) -> None:
+    def __init__(self, config: TrainConfig, step_config: GAPOConfig, model: str, tokenizer: Any) -> None:
         self._source, self._tokenizer = Path(model), tokenizer
         settings, params = llama.load(model)
         self.vocabulary = len(params["model.embed_tokens.weight"])
@@ -38,10 +38,13 @@ class JaxTrainee:
         forward = lambda params, ids, _: llama.logits(params, ids, settings)  # noqa: E731
         self._state = TrainState.create(apply_fn=forward, params=params, tx=tx)
         self._step = make_train_step(
-            forward, step, objective=objective_of(config.loss), objective_settings=config.loss_settings
+            forward, step_config, objective=objective_of(config.loss), objective_settings=config.loss_settings
         )
         self._logps = jax.jit(lambda p, batch: pair_logps(lambda ids, mask: forward(p, ids, mask), batch))
-        self._key, self._draws = jax.random.key(config.seed), step.direction == "gaussian"  # Llama has no dropout
+        self._key, self._draws = (
+            jax.random.key(config.seed),
+            step_config.direction == "gaussian",
+        )  # Llama has no dropout
 
     def train_step(self, batch: Mapping[str, np.ndarray], learning_rate: float) -> tuple[Mapping[str, Any], StepResult]:
         opt_state = optax.tree.set(self._state.opt_state, learning_rate=np.float32(learning_rate))
@@ -86,8 +89,10 @@ def require(config: TrainConfig) -> None:
 
 
 def run(
-    config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
+    config: TrainConfig, step_config: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     tokenizer = load_tokenizer(config.tokenizer or model_name)
-    return loop.train(JaxTrainee(config, step, model_name, tokenizer), config, step, data, tokenizer, folder)
+    return loop.train(
+        JaxTrainee(config, step_config, model_name, tokenizer), config, step_config, data, tokenizer, folder
+    )

@@ -27,7 +27,7 @@ from gapo.step import StepResult
 class MlxTrainee:
     """A model of mlx-lm and its AdamW."""
 
-    def __init__(self, config: TrainConfig, step: GAPOConfig, model: str) -> None:
+    def __init__(self, config: TrainConfig, step_config: GAPOConfig, model: str) -> None:
         try:
             self._model, wrapper, self._config = load(
                 model, tokenizer_config={"trust_remote_code": False}, return_config=True
@@ -48,7 +48,7 @@ class MlxTrainee:
         self._optimizer.init(self._model.trainable_parameters())
         self._results: list[StepResult] = []
         loss = make_loss(
-            step,
+            step_config,
             objective=objective_of(config.loss),
             objective_settings=config.loss_settings,
             on_step=self._results.append,
@@ -94,9 +94,9 @@ class MlxTrainee:
 
 
 def run(
-    config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
+    config: TrainConfig, step_config: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     loop.require_supported(config)
-    trainee = MlxTrainee(config, step, model_name)
-    return loop.train(trainee, config, step, data, trainee.tokenizer, folder)
+    trainee = MlxTrainee(config, step_config, model_name)
+    return loop.train(trainee, config, step_config, data, trainee.tokenizer, folder)

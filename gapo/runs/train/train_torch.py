@@ -38,7 +38,7 @@ from gapo.runs.train.train_config import TrainConfig
 
 
 def run(
-    config: TrainConfig, step: GAPOConfig, data: RunData, model_name: str, folder: Path
+    config: TrainConfig, step_config: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     tokenizer = load_tokenizer(config.tokenizer or model_name)
@@ -51,7 +51,7 @@ def run(
     settings = require_model(model_name, tokenizer=config.tokenizer)
     require_fit(settings, model_name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
     model, _ = _load_model(config, model_name)
-    if loss_of(config.loss, step, config.loss_settings).needs_reference:
+    if loss_of(config.loss, step_config, config.loss_settings).needs_reference:
         with ranks.first_ahead():
             train_rows, held_out = with_kept_reference(
                 train_rows,
@@ -73,7 +73,7 @@ def run(
         steps_per_epoch=steps_per_epoch(config, len(train_rows), ranks.count()),
     )
     callback = GAPOCallback(
-        step,
+        step_config,
         objective=objective_of(config.loss),
         objective_settings=config.loss_settings,
         on_step=recorder.on_step,
