@@ -74,10 +74,10 @@ class ShardedForward(TorchForward):
         along: list[Any] = []
         for rank, there in enumerate(pairs):
             for i in range(there):
-                one = torch.zeros_like(self.outputs[0])
+                selected = torch.zeros_like(self.outputs[0])
                 if rank == dist.get_rank():
-                    one[i] = ranks
-                grads = self.pullback(on_outputs(one, self.outputs, xp), names).values()
+                    selected[i] = ranks
+                grads = self.pullback(on_outputs(selected, self.outputs, xp), names).values()
                 product = sum(whole(torch.sum(g * d)) for g, d in zip(grads, deltas, strict=True))
                 if rank == dist.get_rank():
                     along.append(product)
@@ -119,8 +119,8 @@ def by_rank(x: Any, of_shard: Callable[[Tensor], Tensor]) -> Tensor:
 
     local = x.to_local()
     value = of_shard(local) if local.numel() else local.new_zeros(())
-    kept = [Replicate() if p.is_replicate() else Shard(0) for p in x.placements]
-    return whole(DTensor.from_local(value.reshape(1), x.device_mesh, kept, run_check=False))
+    placements = [Replicate() if p.is_replicate() else Shard(0) for p in x.placements]
+    return whole(DTensor.from_local(value.reshape(1), x.device_mesh, placements, run_check=False))
 
 
 def like_shard(draw: Tensor, p: Any) -> Tensor:

@@ -113,8 +113,10 @@ class Rerun:
                 for y, p in zip(outputs, self.snapshot.prints, strict=True)
             ]
         ).any()
-        found = torch.autograd.grad(outputs, list(parameters), list(grads), materialize_grads=True, allow_unused=True)
-        return [x.detach() for x in found], differs
+        gradients = torch.autograd.grad(
+            outputs, list(parameters), list(grads), materialize_grads=True, allow_unused=True
+        )
+        return [x.detach() for x in gradients], differs
 
 
 @dataclass
