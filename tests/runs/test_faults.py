@@ -29,8 +29,10 @@ from transformers import Trainer, TrainerCallback
 import gapo
 from gapo import cli, files
 from gapo.adapters.hf import GAPOCallback, PreferenceCollator
+from gapo.adapters.hf.attachment import Attachment
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import pair_logps
+from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.forward import TorchForward
 from gapo.result import StepResult
 from gapo.runs.train import loop
@@ -155,9 +157,12 @@ OPTIONS: dict[str, Any] = {
 
 
 def make_trainer(folder: Path, **options: Any) -> Trainer:
-    # With an SFT term the step is the two-pass one, and the update's backward is the Trainer's own.
-    config = gapo.GAPOConfig(rho=0.3, sft_weight=options.pop("sft_weight", 0.0))
-    return trainers.make_trainer(folder, config=config, **{**OPTIONS, **options})
+    sft_weight = options.pop("sft_weight", 0.0)
+    config = gapo.GAPOConfig(rho=0.3, sft_weight=sft_weight)
+    trainer = trainers.make_trainer(folder, config=config, **{**OPTIONS, **options})
+    if sft_weight:  # the two-pass step, too: the update's backward is then the Trainer's own
+        Attachment.of(trainer)._backend = TorchBackend(one_pass=False)  # type: ignore[union-attr]
+    return trainer
 
 
 def logged(trainer: Trainer) -> list[dict[str, float]]:
@@ -525,14 +530,14 @@ def test_detached_is_detached(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_trainers_of_one_model(tmp_path: Path, whole: Any, first: int) -> None:
     model = hf_models.make("gpt2", dropout=0.1)
-    trainers = [make_trainer(tmp_path, model=model, max_steps=1, save_strategy="no") for _ in range(2)]
+    both = [make_trainer(tmp_path, model=model, max_steps=1, save_strategy="no") for _ in range(2)]
     alone = make_trainer(tmp_path, model=hf_models.make("gpt2", dropout=0.1), max_steps=1, save_strategy="no")
-    for trainer in (trainers[1], alone):
+    for trainer in (both[1], alone):
         trainer.train()
-    assert logged(trainers[1]) == logged(alone)
+    assert logged(both[1]) == logged(alone)
     assert_same_weights(model, weights_of(alone.model))
     for index in (first, 1 - first):
-        trainers.callback_of(trainers[index]).detach()
+        trainers.callback_of(both[index]).detach()
     assert model.transformer.h[0].attn.attn_dropout.p == 0.1
 
 
