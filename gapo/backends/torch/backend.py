@@ -69,7 +69,7 @@ class TorchBackend:
         if is_engine(wrapper):  # up to ZeRO-2 it would take the probe's backward for the update's
             wrapper = None
         shards = fsdp_units(params)
-        for unit in shards:  # after a forward without backward, its parameters may still be the gathered ones
+        for unit in shards:  # after a forward without backward its parameters are gathered, and no shards
             unit.reshard()
         if not anchor:
             return (PlainShardedForward if shards else PlainForward)(margin_fn, params, batch)

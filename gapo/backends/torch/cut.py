@@ -1,11 +1,17 @@
 """The cut below the first perturbed layer: the anchor forward starts there, from the clean forward's hidden states.
 
-What lies below computes the same with the anchor's weights as with the policy's. So its layers are passed over: each
-returns what it returned in the clean forward. Nothing else may lead from inside them to the outputs, which is asked
+    clean forward     embed ─ layer 0 ─ layer 1 ─┬─ layer 2 ─ layer 3 ─ head
+                                          saved  │
+    anchor forward    (embed and layers return   └─ layer 2'─ layer 3'─ head     only layers 2 and 3 are perturbed
+                       what they returned)
 
-- at every step: in autograd's graph, every way from the outputs to their parameters passes what they returned, and they
-  leave nothing in their arguments or attributes;
-- once for a model and margin function: the anchor forward from the cut gives what the whole one gives.
+Layers below the cut compute the same with the anchor's weights as with the policy's. The anchor forward passes them
+over: each returns its output of the clean forward, call by call. That is right only if nothing but these outputs leads
+from inside the layers to the model's outputs, such as a cache or an attribute that a later layer reads. The cut checks
+
+- at every step, in autograd's graph: every way from the outputs to the layers' parameters passes a saved output, and
+  the layers leave nothing in their arguments or attributes;
+- once for a model and margin function: the anchor forward from the cut equals the whole one.
 """
 
 from __future__ import annotations
@@ -28,28 +34,29 @@ _OF_MODULES = frozenset(vars(nn.Module()))  # hooks, parameters, the mode: what 
 
 
 class Cut:
-    """The layers below the cut, and what each of them gave in the clean forward, call by call."""
+    """The layers below the cut, and what each of them returned in the clean forward, call by call."""
 
     def __init__(self, module: nn.Module, name: str, below: Sequence[nn.Module], verdicts: Verdicts) -> None:
         self._module, self._name, self._below, self._verdicts = module, name, below, verdicts
         self._key: Hashable = None
         self._returned: list[list[Any]] = [[] for _ in below]  # layer by layer, call by call, without its graph
-        self._states: list[RandomState] = []  # as the last layer left it, call by call
+        # Random streams as the last of the layers left them: layers above draw their dropout masks from there.
+        self._states: list[RandomState] = []
         self._tensors: list[tuple[Tensor, int]] = []  # what was returned, with its graph and version
-        self._arguments: list[Any] = []  # what the layers that are running received
-        self._wrote = False  # whether one of them left something there
+        self._arguments: list[Any] = []  # a stack: what the layers that are running could leave something in
+        self._wrote = False  # whether one of them did
         self._whole = False
 
     @contextmanager
     def kept(self, basis: Hashable) -> Iterator[None]:
-        """Keep, during the clean forward, what leaves each layer below the cut. Verdicts rest on `basis`."""
+        """Save, during the clean forward, what each layer below the cut returns. Verdicts rest on `basis`."""
         self._key = (self._name, basis)
         self._whole = self._verdicts.get("cut", self._module, self._key) is False
         if self._whole:
             yield
             return
         handles = [
-            # Before hooks of others, which run on what is kept once more.
+            # Before the hooks of others, which run again on the saved output.
             layer.register_forward_hook(
                 self._keeper(returned, layer is self._below[-1]), prepend=True, with_kwargs=True
             )
@@ -77,12 +84,12 @@ class Cut:
         self._arguments.append(_left(layer, args, kwargs))
 
     def see(self, outputs: Sequence[Tensor]) -> None:
-        """Look whether the graph of `outputs` goes around what was kept, or the forward wrote to it."""
+        """Check that the graph of `outputs` does not go around the saved outputs, and that no one wrote to them."""
         nodes = {x.grad_fn for x, _ in self._tensors if x.grad_fn is not None}
         if not self._whole and _reaches(outputs, self._below, nodes):
             self._refuse("autograd's graph has another way to a parameter below it")
         if not self._whole and any(x._version != version for x, version in self._tensors):
-            self._refuse("the forward writes to what a layer below it gave")
+            self._refuse("the forward writes to what a layer below it returned")
         if not self._whole and self._wrote:
             self._refuse("a layer below it leaves something in its arguments or attributes")
         self._tensors.clear()
@@ -97,8 +104,9 @@ class Cut:
     def outputs(
         self, forward: Callable[[], tuple[Tensor, ...]], again: Callable[[], AbstractContextManager[None]]
     ) -> tuple[Tensor, ...]:
-        """What `forward()` gives, started from the cut where that is the same; without gradient. `again()` makes a
-        forward start from the clean one's random numbers and buffers.
+        """The outputs of `forward()`, started from the cut where that is proved to be the same; without gradient.
+
+        `again()` makes a forward start from the clean one's random numbers and buffers.
         """
         if self._whole or not self._states:
             return forward()
@@ -107,10 +115,10 @@ class Cut:
         try:
             with self._passed_over():
                 short = forward()
-        except StopIteration:  # more calls than in the clean forward: layers were left out at random
+        except StopIteration:  # more calls than in the clean forward, which left layers out at random
             with again():
                 return forward()
-        except Exception:  # what a layer would have left in its arguments is not there
+        except Exception:  # such as of code that looks for what a layer leaves in its arguments
             if proved:
                 raise
         if proved:
@@ -128,7 +136,7 @@ class Cut:
 
     @contextmanager
     def _passed_over(self) -> Iterator[None]:
-        """Let every layer below the cut return what was kept of it, its calls in their order."""
+        """Let every layer below the cut return its saved outputs, in the order of its calls."""
         own = [layer.__dict__.get("forward") for layer in self._below]
         try:
             for layer, returned in zip(self._below, self._returned, strict=True):
@@ -146,7 +154,7 @@ class Cut:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = next(calls)
-            if last:  # the layers above draw as they did
+            if last:
                 next(states).restore()
             return output
 

@@ -1,6 +1,6 @@
-"""Whether a forward computed with less than float32's precision, read off the autograd graph that it left.
+"""Whether a forward computed with less than float32's precision, read from the autograd graph behind its outputs.
 
-The graph tells what was done, wherever it was asked for: autocast around the model or within its `forward` (as
+The graph shows what was computed, whatever caused it: autocast around the model or within its `forward` (where
 accelerate puts it), casts in a layer, FSDP2's mixed precision, quantised layers, compiled modules.
 """
 
@@ -19,14 +19,14 @@ from gapo.backends.torch.pairgrads.graph import walk
 def rounds(outputs: Iterable[Tensor]) -> bool:
     """Whether anything between the parameters and `outputs` was computed in fewer than 32 bits, or by TF32 products.
 
-    A forward in float32 is walked through whole, about 3 microseconds for each operation; else up to the first find.
-    Not seen: what a custom autograd function does inside, if it neither returns nor saves 16-bit tensors.
+    The walk takes about 3 microseconds for each operation, and ends at the first operation in 16 bits. It cannot see
+    what a custom autograd function computes inside, if it neither returns nor saves 16-bit tensors.
     """
     outputs = list(outputs)
     if coarse_products(outputs[0].device.type) and any(output.dtype == torch.float32 for output in outputs):
         return True
     return any(
-        any(_is_half(output.dtype) for output in node._input_metadata) or _saves_half(node) for node in walk(outputs)
+        any(_is_half(result.dtype) for result in node._input_metadata) or _saves_half(node) for node in walk(outputs)
     )
 
 
@@ -36,10 +36,10 @@ def quantises(module: nn.Module) -> bool:
 
 
 def _saves_half(node: Any) -> bool:
-    """Of a function in Python (custom, or torch.compile's), which may compute in another dtype than it returns."""
+    """Whether a function in Python, custom or torch.compile's, saves 16-bit tensors: it may return another dtype."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return False
-    try:  # as saved: to unpack is to recompute where a layer is checkpointed
+    try:  # the raw ones, since to unpack a saved tensor of a checkpointed layer runs the layer again
         saved = [x.data for x in node._raw_saved_tensors]
     except RuntimeError:  # freed by a backward
         return False

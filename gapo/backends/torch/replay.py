@@ -1,4 +1,7 @@
-"""What a forward reads and writes besides parameters, for another one to start from: random streams and buffers."""
+"""The state that a forward reads and writes besides parameters: random streams and buffers.
+
+The anchor's forward, and a second clean one, must start from the state that the clean forward started from.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from gapo.backends.torch.pairgrads import Verdicts
 from gapo.backends.torch.random_state import RandomState
 
-# Running statistics, power iterations and counters are small; what is large (packed weights) is only watched.
+# Running statistics, power iterations and counters are small. Large buffers, such as packed weights, are only watched.
 _SMALL = 2**16
 
 
@@ -50,12 +53,12 @@ class Replay:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Start from this state; afterwards streams and buffers are what they were.
+        """Start from this state. Afterwards streams and buffers are restored.
 
         Raises:
-            ValueError: the clean forward wrote to a large buffer, which is not kept.
+            ValueError: the clean forward wrote to a large buffer, of which no copy was taken.
         """
-        # Looked at once, by value, since kernels such as batch norm's do not count versions up.
+        # By value, once for each mode: kernels such as batch norm's write without raising a tensor's version.
         changing = self._verdicts.get("buffers", self._module, self._training)
         if changing is None:
             changing = {name for name, buffer in self._buffers.items() if buffer.differs}
@@ -70,7 +73,7 @@ class Replay:
                 )
         left = [(buffer, buffer.owner._buffers.get(buffer.name)) for buffer in written]
         try:
-            for buffer in written:  # another tensor, since the clean graph may have saved this one
+            for buffer in written:  # a new tensor, since the clean graph may have saved this one
                 if buffer.copy is not None:
                     buffer.owner._buffers[buffer.name] = buffer.copy.clone()
             with self.random.replayed():

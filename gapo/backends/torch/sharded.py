@@ -1,8 +1,8 @@
-"""FSDP2: the clean forward of a module whose parameters are shards, and what shards ask of the backend's verbs.
+"""FSDP2: the clean forward of a module whose parameters are shards, and what shards require of the backend's verbs.
 
-Autograd's graph ends at the gathered weights, which are gone after the layer; only a real backward reduces their
+Autograd's graph ends at the gathered weights, which FSDP2 frees after the layer. Only a real backward reduces their
 gradients to the shards. So the pullback is a backward with the optimiser's `.grad` set aside. Its gradients, like the
-shards, are `DTensor`s: averaged over the ranks already, and arithmetic on them is each rank's own.
+shards, are `DTensor`s: averages over the ranks, on which each rank does arithmetic of its own.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class ShardedForward(TorchForward):
         super()._run_again()
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
-        # What is gathered is gathered from theta until it is resharded, and afterwards from the anchor: without the
-        # first the gap is wrong, without the second the update.
+        # Gathered weights stay as they are until they are resharded. Without the first call, the anchor's forward
+        # would use theta and the gap would be wrong. Without the second, the update would use the anchor.
         self._reshard()
         try:
             return super().at(move, names)
@@ -65,7 +65,7 @@ class ShardedForward(TorchForward):
             self._reshard()
 
     def directional(self, delta: LeafRule, names: Iterable[str]) -> Tensor:
-        # A backward averages over the ranks, so each takes the pairs of one rank alone, which all ranks do together.
+        # A backward averages over the ranks. So each backward takes one pair of one rank, and all ranks join it.
         names = list(names)
         deltas = [delta(name, self.parameters[name].detach()) for name in names]
         mine, ranks = self.outputs[0].shape[0], dist.get_world_size()
@@ -74,10 +74,10 @@ class ShardedForward(TorchForward):
         along: list[Any] = []
         for rank, there in enumerate(pairs):
             for i in range(there):
-                selected = torch.zeros_like(self.outputs[0])
+                cotangent = torch.zeros_like(self.outputs[0])
                 if rank == dist.get_rank():
-                    selected[i] = ranks
-                grads = self.pullback(on_outputs(selected, self.outputs, xp), names).values()
+                    cotangent[i] = ranks
+                grads = self.pullback(on_outputs(cotangent, self.outputs, xp), names).values()
                 product = sum(whole(torch.sum(g * d)) for g, d in zip(grads, deltas, strict=True))
                 if rank == dist.get_rank():
                     along.append(product)
@@ -88,7 +88,7 @@ class ShardedForward(TorchForward):
             unit.reshard()
 
     def _recover(self) -> None:
-        """Leave no unit in the middle of a forward that failed; torch >= 2.13 can be told so, at the root."""
+        """Take every unit out of a forward that failed. The root resets them all in torch >= 2.13."""
         if hasattr(self._units[0], "reset_iter_state"):
             self._units[0].reset_iter_state()
 
@@ -114,7 +114,7 @@ def whole(x: Any) -> Tensor:
 
 
 def by_rank(x: Any, of_shard: Callable[[Tensor], Tensor]) -> Tensor:
-    """`of_shard`, a scalar of a rank's own numbers, for every shard of `x`, as a vector; 0 where a shard is empty."""
+    """`of_shard(local)` of every rank's shard of `x`, as a vector; 0 for an empty shard."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     local = x.to_local()
