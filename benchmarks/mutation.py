@@ -46,14 +46,18 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "gapo/backends/torch"
+ENGINE = f"{TORCH}/pairgrads"
 
 # For each module the tests that must find its mutants: names of test files, and pytest's -k.
 TESTS = {
     "gapo/objective.py": ("objective config", "not jax and not mlx and not strict and not compile"),
     "gapo/geometry.py": ("geometry", "not jax"),
-    "gapo/step.py": (
-        "step backend_torch",
-        "test_step and (torch or another or unknown or result) or bfloat16 or names_the_parameter",
+    **dict.fromkeys(
+        ("gapo/step.py", "gapo/anchor.py"),
+        (
+            "step backend_torch",
+            "test_step and (torch or another or unknown or result) or bfloat16 or names_the_parameter",
+        ),
     ),
     "gapo/backends/__init__.py": ("step imports", "(torch and errors) or absent or loaded"),
     "gapo/backends/base.py": ("step onepass", "(torch and (errors or alone or identity)) or fit or declaration"),
@@ -64,7 +68,6 @@ TESTS = {
         "backend_torch onepass step devices",
         "(torch or onepass or ddp or fsdp2 or refused) and not log_probs and not compiles",
     ),
-    f"{TORCH}/agreement.py": ("onepass_grounds", "small or order or rows"),
     f"{TORCH}/cut.py": ("cut onepass_grounds", "test_cut or cut or kept"),
     f"{TORCH}/forward.py": (
         "backend_torch step onepass onepass_grounds cut faults",
@@ -78,12 +81,22 @@ TESTS = {
     ),
     f"{TORCH}/random_state.py": ("backend_torch cut", "dropout or calls"),
     f"{TORCH}/replay.py": ("onepass_grounds backend_torch cut", "batch_norm or dropout or calls"),
-    f"{TORCH}/rows.py": ("onepass_grounds", ""),
-    f"{TORCH}/rules.py": ("onepass onepass_grounds", ""),
+    f"{TORCH}/plain.py": ("every_objective backend_torch step", "torch and not compiles"),
     f"{TORCH}/sharded.py": ("devices", "fsdp2 or refused"),
     f"{TORCH}/token_kl.py": ("drift", "kl_in_chunks"),
     f"{TORCH}/token_logps.py": ("backend_torch", "log"),
-    f"{TORCH}/verdicts.py": ("onepass_grounds", "verdict or anew or never or place or comes_to_mix"),
+    f"{ENGINE}/agreement.py": ("onepass_grounds", "small or order or rows"),
+    f"{ENGINE}/gradients.py": ("pairgrads onepass", ""),
+    f"{ENGINE}/graph.py": ("pairgrads onepass_grounds", ""),
+    f"{ENGINE}/local.py": ("pairgrads", "again or kept or refused or alone"),
+    f"{ENGINE}/parts.py": ("pairgrads pairgrads_rules onepass", "pairgrads or forms"),
+    f"{ENGINE}/rows.py": ("pairgrads onepass_grounds", ""),
+    f"{ENGINE}/tape.py": ("pairgrads onepass onepass_grounds", ""),
+    f"{ENGINE}/verdicts.py": ("onepass_grounds", "verdict or anew or never or place or comes_to_mix"),
+    **{
+        f"{ENGINE}/rules/{name}.py": ("pairgrads pairgrads_rules onepass_grounds", "")
+        for name in ("dora", "embedding", "experts", "library", "linear", "lookup", "norm", "registry")
+    },
     "gapo/rounding.py": ("rounding backend_torch", "torch or bfloat16 or drop or add_up or cause"),
 }
 

@@ -1,3 +1,4 @@
+import gc
 import os
 import tempfile
 
@@ -55,3 +56,10 @@ def backend(request: pytest.FixtureRequest) -> Library:
     found = BACKENDS[request.param]
     require(found.module)
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap() -> None:
+    """What is alive now is not searched for garbage again: a Trainer calls `gc.collect` each time it trains."""
+    gc.collect()
+    gc.freeze()

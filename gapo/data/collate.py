@@ -11,7 +11,7 @@ import numpy as np
 from gapo.data.limits import whole_number
 from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
-from gapo.pairs import PARTS, REFERENCE, SIDES  # noqa: F401
+from gapo.pairs import REFERENCE, SIDES
 
 _PAD_TO = 32  # few lengths, since JAX, MLX and `torch.compile` compile for each
 TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")

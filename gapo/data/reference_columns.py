@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gapo.data.collate import TOKENIZED, collate_pairs
-from gapo.pairs import REFERENCE, require_reference  # noqa: F401
+from gapo.pairs import REFERENCE
 
 Measure = Callable[[Mapping[str, np.ndarray]], tuple[Any, Any]]
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from gapo.data import with_reference_logps
-from gapo.data.collate import REFERENCE, TOKENIZED
+from gapo.data.collate import TOKENIZED
 from gapo.data.reference_columns import Measure
+from gapo.pairs import REFERENCE
 from gapo.runs.output.tensors import kept_arrays
 
 Rows = list[dict[str, Any]]

@@ -23,6 +23,7 @@ import gapo
 from gapo.adapters.flax import make_eval_step, make_train_step, pair_logps
 from gapo.data import collate
 from gapo.metrics import reward_metrics, step_metrics
+from gapo.pairs import REFERENCE
 
 CONFIG = gapo.GAPOConfig(rho=0.3)
 
@@ -398,7 +399,7 @@ def with_reference(model: Any, data: Any) -> dict[str, np.ndarray]:
     """The batch with the model's own summed log-probabilities for the reference's."""
     averages = pair_logps(lambda ids, _: model(ids), data)
     lengths = [(data[f"{side}_labels"] != -100).sum(-1) for side in ("chosen", "rejected")]
-    return {**data, **{n: np.array(a * c) for n, a, c in zip(collate.REFERENCE, averages, lengths, strict=True)}}
+    return {**data, **{n: np.array(a * c) for n, a, c in zip(REFERENCE, averages, lengths, strict=True)}}
 
 
 def test_dpo_takes_its_own_gradient() -> None:

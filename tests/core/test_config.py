@@ -89,7 +89,7 @@ def test_the_settings_of_an_adapter_are_taken_by_their_step_config() -> None:
     for wrong, name in (
         ({}, "dict"),
         (0.1, "float"),
-        (OfAnAdapter, "the class test_config.OfAnAdapter itself"),
+        (OfAnAdapter, rf"the class {OfAnAdapter.__module__}.OfAnAdapter itself"),
         (types.SimpleNamespace(rho=1), "types.SimpleNamespace"),
     ):
         with pytest.raises(TypeError, match=f"config must be a gapo.GAPOConfig, got {name}"):

@@ -15,7 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*float64.*:UserWarning")
 over_libraries = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 logp = st.floats(-20, 0, allow_subnormal=False)
-pairs = st.lists(st.tuples(logp, logp, logp, logp), min_size=1, max_size=6)
+# Few sizes: JAX compiles each operation for each.
+pairs = st.sampled_from([1, 2, 5]).flatmap(
+    lambda n: st.lists(st.tuples(logp, logp, logp, logp), min_size=n, max_size=n)
+)
 beta = st.floats(0.1, 10)
 gamma = st.floats(-2, 5)
 
@@ -104,7 +107,7 @@ def test_hinge_on_both_sides_of_its_kink(library):
 
 
 @over_libraries
-@given(gaps=st.lists(st.floats(-3, 3), min_size=2, max_size=8, unique=True), beta=beta, gamma=gamma)
+@given(gaps=st.lists(st.floats(-3, 3), min_size=5, max_size=5, unique=True), beta=beta, gamma=gamma)
 def test_weights_fall_as_gaps_rise(library, gaps, beta, gamma):
     ascending = np.sort(gaps)
     weights = library.numpy(gapo.weights(library.asarray(ascending), beta=beta, gamma=gamma))

@@ -404,12 +404,13 @@ def test_kept_arrays_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
     material = Material.__new__(Material)
     path = tmp_path / "reference.safetensors"
     evil = np.array([Evil(tmp_path / "ran")], dtype=object)
-    np.savez(path, test=evil)
+    archive = io.BytesIO()
+    np.savez(archive, test=evil)
     raw = io.BytesIO()
     np.save(raw, evil)
     numbers = io.BytesIO()
     np.save(numbers, np.ones(3))
-    evils = [path.read_bytes(), pickle.dumps(Evil(tmp_path / "ran")), raw.getvalue()]
+    evils = [archive.getvalue(), pickle.dumps(Evil(tmp_path / "ran")), raw.getvalue()]
     for content in (*evils, numbers.getvalue(), b"", b"PK\x05\x06broken", b"PK\x03\x04broken"):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"reference\.safetensors is damaged .*: remove it, and they are"):

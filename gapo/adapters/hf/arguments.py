@@ -21,7 +21,7 @@ class GAPOConfig(TrainingArguments):
     pairs need (`remove_unused_columns=False`).
 
     Raises:
-        ValueError: a value is out of its range, naming the argument, what is accepted and what came.
+        ValueError: a value is out of its range. The message names the argument, the value and what is accepted.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "objective_settings"]  # noqa: RUF012

@@ -102,7 +102,7 @@ class PreferenceCollator:
                 "cut",
                 f"max_length={self.limits.max_length}, max_prompt_length={self.limits.max_prompt_length} cut "
                 f"{tokens.prompt_cut} tokens of a prompt and {tokens.answers_cut} of the ends of its answers. Rows "
-                "that follow are cut without a word",
+                "that follow are cut without a warning",
             )
         if tokens.are_equal:
             self._warn("equal", f"{equal_message(pair, tokens, self.limits)}. It is kept, as are others that follow")

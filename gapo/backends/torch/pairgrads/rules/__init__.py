@@ -5,8 +5,8 @@ from gapo.backends.torch.pairgrads.rules import (  # noqa: F401  (they register 
     embedding,
     experts,
     linear,
+    lookup,
     norm,
-    tables,
 )
 from gapo.backends.torch.pairgrads.rules.registry import Rule, register_rule, rule_for, trained, unfit
 

@@ -28,10 +28,10 @@ def _unit(base: Tensor, low: Tensor, up: Tensor, shift: Tensor, norm: Tensor) ->
 
 @torch.no_grad()
 def _reads(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    return _taken(layer, *args, **kwargs)
+    return _factors(layer, *args, **kwargs)
 
 
-def _taken(
+def _factors(
     layer: Any,
     x: Tensor,
     *,

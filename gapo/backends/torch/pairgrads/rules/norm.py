@@ -19,17 +19,17 @@ from gapo.backends.torch.pairgrads.rules.registry import Grads, Rule, owns, regi
 
 def norm(layer: Any, a: Any, g: Tensor) -> Parts:
     """Of a norm that gives its bias alone for a weight of 0: the derivative is what a weight of 1 gives."""
-    return _by_channel(layer, a, g, lambda x: _at(layer, 1, x))
+    return _by_channel(layer, a, g, lambda x: _weighing(layer, 1, x))
 
 
 def norm_of_one_more(layer: Any, a: Any, g: Tensor) -> Parts:
     """Of a norm by 1 + weight, such as Gemma's: the derivative is what a weight of 0 gives."""
-    return _by_channel(layer, a, g, lambda x: _at(layer, 0, x))
+    return _by_channel(layer, a, g, lambda x: _weighing(layer, 0, x))
 
 
 def norm_with_offset(layer: Any, a: Any, g: Tensor) -> Parts:
     """Of any other affine norm: the derivative is what a weight of 1 gives beyond one of 0."""
-    return _by_channel(layer, a, g, lambda x: _at(layer, 1, x) - _at(layer, 0, x))
+    return _by_channel(layer, a, g, lambda x: _weighing(layer, 1, x) - _weighing(layer, 0, x))
 
 
 def _by_channel(layer: Any, a: Any, g: Tensor, unit: Callable[[Tensor], Tensor]) -> Parts:
@@ -59,13 +59,13 @@ def is_affine(layer: Any, a: Tensor, output: Tensor) -> bool | Grads:
     weight = layer.weight.detach().to(wide.dtype)
     drawn = 4 * torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight) - 2
     bias = {"bias": drawn.flip(-1)} if _has_bias(layer) else {}
-    zero, unit = (_at(layer, value, wide, wide.dtype) for value in (0, 1))
+    zero, unit = (_weighing(layer, value, wide, wide.dtype) for value in (0, 1))
     other = _computed(layer, {"weight": drawn, **bias}, wide)
     expected = zero + drawn * (unit - zero) + bias.get("bias", 0)
     if not bool(((other - expected).norm() <= 1e-4 * expected.norm()).logical_and(expected.isfinite().all())):
         return False
     ramp = torch.linspace(1, 2, a.shape[-1], dtype=wide.dtype, device=a.device)  # a row of `a` may be all zeros
-    first, second = (_at(layer, value, ramp.expand(1, 1, *weight.shape), wide.dtype) for value in (0, 1))
+    first, second = (_weighing(layer, value, ramp.expand(1, 1, *weight.shape), wide.dtype) for value in (0, 1))
     if not bool(first.any()):
         return norm
     # Both on the ramp, where nothing is 0, and on what the layer received.
@@ -73,7 +73,7 @@ def is_affine(layer: Any, a: Tensor, output: Tensor) -> bool | Grads:
     return norm_of_one_more if twice else norm_with_offset
 
 
-def _at(layer: Any, value: float, a: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _weighing(layer: Any, value: float, a: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What `layer` makes of `a` with weights of this value and biases of 0."""
     weight = torch.full_like(layer.weight.detach(), value, dtype=dtype)
     return _computed(layer, {"weight": weight, **({"bias": torch.zeros_like(weight)} if _has_bias(layer) else {})}, a)
