@@ -131,6 +131,17 @@ def is_concrete(x: Array) -> bool:
     return True
 
 
+def settled(x: Array) -> Array:
+    """`x` without the graph behind it, which only MLX arrays keep. Where its values cannot be read, `x` itself.
+
+    MLX's `vjp` un-marks the tracers behind all that its function closes over. The next evaluation cuts the graph there,
+    and a gradient that surrounds it is 0 without an error. So what such a function closes over is settled before.
+    """
+    if library(x) == "mlx" and is_concrete(x):
+        return sys.modules["mlx.core"].array(x.tolist(), x.dtype)
+    return x
+
+
 def is_half(dtype: Any, xp: Namespace) -> bool:
     """Whether `dtype` is a floating type of fewer than 32 bits (float16, bfloat16)."""
     return any(dtype == getattr(xp, name) for name in ("float16", "bfloat16") if hasattr(xp, name))

@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from gapo import geometry, objective, rounding
-from gapo._namespace import Array, Namespace, at_least_float32, is_concrete, stop_gradient
+from gapo._namespace import Array, Namespace, at_least_float32, is_concrete, settled, stop_gradient
 from gapo.backends.base import AnchorForward, Backend, margins_of, on_outputs
 from gapo.config import GAPOConfig
 from gapo.selection import select
@@ -86,6 +86,8 @@ def measure_anchor(
         ratio=ratio,
         concrete=concrete,
     )
+    gaps = settled(gaps)  # step 5 differentiates a function that closes over these
+    moved = None if moved is None else tuple(map(settled, moved))
     figures = {
         "anchor_margins": anchor_margins,
         "anchor_gaps": gaps,

@@ -101,7 +101,7 @@ def make_loss(
     ) -> tuple[mx.array, mx.array]:
         _refuse_checkpointed_dropout(model)
         _warn_of_a_bare_quantised_base(model)
-        # The module's parameters are the tracers of mlx-lm's gradient here: it goes through `forward.traced`.
+        # The module's parameters are the tracers of mlx-lm's gradient here: it goes through `forward.outputs`.
         forward = backend.forward(pair_logps, model, batch, config, anchor=target.needs_anchor, by_side=target.by_side)
         result, cotangents = run(forward, config, backend, loss=target, constants=constants)
         forward.require_repeatable()
@@ -111,7 +111,7 @@ def make_loss(
         # A figure that nobody evaluates would keep the batch's graph alive. `depends` evaluates it with the gradient.
         figures = [*metrics, *(x for x in vars(result).values() if x is not None)]
         cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], figures)
-        pulls = [mx.sum(c * y) for c, y in zip(cotangents, forward.traced, strict=True)]
+        pulls = [mx.sum(c * y) for c, y in zip(cotangents, forward.outputs, strict=True)]
         pull = pulls[0] + pulls[1]
         if on_step is not None:
             on_step(result)

@@ -17,8 +17,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from gapo._namespace import is_concrete
-from gapo.backends.mlx import without_graph
+from gapo._namespace import is_concrete, settled
 from gapo.result import StepResult
 from gapo.rounding import LEAST, MOST, far_from_linear
 
@@ -32,7 +31,7 @@ def detached(result: StepResult) -> StepResult:
 
     An array that is evaluated while MLX differentiates keeps its whole graph alive, several times the weights.
     """
-    return replace(result, **{name: without_graph(x) for name, x in vars(result).items() if x is not None})
+    return replace(result, **{name: settled(x) for name, x in vars(result).items() if x is not None})
 
 
 def keep_training(model: nn.Module, metrics: Mapping[str, mx.array]) -> list[mx.array]:

@@ -18,7 +18,6 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from gapo import geometry
-from gapo._namespace import is_concrete
 from gapo.backends.base import LeafRule, MarginFn, margins_of, on_outputs, outputs_of, require_real
 from gapo.backends.mlx_head import Calls, head_names, watched
 from gapo.backends.mlx_state import ModuleState
@@ -37,11 +36,7 @@ class MlxForward:
         margin_fn: as in `gapo.value_and_grad`.
         module: the module, whose trainable floating-point parameters are differentiated.
         batch: passed to `margin_fn`.
-        anchor: whether an anchor will be taken, for which the output head must be known, and values are read.
-
-    Attributes:
-        outputs: the clean forward's outputs, with which the step computes.
-        traced: the same values, for a caller who differentiates through this forward.
+        anchor: whether an anchor will be taken that leaves the output head out.
 
     Raises:
         TypeError: `module` is no `mlx.nn.Module`.
@@ -61,16 +56,12 @@ class MlxForward:
         self._pulled: tuple[Sequence[mx.array], dict[str, mx.array]] | None = None  # its cotangents and gradients
         try:
             with watched(module) if anchor else nullcontext(Calls()) as self._calls:
-                self.traced = outputs_of(margin_fn(module, batch))
+                self.outputs = outputs_of(margin_fn(module, batch))
         except BaseException:
             self._before.put_back()
             raise
         module.update(tree_unflatten(flat))  # mlx-lm's grad_checkpoint leaves copies of its own in the module
         self._after = ModuleState(module)
-        # An inner `mx.vjp` un-marks the tracers behind all that its function closes over, such as an anchor gap. The
-        # next evaluation would cut the caller's graph there, and the caller's gradient would be 0 without an error. So
-        # a step that reads values, as one with an anchor does, computes with copies.
-        self.outputs = tuple(map(without_graph, self.traced)) if anchor else self.traced
 
     @property
     def head(self) -> Iterator[str]:
@@ -248,11 +239,6 @@ class MlxBackend:
     def pack(self, forward: MlxForward, grads: dict[str, mx.array]) -> Any:
         forward.require_repeatable()
         return tree_unflatten(list(grads.items()))
-
-
-def without_graph(x: mx.array) -> mx.array:
-    """A copy of `x` that keeps alive nothing that `x` was computed from; `x` itself where its values cannot be read."""
-    return mx.array(x.tolist(), x.dtype) if is_concrete(x) else x
 
 
 @cache

@@ -131,8 +131,8 @@ class _Template:
     def require_same_prompt(self, prompt: list[dict[str, Any]], answer: list[dict[str, Any]], side: str) -> None:
         """Raise ValueError unless the conversation begins with the rendered prompt, up to its generation prompt.
 
-        Three differences are allowed: tokens that merge across the border; the text that closes every conversation; a
-        generation prompt unlike the head of the answer's turn, for example with an empty block of thoughts.
+        Allowed are tokens that merge across the border, and the text that closes every conversation. The generation
+        prompt may also differ from the head of the answer's turn, for example by an empty block of thoughts.
         """
         opening, text = self._text(prompt, generation=True), self._text([*prompt, *answer])
         shared = common_length(opening, text)

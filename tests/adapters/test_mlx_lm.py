@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import mlx_lm
+import mlx_lm_runs
 import mlx_models
 import numpy as np
 import pytest
@@ -224,8 +225,8 @@ def test_dpo_trains_from_where_it_started(folder: Path, tmp_path: Path) -> None:
 def test_gradient_checkpointing_changes_nothing(folder: Path, tmp_path: Path) -> None:
     # mlx-lm patches the layer's class for good, so a process of its own takes the checkpointed run.
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_mlx_lm as t; from pathlib import Path
+import sys; sys.path.insert(0, {str(Path(mlx_lm_runs.__file__).parent)!r})
+import mlx_lm_runs as t; from pathlib import Path
 model = t.load(Path({str(folder)!r}))
 reports = t.run(model, Path({str(tmp_path)!r}), iters=3, grad_checkpoint=True).train
 import json; print(json.dumps([r["train_loss"] for r in reports]))
@@ -256,16 +257,14 @@ def test_checkpointing_with_dropout_is_refused(folder: Path) -> None:
 def test_compiled_equals_eager(folder: Path, tmp_path: Path, anchor: str) -> None:
     """The one test with mx.compile on: mlx-lm's compiled step, in a process where it is not disabled."""
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_mlx_lm as t; from pathlib import Path
+import sys; sys.path.insert(0, {str(Path(mlx_lm_runs.__file__).parent)!r})
+import mlx_lm_runs as t; from pathlib import Path
 import mlx.core as mx; mx.enable_compile()
 model = t.load(Path({str(folder)!r}))
 reports = t.run(model, Path({str(tmp_path)!r}), iters=3, config=t.gapo.GAPOConfig(rho=0.3, anchor={anchor!r})).train
 import json; print(json.dumps([[r["train_loss"], r["gapo/weight_min"]] for r in reports]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "MLX_DISABLE_COMPILE"}
-    environment["CI"] = environment.get("CI", "")
-    code = code.replace("import mlx_lm_runs", "import os; import mlx_lm_runs")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     config = gapo.GAPOConfig(rho=0.3, anchor=anchor)
     plain = [

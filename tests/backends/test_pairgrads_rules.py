@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gapo.backends.torch.pairgrads import Tape, tape
+from gapo.backends.torch.pairgrads import Refused, Tape, Verdicts, tape
 from gapo.backends.torch.pairgrads.rules import rule_for
 
 VOCAB, PAIRS = 31, 3
@@ -82,6 +82,36 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**WIDE, "num_local_experts": 4}),
     "qwen2-moe": ("Qwen2MoeConfig", {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
     "qwen3-moe": ("Qwen3MoeConfig", {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        {
+            **WIDE,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+    "qwen3.5": (
+        "Qwen3_5TextConfig",
+        {
+            **WIDE,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
     "gpt-oss": ("GptOssConfig", {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 EAGER = ("gemma2", "gpt-oss")  # their attention gives NaN for padding on the left in float64
@@ -91,6 +121,8 @@ LOCAL = {
     "qwen2-moe": {"Qwen2MoeTopKRouter"},
     "qwen3-moe": {"Qwen3MoeTopKRouter"},
     "gpt-oss": {"GptOssTopKRouter", "GptOssAttention"},
+    "deepseek-v3": {"DeepseekV3TopkRouter"},
+    "qwen3.5": {"Qwen3_5GatedDeltaNet", "Qwen3_5RMSNormGated"},
 }
 
 
@@ -358,3 +390,33 @@ def test_numbers_tell_experts_that_gate_otherwise() -> None:
     assert not rule.confirms(layer, inputs, output.detach() * 1.01)
     assert not rule.confirms(layer, inputs[:2], output.detach())
     assert not rule.confirms(layer, (inputs[0], inputs[2], inputs[1]), output.detach())
+
+
+class Unpadded(nn.Module):
+    """Leaves padding out around a norm of each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        heads = self.norm(x[mask].reshape(-1, 4))
+        return torch.zeros_like(x).masked_scatter(mask[..., None], heads).tanh().sum((1, 2))
+
+
+def test_a_multiple_of_the_tokens_is_compared_again_where_it_is_another_one() -> None:
+    model, verdicts = Unpadded(), Verdicts()
+    ids, full = torch.randint(0, VOCAB, (4, 4)), torch.ones(4, 4, dtype=torch.bool)
+    some = full.clone()
+    some[0], some[1, :] = False, False
+    for _ in range(2):
+        with Tape(model, 2, blocks=2, verdicts=verdicts) as recorder:
+            y = model(ids, full)
+        recorder.backward(y[:2] - 2 * y[2:])
+    # Half of the tokens, two heads each: as many as rows times tokens.
+    with Tape(model, 2, blocks=2, verdicts=verdicts) as recorder:
+        y = model(ids, some)
+    with pytest.raises(Refused, match="differ"):
+        recorder.backward(y[:2] - 2 * y[2:])

@@ -235,7 +235,7 @@ def test_reference_log_probs_are_those_of_the_start_also_after_resuming(
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # the policy is the reference at the first step
     assert abs(losses[-1] - math.log(2)) > 1e-3
     text = (tmp_path / "whole" / "run" / "report.html").read_text()
-    assert re.search(r'class="lead">dpo on\s+60 pairs', text)
+    assert re.search(r'class="lead">Loss dpo, without an anchor, on\s+60 pairs', text)
     assert "margin minus the reference&#39;s, nats" in text
     assert "compares the policy with its own anchor" not in text
     right = [row["eval_reference/accuracies"] for row in metrics if "eval_loss" in row]

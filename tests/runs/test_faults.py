@@ -32,6 +32,7 @@ from gapo.adapters.hf import GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import pair_logps
 from gapo.backends.torch.forward import TorchForward
+from gapo.result import StepResult
 from gapo.runs.train import loop
 from gapo.runs.train.run_data import RunData
 from gapo.runs.train.train_config import TrainConfig
@@ -259,7 +260,8 @@ class Toy:
     def train_step(self, batch: Any, learning_rate: float) -> Any:
         self._fault(int(self.w[0]) + 1)
         self.w = self.w + np.array([1, learning_rate * float(batch["index"].sum())])
-        return {"loss": self._loss(int(self.w[0]))}, None
+        loss, pairs = self._loss(int(self.w[0])), len(batch["index"])
+        return {"loss": loss}, StepResult(loss=loss, margins=np.zeros(pairs), weights=np.ones(pairs))
 
     def logps(self, batch: Any) -> tuple[np.ndarray, np.ndarray]:
         n = len(batch["chosen_labels"])
@@ -328,7 +330,7 @@ def test_a_loss_that_is_not_finite_ends_the_loop_before_a_checkpoint(tmp_path: P
         FloatingPointError, match=r"loss is inf in step 3: .* pairs \[\d, \d\].* goes on from .*state\.sa"
     ):
         run_loop(tmp_path, toy)
-    with pytest.raises(FloatingPointError, match=r"loss is nan in step 1: .* No checkpoint was kept yet"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan in step 1: .* No checkpoint was saved yet"):
         run_loop(tmp_path / "other", Toy(loss=lambda step: NAN))
     run_loop(tmp_path, toy := Toy())
     assert toy.w[0] == 4  # two steps before, two after: step 3 was done again

@@ -5,6 +5,7 @@ The test trains on the same ones in its own process, with the pairs of both rank
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -297,6 +298,7 @@ def free_port(count: int = 1) -> int:
 def launch(target: Any, *args: Any) -> list[int | None]:
     """Run `target` in two ranks, as torchrun does, and wait at most ten minutes; their exit codes, None if running."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    gc.freeze()  # what is loaded is not searched for garbage each time that a Trainer trains
     ranks = [multiprocessing.get_context("fork").Process(target=run_rank, args=(r, target, args)) for r in range(2)]
     for rank in ranks:
         rank.start()

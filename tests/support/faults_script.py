@@ -6,6 +6,7 @@ FOLDER/NAME, and FOLDER/codes.json says how each ended.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -110,6 +111,7 @@ def run(folder: Path, name: str, fault: Callable[[], None] | None = None) -> int
 
 
 def main(folder: Path) -> None:
+    gc.freeze()  # what is loaded is not searched for garbage each time that a Trainer trains
     torch.set_num_threads(1)  # a fork has no threads but its own
     train.write_report = lambda *_: None  # drawing takes longest, and is not the matter here
     hf_models.make("llama").save_pretrained(folder / "model")

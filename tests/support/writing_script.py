@@ -7,6 +7,7 @@ many. The libraries are loaded once, before the first fork.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -57,6 +58,7 @@ def main() -> None:
     from gapo.runs import score  # noqa: F401  # before the forks
     from gapo.runs.train import train_torch  # noqa: F401  # before the forks
 
+    gc.freeze()  # what is loaded is not searched for garbage each time that a Trainer trains
     ends = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
         child = os.fork()

@@ -68,7 +68,9 @@ class TorchBackend:
             return Zero3Forward(margin_fn, wrapper, batch, config, self._verdicts)
         if is_engine(wrapper):  # up to ZeRO-2 it would take the probe's backward for the update's
             wrapper = None
-        shards = bool(fsdp_units(params))
+        shards = fsdp_units(params)
+        for unit in shards:  # after a forward without backward its parameters are gathered, and no shards
+            unit.reshard()
         if not anchor:
             return (PlainShardedForward if shards else PlainForward)(margin_fn, params, batch)
         options: dict[str, Any] = {"verdicts": self._verdicts, "wrapper": wrapper}

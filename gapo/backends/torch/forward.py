@@ -166,9 +166,9 @@ class TorchForward(PlainForward):
         deltas = [delta(name, self.parameters[name].detach()) for name in names]
         along: list[Any] = []
         for i in range(self.outputs[0].shape[0]):
-            selected = torch.zeros_like(self.outputs[0])
-            selected[i] = 1
-            grads = self.pullback(on_outputs(selected, self.outputs, xp), names).values()
+            cotangent = torch.zeros_like(self.outputs[0])
+            cotangent[i] = 1
+            grads = self.pullback(on_outputs(cotangent, self.outputs, xp), names).values()
             along.append(sum(torch.sum(g * d) for g, d in zip(grads, deltas, strict=True)))
         return torch.stack(along)
 

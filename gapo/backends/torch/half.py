@@ -26,7 +26,7 @@ def rounds(outputs: Iterable[Tensor]) -> bool:
     if coarse_products(outputs[0].device.type) and any(output.dtype == torch.float32 for output in outputs):
         return True
     return any(
-        any(_is_half(output.dtype) for output in node._input_metadata) or _saves_half(node) for node in walk(outputs)
+        any(_is_half(result.dtype) for result in node._input_metadata) or _saves_half(node) for node in walk(outputs)
     )
 
 

@@ -74,10 +74,10 @@ class ShardedForward(TorchForward):
         along: list[Any] = []
         for rank, there in enumerate(pairs):
             for i in range(there):
-                selected = torch.zeros_like(self.outputs[0])
+                cotangent = torch.zeros_like(self.outputs[0])
                 if rank == dist.get_rank():
-                    selected[i] = ranks
-                grads = self.pullback(on_outputs(selected, self.outputs, xp), names).values()
+                    cotangent[i] = ranks
+                grads = self.pullback(on_outputs(cotangent, self.outputs, xp), names).values()
                 product = sum(whole(torch.sum(g * d)) for g, d in zip(grads, deltas, strict=True))
                 if rank == dist.get_rank():
                     along.append(product)

@@ -167,7 +167,7 @@ class _Picker:
         if by_group is None:
             return x
         own = by_group[:, self._i]
-        return own.reshape(-1, *x.shape[1:])
+        return own.reshape(-1, *x.shape[1:]).contiguous()  # as the whole was, which a `view` relies on
 
 
 def differentiable(output: Any) -> list[Tensor]:

@@ -159,9 +159,11 @@ class Tape:
         self._coarse = any(call.half for call in calls) or coarse_arithmetic(
             (*self.parameters.values(), *outputs), outputs[0].device.type
         )
-        layouts = frozenset((call.kind, call.ndim, call.rows // self._n, call.tokens is None) for call in calls)
+        layouts = frozenset((call.kind, call.ndim, call.rows // self._n, call.multiple) for call in calls)
         key = (self._basis, layouts, min(self._n, 2), self._by_row)
-        odd = odd_rows(outputs, seeds, self._blocks, self._by_row, self._coarse) or outside
+        odd = odd_rows(outputs, seeds, self._blocks, self._by_row, self._coarse)
+        if outside:  # its gradient would differ from autograd's, which tells less
+            raise Refused(outside)
         if not self._verdicts.get("proved", self._module, key):
             grads = self._prove(outputs, seeds, again)
             self._verdicts.keep("proved", self._module, key, True)
@@ -201,9 +203,14 @@ class Tape:
         return length % self._n == 0 and length // self._n <= self._blocks
 
     def _lay_out(self, call: _Call, shapes: set[tuple[int, int]]) -> str | None:
-        """Tell the call how many rows it has, and how many tokens where its first axis holds both."""
+        """Tell the call how many rows it has, and how many tokens where its first axis holds both.
+
+        That axis may also be a multiple of rows times tokens, as where norms take heads one by one. Unpadded tokens
+        could be another multiple by chance: so the verdict is of this one.
+        """
         length = call.shape[0]
         flat = sorted({shape for shape in shapes if shape[0] * shape[1] == length})
+        several = {shape for shape in shapes if length % (shape[0] * shape[1]) == 0}
         plain = self._by_rows(length)
         if call.ndim < 3:  # (rows, width), or (rows * tokens, width)
             plain = plain and (length in {rows for rows, _ in shapes} if shapes else length == self._n * self._blocks)
@@ -211,8 +218,9 @@ class Tape:
                 return f"{call.kind} receives {call.shape}, where rows and tokens cannot be told apart"
         if plain:
             call.rows = length
-        elif len(flat) == 1:
-            call.rows, call.tokens = flat[0]
+        elif len(flat) == 1 or (not flat and len({rows for rows, _ in several}) == 1):
+            rows, tokens = max(flat or several)
+            call.rows, call.tokens, call.multiple = rows, length // rows, length // (rows * tokens)
         else:
             return f"{call.kind} receives {call.shape}: its first axis is not the rows of {self._n} groups"
         return None
@@ -353,7 +361,12 @@ class Tape:
         answer = self._verdicts.get("confirmed", layer, key)
         if answer is None:
             detached = tuple(x.detach() for x in read) if isinstance(read, tuple) else read.detach()
-            answer = rule.confirms(layer, detached, output.detach() if isinstance(output, Tensor) else output)
+            try:
+                answer = rule.confirms(layer, detached, output.detach() if isinstance(output, Tensor) else output)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # shapes that it does not know, say
+                answer = False
             self._verdicts.keep("confirmed", layer, key, answer)
         return (rule.grads if answer is True else answer, read) if answer else (None, ())
 
@@ -388,6 +401,8 @@ class Tape:
         groups = call.rows if self._by_row else self._n
 
         def split(x: Tensor) -> Tensor | None:
+            if call.tokens is not None and x.ndim and x.shape[0] == call.rows:
+                return x.unflatten(0, (-1, groups))  # the layer itself flattens rows and tokens
             if x.ndim == 0 or x.shape[0] != call.shape[0]:
                 return None
             x = x if call.tokens is None else x.unflatten(0, (call.rows, call.tokens))
@@ -430,6 +445,7 @@ class _Call:
         self.why: str | None = None  # it cannot be
         self.rows = 0
         self.tokens: int | None = None  # of each row, where the first axis is rows times tokens
+        self.multiple = 0  # of the tokens that other layers have, there
         self.block: int | None = None
 
 
