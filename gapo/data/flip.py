@@ -33,8 +33,10 @@ def flip_pairs(
         ValueError: an argument is out of range, or fewer pairs can be flipped than `rate` asks for.
 
     >>> rows = [{"prompt": "1+1?", "chosen": "2", "rejected": "three"}, {"prompt": "", "chosen": "b", "rejected": "a"}]
-    >>> [(row["chosen"], row["is_flipped"]) for row in flip_pairs(rows, mode="length", rate=0.5)]
-    [('three', True), ('b', False)]
+    >>> for row in flip_pairs(rows, mode="length", rate=0.5):
+    ...     print(row.get("chosen"), row.get("is_flipped"))
+    three True
+    b False
     """
     if mode not in MODES:
         raise ValueError(f"mode must be 'random' or 'length', got {mode!r}")
