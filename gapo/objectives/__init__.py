@@ -17,7 +17,7 @@ from gapo.pairs import LogProbs
 
 # The modules above register their objectives as they are imported. Lists and tables show them in this order.
 _ORDER = (
-    "gapo gapo_simpo gapo_capped gapo_target margin_target simpo amapo dpo cdpo rdpo dr_dpo ipo ropo hypo rpo "
+    "gapo simpo gapo_simpo gapo_capped gapo_target margin_target amapo dpo cdpo rdpo dr_dpo ipo ropo hypo rpo "
     "sigmoid_loss ramp unhinged"
 )
 for _name in _ORDER.split():

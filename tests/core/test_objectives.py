@@ -400,7 +400,7 @@ def test_the_registry_is_what_is_public() -> None:
         assert "arXiv" in objective.paper or objective.name == "cdpo"
         assert objective.name in str(objective)
     with pytest.raises(
-        ValueError, match=r"objective must be one of 'gapo', .*'unhinged', alone or .* 'gapo\+'.*; got 'orpo'"
+        ValueError, match=r"objective must be one of 'gapo', 'simpo', .*'unhinged', got 'orpo'.*'gapo\+'"
     ):
         objectives.find("orpo")
 
