@@ -134,6 +134,6 @@ def require_own_settings(loss: Loss, config: GAPOConfig, settings: Mapping[str, 
             continue
         readers = [setting for setting, field in loss.objective.step_settings.items() if field == name]
         raise ValueError(
-            f"{name}={elsewhere!r} is a setting of {', '.join(readers) or 'gapo and simpo'}, and objective {loss.name!r} has a "
-            f"{name} of its own: give {where.format(name=name, value=value)}"
+            f"{name}={elsewhere!r} is a setting of {', '.join(readers) or 'gapo and simpo'}, and objective "
+            f"{loss.name!r} has a {name} of its own: give {where.format(name=name, value=value)}"
         )
