@@ -7,12 +7,30 @@ Each function says what it needs: summed or length-normalised log-probabilities,
 from gapo.objectives.registry import OBJECTIVES, Loss, Objective, find, resolve
 from gapo.objectives.robust import cdpo, dr_dpo, rdpo, ropo
 from gapo.objectives.symmetric import ramp, sigmoid_loss, unhinged
-from gapo.objectives.with_reference import dpo, hypo, ipo, rpo
-from gapo.objectives.without_reference import amapo, simpo
+from gapo.objectives.trl_losses import (
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    bco_pair,
+    discopop,
+    exo_pair,
+    hinge,
+    nca_pair,
+    sigmoid_norm,
+    sppo_hard,
+)
+from gapo.objectives.with_reference import cal_dpo, dpo, hypo, ipo, r_dpo, rpo
+from gapo.objectives.without_reference import amapo, simper, simpo
 from gapo.pairs import LogProbs
 
 # The modules above register their objectives as they are imported. Lists and tables show them in this order.
-_ORDER = "gapo simpo amapo dpo cdpo rdpo dr_dpo ipo ropo hypo rpo sigmoid_loss ramp unhinged"
+_ORDER = """
+    gapo simpo simper amapo
+    dpo ipo sigmoid_norm hypo rpo r_dpo cal_dpo
+    cdpo rdpo dr_dpo ropo sigmoid_loss ramp unhinged
+    hinge discopop exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down aot aot_unpaired
+"""
 for _name in _ORDER.split():
     OBJECTIVES[_name] = OBJECTIVES.pop(_name)
 
@@ -22,18 +40,32 @@ __all__ = [
     "Loss",
     "Objective",
     "amapo",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "bco_pair",
+    "cal_dpo",
     "cdpo",
+    "discopop",
     "dpo",
     "dr_dpo",
+    "exo_pair",
     "find",
+    "hinge",
     "hypo",
     "ipo",
+    "nca_pair",
+    "r_dpo",
     "ramp",
     "rdpo",
     "resolve",
     "ropo",
     "rpo",
     "sigmoid_loss",
+    "sigmoid_norm",
+    "simper",
     "simpo",
+    "sppo_hard",
     "unhinged",
 ]

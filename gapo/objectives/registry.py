@@ -32,6 +32,7 @@ _ACCEPTED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "alpha": ("> 0", lambda v: v > 0),
     "eta": (">= 0", lambda v: v >= 0),
     "clip": ("> 0", lambda v: v > 0),
+    "epsilon": ("in (0, 0.5)", lambda v: 0 < v < 0.5),
     "label_smoothing": ("in [0, 0.5)", lambda v: 0 <= v < 0.5),
 }
 
@@ -209,8 +210,18 @@ class Loss:
         return losses - self.sft_weight * logps.chosen_per_token
 
 
+# Names of TRL that other libraries and papers use for other losses too: an answer, but no second name.
+_NAMES_IN_TRL = {
+    "sigmoid": "TRL's 'sigmoid' is 'dpo' here; the symmetric sigmoid loss is 'sigmoid_loss'",
+    "robust": "TRL's 'robust' is 'rdpo' here",
+    "sft": "TRL's 'sft' is no objective on pairs: sft_weight adds it to any objective",
+}
+
+
 def find(name: str) -> Objective:
     """The objective called `name`, or ValueError that names them all."""
+    if isinstance(name, str) and name in _NAMES_IN_TRL:
+        raise ValueError(f"there is no objective {name!r}: {_NAMES_IN_TRL[name]}")
     require_choice("objective", name, OBJECTIVES)
     return OBJECTIVES[name]
 

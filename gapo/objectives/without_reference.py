@@ -56,6 +56,21 @@ def simpo(logps: LogProbs, *, beta: float = 2.5, gamma: float | Array = 0.25) ->
     return pair_losses(logps.margins, beta, gamma, "sigmoid", 0.0, logps.xp)
 
 
+@objective(paper="Xiao et al., arXiv 2502.00883", average=True)
+def simper(logps: LogProbs) -> Array:
+    """SimPER: `-exp(logp(chosen)) + exp(logp(rejected))`, inverse perplexities, on length-normalised log-probabilities.
+
+    It has no settings. A response that is unlikely per token has next to no gradient.
+
+    Source: Xiao et al., arXiv 2502.00883.
+
+    >>> import numpy as np
+    >>> round(float(simper(np.array([-1.0]), np.array([-2.0]))), 4)
+    -0.2325
+    """
+    return logps.xp.exp(logps.rejected_per_token) - logps.xp.exp(logps.chosen_per_token)
+
+
 @objective(paper="Deng, Feng, Lei, arXiv 2511.09385", average=True, of_margins=True, batch_statistics=True)
 def amapo(logps: LogProbs, *, beta: float = 2.0) -> Array:
     """AMaPO: SimPO with a target of each pair's own, larger the further the pair lags behind its batch.
