@@ -1,10 +1,13 @@
 """The objectives: GAPO's and those that it is compared with, as functions of log-probabilities on any array library.
 
 Each function says what it needs: summed or length-normalised log-probabilities, a reference, lengths, the whole batch.
-`OBJECTIVES` holds them by name in one form for callers: `OBJECTIVES["dpo"].losses(LogProbs(...), beta=0.1)`.
+`OBJECTIVES` holds them by name in one form for callers: `OBJECTIVES["dpo"].losses(LogProbs(...), beta=0.1)`. A name
+with a "+" weights one of them: `OBJECTIVES["gapo+dpo"]` does so by the anchor gap.
 """
 
-from gapo.objectives.registry import OBJECTIVES, Loss, Objective, find, resolve
+from gapo.objectives.anchored import gapo_capped, gapo_simpo, gapo_target, margin_target
+from gapo.objectives.loss import Loss, resolve
+from gapo.objectives.registry import OBJECTIVES, Objective, find
 from gapo.objectives.robust import cdpo, dr_dpo, rdpo, ropo
 from gapo.objectives.symmetric import ramp, sigmoid_loss, unhinged
 from gapo.objectives.trl_losses import (
@@ -20,13 +23,14 @@ from gapo.objectives.trl_losses import (
     sigmoid_norm,
     sppo_hard,
 )
+from gapo.objectives.weighted import WEIGHTINGS
 from gapo.objectives.with_reference import cal_dpo, dpo, hypo, ipo, r_dpo, rpo
 from gapo.objectives.without_reference import amapo, simper, simpo
 from gapo.pairs import LogProbs
 
 # The modules above register their objectives as they are imported. Lists and tables show them in this order.
 _ORDER = """
-    gapo simpo simper amapo
+    gapo gapo_simpo gapo_capped gapo_target margin_target simpo simper amapo
     dpo ipo sigmoid_norm hypo rpo r_dpo cal_dpo
     cdpo rdpo dr_dpo ropo sigmoid_loss ramp unhinged
     hinge discopop exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down aot aot_unpaired
@@ -36,6 +40,7 @@ for _name in _ORDER.split():
 
 __all__ = [
     "OBJECTIVES",
+    "WEIGHTINGS",
     "LogProbs",
     "Loss",
     "Objective",
@@ -52,9 +57,13 @@ __all__ = [
     "dr_dpo",
     "exo_pair",
     "find",
+    "gapo_capped",
+    "gapo_simpo",
+    "gapo_target",
     "hinge",
     "hypo",
     "ipo",
+    "margin_target",
     "nca_pair",
     "r_dpo",
     "ramp",

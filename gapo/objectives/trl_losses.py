@@ -107,7 +107,7 @@ def aot(logps: LogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
     return pair_losses(differences, beta, 0.0, "sigmoid", label_smoothing, logps.xp)
 
 
-@objective(paper="Melnyk et al., arXiv 2406.05882", needs_reference=True, batch_statistics=True)
+@objective(paper="Melnyk et al., arXiv 2406.05882", needs_reference=True, batch_statistics=True, coupled=True)
 def aot_unpaired(logps: LogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
     """AOT without pairs: DPO's loss of the chosen against the rejected log-ratios, each list sorted over the batch.
 

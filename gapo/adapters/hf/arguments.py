@@ -55,7 +55,7 @@ class GAPOConfig(TrainingArguments):
         metadata={
             "help": "gapo, simpo for the control without an anchor, or another objective of gapo.objectives. Those "
             "that compare with a reference need its log-probabilities in the data set: see with_reference_logps.",
-            "choices": list(OBJECTIVES),
+            "choices": OBJECTIVES,
         },
     )
     objective_settings: dict[str, Any] | str | None = field(

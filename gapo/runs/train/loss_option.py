@@ -19,6 +19,7 @@ from typing import Any
 
 from gapo.config import GAPOConfig
 from gapo.objectives import OBJECTIVES, Loss, Objective, resolve
+from gapo.objectives.registry import accepted_names
 from gapo.runs.errors import ConfigError
 
 _WANTED = "a function of gapo.objectives.LogProbs that returns (N,) losses, or a gapo.objectives.Objective"
@@ -33,8 +34,8 @@ def require_loss(loss: str) -> None:
     """Raise ValueError unless `loss` is a name of `OBJECTIVES` or has the form MODULE:FUNCTION. Nothing is imported."""
     if loss not in OBJECTIVES and not is_own(loss):
         raise ValueError(
-            f"loss must be one of {', '.join(map(repr, OBJECTIVES))}, got {loss!r}; or MODULE:FUNCTION, with the "
-            "names of a module and of a function in it"
+            f"loss must be {accepted_names()}; or MODULE:FUNCTION, with the names of a module and of a function in it; "
+            f"got {loss!r}"
         )
 
 
@@ -87,11 +88,10 @@ def loss_of(loss: str, step_config: GAPOConfig, settings: Mapping[str, float]) -
 def require_loss_settings(loss: str, step_config: GAPOConfig, settings: Mapping[str, float]) -> None:
     """Raise ConfigError for settings that the loss does not take, or for those of GAPOConfig that it would not read."""
     resolved = loss_of(loss, step_config, settings)
-    if resolved.objective.step_settings:
-        return
+    read = resolved.objective.step_settings.values()
     for name, value in resolved.settings.items():
         elsewhere = getattr(step_config, name, None)
-        if name not in settings and elsewhere != getattr(GAPOConfig(), name, None):
+        if name not in settings and name not in read and elsewhere != getattr(GAPOConfig(), name, None):
             raise ConfigError(
                 f"{name}={elsewhere!r} is a setting of gapo and simpo, and loss {loss!r} has its own: give "
                 f"loss_settings: {{{name}: {value}}}, or --loss_settings.{name} {value}"
