@@ -6,6 +6,7 @@ with a "+" weights one of them: `OBJECTIVES["gapo+dpo"]` does so by the anchor g
 """
 
 from gapo.objectives.anchored import gapo_capped, gapo_simpo, gapo_target, margin_target
+from gapo.objectives.batch_adaptive import alpha_dpo, amapo, beta_dpo, re_po
 from gapo.objectives.loss import Loss, resolve
 from gapo.objectives.registry import OBJECTIVES, Objective, find
 from gapo.objectives.robust import cdpo, dr_dpo, rdpo, ropo
@@ -25,14 +26,14 @@ from gapo.objectives.trl_losses import (
 )
 from gapo.objectives.weighted import WEIGHTINGS
 from gapo.objectives.with_reference import cal_dpo, dpo, hypo, ipo, r_dpo, rpo
-from gapo.objectives.without_reference import amapo, simper, simpo
+from gapo.objectives.without_reference import simper, simpo
 from gapo.pairs import LogProbs
 
 # The modules above register their objectives as they are imported. Lists and tables show them in this order.
 _ORDER = """
-    gapo gapo_simpo gapo_capped gapo_target margin_target simpo simper amapo
+    gapo gapo_simpo gapo_capped gapo_target margin_target simpo simper amapo alpha_dpo
     dpo ipo sigmoid_norm hypo rpo r_dpo cal_dpo
-    cdpo rdpo dr_dpo ropo sigmoid_loss ramp unhinged
+    cdpo rdpo dr_dpo ropo re_po beta_dpo sigmoid_loss ramp unhinged
     hinge discopop exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down aot aot_unpaired
 """
 for _name in _ORDER.split():
@@ -44,12 +45,14 @@ __all__ = [
     "LogProbs",
     "Loss",
     "Objective",
+    "alpha_dpo",
     "amapo",
     "aot",
     "aot_unpaired",
     "apo_down",
     "apo_zero",
     "bco_pair",
+    "beta_dpo",
     "cal_dpo",
     "cdpo",
     "discopop",
@@ -68,6 +71,7 @@ __all__ = [
     "r_dpo",
     "ramp",
     "rdpo",
+    "re_po",
     "resolve",
     "ropo",
     "rpo",

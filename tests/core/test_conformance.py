@@ -150,7 +150,15 @@ def closed_form(name: str, logps: list[np.ndarray], s: dict[str, Any]) -> np.nda
         distances = x - np.sort(y)[[int((x < value).sum()) for value in x]]
         return tokens * beta * sigmoid(-beta * distances * (1 if name == "aot" else -1))
     per_token = margins - (REFERENCE[0] / LENGTHS[0] - REFERENCE[1] / LENGTHS[1])
+    if name == "alpha_dpo":
+        scores = (per_token - per_token.mean()) / per_token.std(ddof=1)
+        return beta * sigmoid(s["gamma"] + beta * (s["alpha"] * scores - margins))
+    if name == "beta_dpo":
+        nearest = np.argsort(np.abs(z - z.mean()))[:3]  # 80 % of 4 pairs
+        scaled = beta * (1 + s["alpha"] * (z[nearest].mean() - z.mean()))
+        return tokens * scaled * sigmoid(-scaled * z) * np.isin(np.arange(4), nearest) * 4 / 3
     return {
+        "re_po": tokens * beta * (sigmoid(beta * z + np.log(9)) - sigmoid(beta * z)),
         "simper": np.exp(rejected),
         "sigmoid_norm": beta * sigmoid(-beta * per_token),
         "r_dpo": tokens * beta * sigmoid(-beta * z - s.get("alpha", np.nan) * (LENGTHS[0] - LENGTHS[1])),
@@ -230,7 +238,7 @@ NEEDS = {
     **dict.fromkeys((name for name in NAMES if OBJECTIVES[name].of_margins), ()),
     **dict.fromkeys((name for name in NAMES if OBJECTIVES[name].needs_reference), ("logps", "lengths", "reference")),
     "simper": ("logps",),
-    "sigmoid_norm": ("lengths", "reference"),
+    **dict.fromkeys(("sigmoid_norm", "alpha_dpo"), ("lengths", "reference")),
     "ipo": ("lengths", "reference"),  # margins per token, and the reference's sums over lengths
 }
 REFUSED = {

@@ -139,6 +139,38 @@ def reverse_divergence(row: Any, s: Any) -> float:
     return sum(q * math.log(q / label) for q, label in ((p, 1 - e), (1 - p, e)))
 
 
+def by_posterior(rows: Any, s: Any, frozen: Any) -> list[float]:
+    """RE-PO: Bayes' rule for "the label is true", on the frozen rows."""
+    losses = []
+    for row, fixed in zip(rows, frozen, strict=True):
+        true, false = s["reliability"] * agreement(fixed, s["beta"]), 1 - s["reliability"]
+        w = true / (true + false * (1 - agreement(fixed, s["beta"])))
+        p = agreement(row, s["beta"])
+        losses.append(-w * math.log(p) - (1 - w) * math.log(1 - p))
+    return losses
+
+
+def by_log_ratio(rows: Any, s: Any, frozen: Any) -> list[float]:
+    """alpha-DPO, whose first batch is its own average."""
+    z = [token_margin(row) - token_margin(row, 2) for row in frozen]
+    spread = statistics.stdev(z) if len(z) > 1 else 0.0
+    scores = [(value - statistics.mean(z)) / spread if spread else 0.0 for value in z]
+    return [
+        math.log(1 + math.exp(s["gamma"] + s["beta"] * (s["alpha"] * score - token_margin(row))))
+        for row, score in zip(rows, scores, strict=True)
+    ]
+
+
+def of_ordinary(rows: Any, s: Any, frozen: Any) -> list[float]:
+    """beta-DPO, whose first batch is its own average: only the pairs nearest to the mean count."""
+    z = [math.log(odds(row)) for row in frozen]
+    mean = statistics.mean(z)
+    kept = sorted(range(len(z)), key=lambda i: abs(z[i] - mean))[: max(1, math.floor(len(z) * s["keep"]))]
+    beta = s["beta"] * (1 + s["alpha"] * (statistics.mean(z[i] for i in kept) - mean))
+    beta = max(beta, 0.001)
+    return [-math.log(agreement(row, beta)) * len(z) / len(kept) if i in kept else 0.0 for i, row in enumerate(rows)]
+
+
 def win(odds: float) -> float:
     return odds / (1 + odds)
 
@@ -196,6 +228,9 @@ ORACLES = {
     "sigmoid_loss": of_each(lambda row, s: (1 - math.tanh(rewards(row, s) / 2)) / 2),
     "ramp": of_each(lambda row, s: ramp(rewards(row, s))),
     "unhinged": of_each(lambda row, s: 1 - rewards(row, s)),
+    "re_po": by_posterior,
+    "alpha_dpo": by_log_ratio,
+    "beta_dpo": of_ordinary,
     "simper": of_each(lambda row, s: math.exp(row[1]) ** (1 / row[7]) - math.exp(row[0]) ** (1 / row[6])),
     "sigmoid_norm": of_each(
         lambda row, s: math.log(1 + math.exp(token_margin(row, 2) - token_margin(row)) ** s["beta"])
@@ -250,6 +285,10 @@ HAND_COMPUTED = {
     "sigmoid_loss": 0.45016600268752216,
     "ramp": 0.4,
     "unhinged": 0.8,
+    # w = 0.9 * 0.54983 / (0.9 * 0.54983 + 0.1 * 0.45017) = 0.91661
+    "re_po": 0.5981388693815918 + 0.2 * 0.045016600268752216 / (0.045016600268752216 + 0.9 * 0.549833997312478),
+    "alpha_dpo": math.log(1 + math.exp(0.375 - 0.625)),
+    "beta_dpo": 0.5981388693815918,
     "simper": math.exp(-2.25) - math.exp(-2),
     "sigmoid_norm": math.log(1 + math.exp(-5 * (0.25 + 1 / 3))),
     "r_dpo": math.log(1 + math.exp(-0.2 + 0.05)),
@@ -284,7 +323,16 @@ def test_value_computed_by_hand(library: Library, objective: Objective) -> None:
 @pytest.mark.parametrize("tried", ["defaults", "other"])
 def test_losses_are_the_oracles(library: Library, objective: Objective, tried: str) -> None:
     other = {"beta": 0.8, "tau": 0.4, "gamma": 0.5, "label_smoothing": 0.2, "beta_prime": 0.7, "alpha": 3.0}
-    other |= {"eta": 0.6, "clip": 1.5, "epsilon": 0.2, "cap": 1.0, "strength": 1.2}
+    other |= {
+        "eta": 0.6,
+        "clip": 1.5,
+        "epsilon": 0.2,
+        "keep": 0.55,
+        "rate": 0.4,
+        "reliability": 0.6,
+        "cap": 1.0,
+        "strength": 1.2,
+    }
     # smoothing of GAPO itself has its tests in test_objective.py
     changed = {key: other[key] for key in objective.defaults if key in other and objective.name != "gapo"}
     given = changed if tried == "other" else {}
@@ -407,8 +455,8 @@ def test_a_better_chosen_response_never_costs_more(objective: Objective) -> None
     """Each loss falls in the chosen log-probability, but those that aim at a finite margin or look at the batch."""
     if objective.name in ("cdpo", "ipo", "amapo", "cal_dpo", "sppo_hard", "exo_pair", "nca_pair", "apo_down"):
         pytest.skip("least at a finite margin")
-    if objective.name == "discopop":
-        pytest.skip("its passage from one loss to the other is no descent")
+    if objective.name in ("discopop", "re_po"):
+        pytest.skip("it goes from one loss to another as the margin grows")
     rows = [(c, -9.0, -7.0, -8.0, -8.0, -8.0, 3, 4) for c in np.linspace(-60, -0.5, 50)]
     losses = [float(objective.losses(log_probs(LIBRARIES["numpy"], [row]))[0]) for row in rows]
     assert all(b <= a for a, b in itertools.pairwise(losses))
@@ -517,6 +565,9 @@ def test_names_that_mean_another_loss_elsewhere_are_refused(name: str, answer: s
         ("ropo", {"alpha": 0}, "alpha must be a finite number > 0, got 0"),
         ("rpo", {"eta": -0.1}, "eta must be a finite number >= 0, got -0.1"),
         ("ramp", {"clip": 0}, "clip must be a finite number > 0, got 0"),
+        ("re_po", {"reliability": 1}, r"reliability must be a finite number in \(0, 1\), got 1"),
+        ("alpha_dpo", {"rate": 0}, r"rate must be a finite number in \(0, 1\], got 0"),
+        ("beta_dpo", {"keep": 1.1}, r"keep must be a finite number in \(0, 1\], got 1.1"),
         ("exo_pair", {"epsilon": 0}, r"epsilon must be a finite number in \(0, 0.5\), got 0"),
         ("exo_pair", {"label_smoothing": 0.1}, r"has no setting 'label_smoothing'; it takes beta \(0.1\), epsilon"),
         ("gapo", {"loss_type": "ipo"}, "loss_type must be one of 'sigmoid', 'hinge', got 'ipo'"),
