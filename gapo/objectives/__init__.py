@@ -31,7 +31,7 @@ from gapo.pairs import LogProbs
 
 # The modules above register their objectives as they are imported. Lists and tables show them in this order.
 _ORDER = """
-    gapo gapo_simpo gapo_capped gapo_target margin_target simpo simper amapo alpha_dpo
+    gapo simpo gapo_simpo gapo_capped gapo_target margin_target simper amapo alpha_dpo
     dpo ipo sigmoid_norm hypo rpo r_dpo cal_dpo
     cdpo rdpo dr_dpo ropo re_po beta_dpo sigmoid_loss ramp unhinged
     hinge discopop exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down aot aot_unpaired

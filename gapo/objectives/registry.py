@@ -194,14 +194,13 @@ def find(name: str) -> Objective:
     if isinstance(name, str) and name in _NAMES_IN_TRL:
         raise ValueError(f"there is no objective {name!r}: {_NAMES_IN_TRL[name]}")
     if not isinstance(name, str) or name not in OBJECTIVES:
-        raise ValueError(f"objective must be {accepted_names()}; got {name!r}")
+        raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {name!r}. {prefixes()}")
     return OBJECTIVES[name]
 
 
-def accepted_names() -> str:
-    """The names of objectives, for a message."""
-    prefixes = ", ".join(repr(f"{weighting}+") for weighting in OBJECTIVES.weightings)
-    return f"one of {', '.join(map(repr, OBJECTIVES))}, alone or behind one of {prefixes}"
+def prefixes() -> str:
+    """What may stand before a name, for a message."""
+    return f"{', '.join(repr(f'{weighting}+') for weighting in OBJECTIVES.weightings)} may stand before a name"
 
 
 def as_objective(objective: str | Objective | Callable[..., Array]) -> Objective:

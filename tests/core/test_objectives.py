@@ -118,7 +118,7 @@ def smoothed_odds(odds: float, s: Any) -> float:
 
 
 def of_sorted(first: Any, second: Any) -> Any:
-    """AOT: the k-th smallest of `first` meets the k-th smallest of `second`; the loss stays with the pair of `first`."""
+    """AOT: the k-th smallest of `first` meets that of `second`, and the loss stays with the pair of `first`."""
 
     def losses(rows: Any, s: Any, frozen: Any) -> list[float]:
         mine, others = [first(row) for row in rows], sorted(second(row) for row in rows)
@@ -534,7 +534,7 @@ def test_the_registry_is_what_is_public() -> None:
         assert "arXiv" in objective.paper or objective.name == "cdpo"
         assert objective.name in str(objective)
     with pytest.raises(
-        ValueError, match=r"objective must be one of 'gapo', .*'unhinged', .*, alone or .* 'gapo\+'.*; got 'orpo'"
+        ValueError, match=r"objective must be one of 'gapo', 'simpo', .*'unhinged', .*got 'orpo'.*'gapo\+'"
     ):
         objectives.find("orpo")
 
