@@ -223,6 +223,11 @@ class LogProbs(BatchStatistics):
         return self._average("chosen")
 
     @property
+    def rejected_per_token(self) -> Any:
+        """The same of each rejected response (N,)."""
+        return self._average("rejected")
+
+    @property
     def anchor_gaps(self) -> Any:
         """Anchor gaps (N,), M minus M at the anchor, nats per token; differentiable by way of M."""
         if self._anchor_gaps is None:
