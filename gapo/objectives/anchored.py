@@ -1,4 +1,4 @@
-"""Other uses of the anchor gap than GAPO's, and their controls: candidates to compare, each with SimPO's pull in it.
+"""Other uses of the anchor gap than GAPO's, and their controls: candidates to compare, each with a pull that ends.
 
 `gapo.objectives.weighted` has the weighting of any objective.
 """
