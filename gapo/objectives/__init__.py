@@ -5,7 +5,7 @@ Each function says what it needs: summed or length-normalised log-probabilities,
 with a "+" weights one of them: `OBJECTIVES["gapo+dpo"]` does so by the anchor gap.
 """
 
-from gapo.objectives.anchored import gapo_capped, gapo_simpo, gapo_target, margin_target
+from gapo.objectives.anchored import gapo_capped, gapo_re_po, gapo_simpo, gapo_target, margin_target
 from gapo.objectives.batch_adaptive import alpha_dpo, amapo, beta_dpo, re_po
 from gapo.objectives.loss import Loss, resolve
 from gapo.objectives.registry import OBJECTIVES, Objective, find
@@ -33,7 +33,7 @@ from gapo.pairs import LogProbs
 _ORDER = """
     gapo simpo gapo_simpo gapo_capped gapo_target margin_target simper amapo alpha_dpo
     dpo ipo sigmoid_norm hypo rpo r_dpo cal_dpo
-    cdpo rdpo dr_dpo ropo re_po beta_dpo sigmoid_loss ramp unhinged
+    cdpo rdpo dr_dpo ropo re_po gapo_re_po beta_dpo sigmoid_loss ramp unhinged
     hinge discopop exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down aot aot_unpaired
 """
 for _name in _ORDER.split():
@@ -61,6 +61,7 @@ __all__ = [
     "exo_pair",
     "find",
     "gapo_capped",
+    "gapo_re_po",
     "gapo_simpo",
     "gapo_target",
     "hinge",

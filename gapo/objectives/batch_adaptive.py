@@ -61,11 +61,16 @@ def re_po(logps: LogProbs, *, beta: float = 0.1, reliability: float = 0.9, rate:
 
     Source: Cao et al., arXiv 2509.24159, with one eta for all annotators.
     """
+    return label_likelihood(logps, beta, reliability, rate, doubt=0.0)
+
+
+def label_likelihood(logps: LogProbs, beta: float, reliability: float, rate: float, doubt: Array | float) -> Array:
+    """RE-PO's losses (N,), with `doubt` (N,) taken from the logit of each label's posterior probability, w."""
     xp, x = logps.xp, beta * logps.z
     # eta as it stands; it is recorded below, once w is there
     eta = logps.running("reliability", logps.mean(x), initial=reliability, rate=0.0)
     eta = xp.clip(eta, 1e-6, 1 - 1e-6)
-    w = sigmoid(xp.log(eta) - xp.log(1 - eta) + stop_gradient(x), xp)
+    w = sigmoid(xp.log(eta) - xp.log(1 - eta) + stop_gradient(x) - doubt, xp)
     logps.running("reliability", logps.mean(w), initial=reliability, rate=rate)
     return w * logistic(x, xp) + (1 - w) * logistic(-x, xp)
 

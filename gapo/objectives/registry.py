@@ -67,6 +67,7 @@ _ACCEPTED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "gap_drop": ("in [0, 1)", lambda v: 0 <= v < 1),
     "strength": (">= 0", lambda v: v >= 0),
     "cap": ("", lambda v: True),
+    "kappa": (">= 0", lambda v: v >= 0),
 }
 
 

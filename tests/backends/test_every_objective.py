@@ -66,7 +66,8 @@ def expected_loss(name: str, averages: Any, anchor: Any) -> Any:
     if entry.average:
         references = [x / n for x, n in zip(references, LENGTHS, strict=True)]
     arrays = [*(averages if entry.average else sums), *(references if entry.needs_reference else [])]
-    arrays += anchor if entry.needs_anchor else []
+    if entry.needs_anchor:
+        arrays += anchor if entry.average else [x * n for x, n in zip(anchor, LENGTHS, strict=True)]
     settings = {name: getattr(CONFIG, name) for name in entry.step_settings}
     function = getattr(objectives, name)
     counts = {f"{side}_lengths": n for side, n in zip(LOGPS, LENGTHS, strict=True)}

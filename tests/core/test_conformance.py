@@ -97,7 +97,8 @@ def public_loss(objective: Objective) -> Callable[..., torch.Tensor]:
         function = gapo.loss if objective.name == "gapo" else getattr(gapo.objectives, objective.name)
         counts = {f"{side}_lengths": n for side, n in zip(SIDES, lengths, strict=True)}
         options = {name: counts[name] for name in inspect.signature(function).parameters if name in counts}
-        return function(*sides, *anchor, **options)
+        at_anchor = anchor if objective.average else [x * n for x, n in zip(anchor, lengths, strict=False)]
+        return function(*sides, *at_anchor, **options)
 
     return loss_of
 
@@ -153,6 +154,10 @@ def closed_form(name: str, logps: list[np.ndarray], s: dict[str, Any]) -> np.nda
     if name == "alpha_dpo":
         scores = (per_token - per_token.mean()) / per_token.std(ddof=1)
         return beta * sigmoid(s["gamma"] + beta * (s["alpha"] * scores - margins))
+    if name == "gapo_re_po":
+        gaps = margins - anchor_margins
+        scores = (gaps - gaps.mean()) / gaps.std(ddof=1)
+        return tokens * beta * (sigmoid(np.log(9) + beta * z - s["kappa"] * scores) - sigmoid(beta * z))
     if name == "beta_dpo":
         nearest = np.argsort(np.abs(z - z.mean()))[:3]  # 80 % of 4 pairs
         scaled = beta * (1 + s["alpha"] * (z[nearest].mean() - z.mean()))

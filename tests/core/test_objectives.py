@@ -141,9 +141,11 @@ def reverse_divergence(row: Any, s: Any) -> float:
 
 def by_posterior(rows: Any, s: Any, frozen: Any) -> list[float]:
     """RE-PO: Bayes' rule for "the label is true", on the frozen rows."""
-    losses = []
-    for row, fixed in zip(rows, frozen, strict=True):
+    losses, gaps = [], [gap(row) for row in frozen]
+    mean, spread = statistics.mean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else math.inf
+    for row, fixed, own in zip(rows, frozen, gaps, strict=True):
         true, false = s["reliability"] * agreement(fixed, s["beta"]), 1 - s["reliability"]
+        false *= math.exp(s.get("kappa", 0.0) * (own - mean) / spread)  # gapo_re_po: the gap's odds against the label
         w = true / (true + false * (1 - agreement(fixed, s["beta"])))
         p = agreement(row, s["beta"])
         losses.append(-w * math.log(p) - (1 - w) * math.log(1 - p))
@@ -229,6 +231,7 @@ ORACLES = {
     "ramp": of_each(lambda row, s: ramp(rewards(row, s))),
     "unhinged": of_each(lambda row, s: 1 - rewards(row, s)),
     "re_po": by_posterior,
+    "gapo_re_po": by_posterior,
     "alpha_dpo": by_log_ratio,
     "beta_dpo": of_ordinary,
     "simper": of_each(lambda row, s: math.exp(row[1]) ** (1 / row[7]) - math.exp(row[0]) ** (1 / row[6])),
@@ -287,6 +290,8 @@ HAND_COMPUTED = {
     "unhinged": 0.8,
     # w = 0.9 * 0.54983 / (0.9 * 0.54983 + 0.1 * 0.45017) = 0.91661
     "re_po": 0.5981388693815918 + 0.2 * 0.045016600268752216 / (0.045016600268752216 + 0.9 * 0.549833997312478),
+    "gapo_re_po": 0.5981388693815918
+    + 0.2 * 0.045016600268752216 / (0.045016600268752216 + 0.9 * 0.549833997312478),  # one pair alone has the score 0
     "alpha_dpo": math.log(1 + math.exp(0.375 - 0.625)),
     "beta_dpo": 0.5981388693815918,
     "simper": math.exp(-2.25) - math.exp(-2),
@@ -455,7 +460,7 @@ def test_a_better_chosen_response_never_costs_more(objective: Objective) -> None
     """Each loss falls in the chosen log-probability, but those that aim at a finite margin or look at the batch."""
     if objective.name in ("cdpo", "ipo", "amapo", "cal_dpo", "sppo_hard", "exo_pair", "nca_pair", "apo_down"):
         pytest.skip("least at a finite margin")
-    if objective.name in ("discopop", "re_po"):
+    if objective.name in ("discopop", "re_po", "gapo_re_po"):
         pytest.skip("it goes from one loss to another as the margin grows")
     rows = [(c, -9.0, -7.0, -8.0, -8.0, -8.0, 3, 4) for c in np.linspace(-60, -0.5, 50)]
     losses = [float(objective.losses(log_probs(LIBRARIES["numpy"], [row]))[0]) for row in rows]
