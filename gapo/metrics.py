@@ -61,8 +61,8 @@ def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:
     """Scalars of one step of any objective.
 
     The weights and the anchor's figures stand under "gapo/"; the latter only where the objective has an anchor. Running
-    statistics stand under `RUNNING`, as they are after the step.
-    `reward_metrics` needs a `margin_fn` that returns log-probabilities, `reference_metrics` a reference in the batch.
+    statistics stand under `RUNNING`, as they are after the step. `reward_metrics` needs a `margin_fn` that returns
+    log-probabilities, `reference_metrics` a reference in the batch.
     """
     xp = array_api_compat.array_namespace(result.margins)
     metrics: dict[str, Array] = {}

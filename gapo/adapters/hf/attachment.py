@@ -11,8 +11,9 @@ The life of one batch of training:
    derivative by each log-probability.
 5. `forward.as_loss` makes a scalar whose value is the loss, and whose backward gives the gradient of the step. The
    Trainer divides it by the number of accumulated batches, propagates it, and clips, steps and zeroes as always.
-6. Running statistics of the objective go on to the next batch, and the batch's metrics join a window. When the Trainer logs, `log` closes the window: one value of each metric over its
-   batches and all ranks joins the Trainer's own figures.
+6. Running statistics of the objective go on to the next batch, and the batch's metrics join a window. When the Trainer
+   logs, `log` closes the window: one value of each metric over its batches and all ranks joins the Trainer's own
+   figures.
 
 An evaluation takes no anchor: `prediction_step` gives the loss and the log-probabilities of a batch, and
 `evaluation_loop` the metrics over all pairs.

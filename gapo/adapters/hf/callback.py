@@ -32,7 +32,8 @@ class GAPOCallback(TrainerCallback):
     attached, the trainer's `compute_loss` is the step of GAPO or of another objective. Its evaluation gives
     `eval_rewards/accuracies` and `eval_loss`, GAPO's probe loss or the other objective's own loss. Its logs carry TRL's
     keys and GAPO's. Running statistics of an objective go from micro-batch to micro-batch, are in each checkpoint, and
-    begin anew with a training that does not resume one. The model's `forward` and its weights between steps are not touched. `detach()` undoes everything.
+    begin anew with a training that does not resume one. The model's `forward` and its weights between steps are not
+    touched. `detach()` undoes everything.
 
     Select models on `eval_loss` or `eval_rewards/accuracies`, never on the training loss: GAPO's stays flat while
     margins grow.
@@ -133,19 +134,19 @@ class GAPOCallback(TrainerCallback):
         The present settings go into later checkpoints. Another objective's statistics are not taken.
         """
         settings = self._settings()
-        kept = state.stateful_callbacks.get(_STATE, {})
-        old = kept.get("attributes", settings)
+        entry = state.stateful_callbacks.get(_STATE, {})
+        old = entry.get("attributes", settings)
         changes = [f"{name}: {old.get(name)!r} -> {new!r}" for name, new in settings.items() if old.get(name) != new]
         if changes:
             logger.warning("the checkpoint was trained with other settings of GAPO: %s", ", ".join(changes))
         same = old.get("objective") == self.objective
-        attachment.running, self._began_at = kept.get("running", {}) if same else {}, state.global_step
+        attachment.running, self._began_at = entry.get("running", {}) if same else {}, state.global_step
         state.stateful_callbacks[_STATE] = {"args": {}, "attributes": settings, "running": attachment.running}
 
     def _keep_running(self, attachment: Attachment, state: TrainerState) -> None:
         """Put the running statistics where the step's checkpoint takes them: as floats, which JSON keeps exactly."""
-        kept = state.stateful_callbacks.setdefault(_STATE, {"args": {}, "attributes": self._settings()})
-        new = sorted(attachment.running.keys() - kept.get("running", {}).keys())
+        entry = state.stateful_callbacks.setdefault(_STATE, {"args": {}, "attributes": self._settings()})
+        new = sorted(attachment.running.keys() - entry.get("running", {}).keys())
         if new and 0 < self._began_at == state.global_step - 1:
             logger.warning(
                 "the training goes on after step %d, from where nothing is known of the running statistics %s: they "
@@ -153,7 +154,7 @@ class GAPOCallback(TrainerCallback):
                 self._began_at,
                 ", ".join(map(repr, new)),
             )
-        kept["running"] = {name: float(value) for name, value in attachment.running.items()}
+        entry["running"] = {name: float(value) for name, value in attachment.running.items()}
 
     def _settings(self) -> dict[str, Any]:
         of_objective = {name: _plain(value) for name, value in self.loss.settings.items()}
