@@ -24,8 +24,14 @@ _CLIP = ("clip", 10.0, (1.0, 3.0, 30.0, 100.0))
 _SECOND: dict[str, Second] = {
     "simpo": _BETA_OF_MEANS,
     "amapo": _BETA_OF_MEANS,
+    "alpha_dpo": _BETA_OF_MEANS,
     "ipo": ("tau", 0.1, (0.01, 0.03, 0.3, 1.0)),
-    **dict.fromkeys(("dpo", "cdpo", "rdpo", "dr_dpo", "ropo", "hypo", "rpo"), _BETA),
+    "sigmoid_norm": ("beta", 5.0, (0.1, 0.5, 2.0, 20.0)),
+    "cal_dpo": ("beta", 0.001, (0.003, 0.01, 0.03, 0.1)),
+    "sppo_hard": ("beta", 0.1, (0.01, 0.03, 0.3, 1.0)),
+    **dict.fromkeys(("dpo", "cdpo", "rdpo", "dr_dpo", "ropo", "hypo", "rpo", "r_dpo", "re_po", "beta_dpo"), _BETA),
+    **dict.fromkeys(("hinge", "discopop", "exo_pair", "nca_pair", "bco_pair", "apo_zero", "apo_down"), _BETA),
+    **dict.fromkeys(("aot", "aot_unpaired"), _BETA),
     **dict.fromkeys(("sigmoid_loss", "ramp", "unhinged"), _CLIP),
 }
 # The radius: the first makes a mean gap of about 0.2 nats per token on the small policies of the examples.

@@ -15,6 +15,10 @@ NAMES = {
     "gapo": "GAPO", "simpo": "SimPO", "amapo": "AMaPO", "dpo": "DPO", "cdpo": "cDPO", "rdpo": "rDPO",
     "dr_dpo": "Dr.DPO", "ipo": "IPO", "ropo": "ROPO", "hypo": "HyPO", "rpo": "RPO", "sigmoid_loss": "sigmoid",
     "ramp": "ramp", "unhinged": "unhinged", "gapo-rho0": "GAPO, rho 0", "gapo-gaussian": "GAPO, gaussian",
+    "simper": "SimPER", "alpha_dpo": "alpha-DPO", "sigmoid_norm": "DPO per token", "r_dpo": "R-DPO",
+    "cal_dpo": "Cal-DPO", "re_po": "RE-PO", "beta_dpo": "beta-DPO", "hinge": "hinge", "discopop": "DiscoPOP",
+    "exo_pair": "EXO", "nca_pair": "NCA", "bco_pair": "BCO", "sppo_hard": "SPPO", "apo_zero": "APO-zero",
+    "apo_down": "APO-down", "aot": "AOT", "aot_unpaired": "AOT, unpaired",
     "gapo-margin": "GAPO, margin probe", "gapo-l2": "GAPO, L2", "gapo-first-order": "GAPO, first order",
 }  # fmt: skip
 
