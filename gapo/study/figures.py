@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from gapo.runs.output.plots import BLUE, GREEN, ORANGE, figure
-from gapo.study.frames import NAMES
+from gapo.study.names import shown
 from gapo.study.statistics import intervals
 from gapo.study.weight_log import SPANS
 
@@ -29,8 +29,8 @@ def accuracy(runs: pd.DataFrame, mode: str, title: str, ylabel: str, value: str 
 
     def draw(axes: Any) -> None:
         for arm in sorted(methods, key=lambda arm: arm in _COLOURS):
-            _band(axes, table[table["arm"] == arm], NAMES.get(arm, arm), _COLOURS.get(arm))
-        others = [NAMES.get(arm, arm) for arm in methods if arm not in _COLOURS]
+            _band(axes, table[table["arm"] == arm], shown(arm), _COLOURS.get(arm))
+        others = [shown(arm) for arm in methods if arm not in _COLOURS]
         if others:
             axes.plot([], [], color=_GREY, linewidth=0.8, label=f"{len(others)} others")
 
@@ -42,7 +42,7 @@ def controls(runs: pd.DataFrame, mode: str, title: str, ylabel: str) -> str:
     runs = runs[(runs["mode"] == mode) & runs["arm"].isin(list(_CONTROL_COLOURS))]
     runs = runs[runs["rate"].isin(set(runs[runs["arm"] != "gapo"]["rate"]))]
     table = intervals(runs, ["arm", "rate"], "accuracy")
-    return _against_rate(table, {arm: (NAMES[arm], _CONTROL_COLOURS[arm]) for arm in _CONTROL_COLOURS}, title, ylabel)
+    return _against_rate(table, {arm: (shown(arm), _CONTROL_COLOURS[arm]) for arm in _CONTROL_COLOURS}, title, ylabel)
 
 
 def valuation(table: pd.DataFrame, title: str) -> str:
@@ -120,7 +120,7 @@ def fifths(groups: dict[str, list[dict[str, Any]]], rate: float, title: str) -> 
 
 def _coloured(labels: Iterable[str]) -> list[tuple[str, str]]:
     """(label, colour): an arm's own, else the next of the palette."""
-    colours = {NAMES[arm]: colour for arm, colour in {**_COLOURS, **_CONTROL_COLOURS}.items()}
+    colours = {shown(arm): colour for arm, colour in {**_COLOURS, **_CONTROL_COLOURS}.items()}
     palette = iter(list(_CONTROL_COLOURS.values())[1:] * 3)
     return [(label, colours.get(label) or next(palette)) for label in labels]
 
@@ -131,7 +131,7 @@ def bars(values: dict[str, Any], title: str, label: str) -> str:
     def draw(axes: Any) -> None:
         names = list(values)[::-1]
         means, low, high = (np.array([values[name][place] for name in names], dtype=float) for place in range(3))
-        colours = [ORANGE if name == NAMES["gapo"] else BLUE for name in names]
+        colours = [ORANGE if name == shown("gapo") else BLUE for name in names]
         errors = np.nan_to_num([np.maximum(means - low, 0), np.maximum(high - means, 0)])
         # As lists: Matplotlib 3.9 takes an array of one bar's errors for a number, and NumPy warns.
         axes.barh(names, means, xerr=errors.tolist(), color=colours, ecolor=_GREY, alpha=0.85)

@@ -14,10 +14,10 @@ from gapo.runs.output.pages import render_page
 from gapo.study import figures
 from gapo.study import frames as tables
 from gapo.study.cells import Cell
-from gapo.study.frames import NAMES
 from gapo.study.markdown import facts, render_markdown
+from gapo.study.names import shown
 from gapo.study.outcome import Study
-from gapo.study.statistics import Interval, bootstrap, intervals
+from gapo.study.statistics import Error, Interval, bootstrap, intervals
 from gapo.study.study_config import as_dict
 
 _TEST = "reward accuracy, clean test pairs, %"
@@ -74,6 +74,7 @@ def content(study: Study) -> dict[str, Any]:
             if (done[done["mode"] == mode]["rate"] > 0).any()
             for value, what in (("accuracy", _TEST), ("train_true_accuracy", _TRUE))
         ],
+        "differences": _differences(done, config.baseline, config.modes) if config.baseline else None,
         "diagnostics": _diagnostics(noisy),
         "diagnosed_at": f"{100 * rate:g} % of the labels {_MODES[config.modes[0]]}",
         "logps": _logps(noisy, study.facts["before"]),
@@ -118,13 +119,30 @@ def _accuracies(done: pd.DataFrame, mode: str, value: str) -> dict[str, Any]:
     return {"head": head, "rows": body}
 
 
+def _differences(done: pd.DataFrame, baseline: str, modes: list[str]) -> dict[str, Any]:
+    """Points above the baseline, with standard errors, in each noise; without flips the modes are one."""
+    rows = tables.difference_table(done, baseline)
+    seen = dict.fromkeys(noise for row in rows for noise in row["at"])
+    noises = sorted((n for n in seen if n[1] > 0 or n[0] == modes[0]), key=lambda n: (n[1] > 0, modes.index(n[0]), n))
+    head = ["objective", *(f"{mode} {100 * rate:g} %" if rate else "no flips" for mode, rate in noises)]
+    body = [[row["name"], *(_points(row["at"].get(noise)) for noise in noises)] for row in rows]
+    return {"title": f"Minus {shown(baseline)}, paired", "head": head, "rows": body}
+
+
+def _points(found: Error | None) -> str:
+    """A difference of shares in points with its standard error, such as "+3.6 ± 1.1"."""
+    if found is None:
+        return ""
+    return f"{100 * found.mean:+.1f}" + (f" ± {100 * found.error:.1f}" if found.n > 1 else "")
+
+
 def _diagnostics(noisy: pd.DataFrame) -> dict[str, Any]:
     """Weights of flipped and clean pairs in the later half of the runs, for every arm that has weights."""
     rows = []
     for arm, group in noisy.groupby("arm", sort=False):
         gap = group.get("mean_gap_late", pd.Series(dtype=float)).dropna()
         cells = [_over_seeds(group, name) for name in (*_WEIGHTS, "auroc_margin")]
-        rows.append([NAMES.get(str(arm), str(arm)), *cells, f"{gap.mean():.3f}" if len(gap) else ""])
+        rows.append([shown(str(arm)), *cells, f"{gap.mean():.3f}" if len(gap) else ""])
     head = ["objective", *_WEIGHTS.values(), "AUROC of low margin, %", "mean gap, nats per token"]
     return {"head": head, "rows": rows}
 
@@ -144,7 +162,7 @@ def _logps(noisy: pd.DataFrame, before: Mapping[str, float]) -> dict[str, Any]:
         means = [f"{group[name].mean():.2f}" for name in ("margin", "chosen_logp", "rejected_logp")]
         costs = (group.set_index("seed")["cpu_seconds"] / simpo).dropna()
         relative = f"{costs.median():.2f}" if len(costs) else ""
-        rows.append([NAMES.get(str(arm), str(arm)), *means, f"{group['cpu_seconds'].median():.1f}", relative])
+        rows.append([shown(str(arm)), *means, f"{group['cpu_seconds'].median():.1f}", relative])
     head = ["objective", "margin", "chosen log-probability", "rejected log-probability", "CPU seconds", "over SimPO's"]
     return {"head": head, "rows": rows}
 
@@ -152,11 +170,11 @@ def _logps(noisy: pd.DataFrame, before: Mapping[str, float]) -> dict[str, Any]:
 def _settings(study: Study) -> dict[str, Any]:
     rows = []
     for arm, settings in study.chosen.items():
-        tries = [row for row in study.tries if row["arm"] == arm]
-        best = max(row["accuracy"] for row in tries)
+        tries = [row["accuracy"] for row in study.tries if row["arm"] == arm]
+        best = f"{100 * max(tries):.1f}" if tries else "given"
         text = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
                          for name, value in settings.items() if not isinstance(value, bool))  # fmt: skip
-        rows.append([NAMES.get(arm, arm), text, f"{100 * best:.1f}", str(len(tries))])
+        rows.append([shown(arm), text, best, str(len(tries))])
     return {"head": ["objective", "chosen", "validation accuracy, %", "tries"], "rows": rows}
 
 
@@ -216,7 +234,7 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, rate: float
                 pictures[f"controls_{mode}"] = figures.controls(done, mode, f"GAPO's controls. {title}", _TEST)
     share = f"{100 * rate:g} % flips"
     by_arm = {
-        NAMES[arm]: _measured(study, [c for c in study.parts["grid"] if c.arm == arm and c.rate == rate])
+        shown(arm): _measured(study, [c for c in study.parts["grid"] if c.arm == arm and c.rate == rate])
         for arm in _DETECTORS
     }
     by_rho: dict[str, list[dict[str, Any]]] = {}
@@ -257,11 +275,10 @@ def _measured(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def _named(cell: Cell) -> str:
     valued = ", valuation" if cell.valuation else ""
-    return f"{NAMES.get(cell.arm, cell.arm)} at {100 * cell.rate:g} % ({cell.mode}), seed {cell.seed}{valued}"
+    return f"{shown(cell.arm)} at {100 * cell.rate:g} % ({cell.mode}), seed {cell.seed}{valued}"
 
 
 def _scaled(frame: pd.DataFrame, scale: float) -> dict[str, tuple[float, float, float]]:
     return {
-        NAMES.get(row["arm"], row["arm"]): (scale * row["mean"], scale * row["low"], scale * row["high"])
-        for _, row in frame.iterrows()
+        shown(row["arm"]): (scale * row["mean"], scale * row["low"], scale * row["high"]) for _, row in frame.iterrows()
     }
