@@ -91,19 +91,19 @@ class Arm:
         """
         rate = settings.get("learning_rate")
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
-            raise ValueError(f"settings of arm {self.name!r} need a learning_rate > 0, got {rate!r}")
+            raise ValueError(f"settings of {self.name!r} need a learning_rate > 0, got {rate!r}")
         for name, value in self.fixed.items():
             if settings.get(name, value) != value:
-                raise ValueError(f"arm {self.name!r} is that of {name}={value!r}; its settings have {settings[name]!r}")
+                raise ValueError(f"{self.name!r} is that of {name}={value!r}; its settings have {settings[name]!r}")
         merged, objective = {**self.fixed, **self.held, **settings}, OBJECTIVES[self.objective]
         accepted = {"learning_rate", "sft_weight", *objective.defaults, *objective.step_settings.values()}
         accepted |= {f.name for f in fields(GAPOConfig)} - _OF_GAPO if objective.needs_anchor else set()
         if unknown := [name for name in settings if name not in accepted]:
-            raise ValueError(f"arm {self.name!r} has no setting {unknown[0]!r}; it takes {', '.join(sorted(accepted))}")
+            raise ValueError(f"{self.name!r} has no setting {unknown[0]!r}; it takes {', '.join(sorted(accepted))}")
         try:
             resolve(self.objective, *self.divided(merged))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"settings of arm {self.name!r}: {error}") from error
+            raise ValueError(f"settings of {self.name!r}: {error}") from error
         return merged
 
     def divided(self, settings: Mapping[str, Any]) -> tuple[GAPOConfig, Settings]:
@@ -160,7 +160,7 @@ def arm_of(name: str) -> Arm:
     if variant and not needs_anchor:
         raise ValueError(f"arms: {name!r} cannot be, for {objective_name!r} has no anchor; take {objective_name!r}")
     if variant == "rho0" and (same := _without_gaps(weighting, base)) != name:
-        raise ValueError(f"arms: {name!r} is the arm {same!r}, for without a radius all gaps are 0; take {same!r}")
+        raise ValueError(f"arms: {name!r} is the same as {same!r}, for without a radius all gaps are 0; take {same!r}")
     fixed, radius = _VARIANTS[variant] if variant else ({}, _RHO)
     second, held = _second(base), {}
     if second is not None and second[0] == "rho" and not weighting:

@@ -13,6 +13,7 @@ from gapo.files import write_bytes, write_text
 from gapo.runs.output.pages import render_page
 from gapo.study import figures
 from gapo.study import frames as tables
+from gapo.study.arms import parts_of
 from gapo.study.cells import Cell
 from gapo.study.markdown import facts, render_markdown
 from gapo.study.names import shown
@@ -31,7 +32,9 @@ _WEIGHTS = {
     "auroc_gap": "AUROC of gap, %",
 }
 _DIAGNOSED = 0.2  # share of flips at which the paper shows its diagnostics; the nearest of the study is taken
-_DETECTORS = ("gapo", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order", "simpo")
+_DETECTORS = (
+    *("gapo", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order", "simpo", "gapo+dpo", "margin+dpo"),
+)
 
 
 def write_report(folder: Path, study: Study) -> None:
@@ -230,8 +233,9 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, rate: float
             pictures[f"train_true_{mode}"] = figures.accuracy(
                 done, mode, f"{title}: train pairs", _TRUE, "train_true_accuracy"
             )
-            if done[done["mode"] == mode]["arm"].str.startswith("gapo-").any():
-                pictures[f"controls_{mode}"] = figures.controls(done, mode, f"GAPO's controls. {title}", _TEST)
+            for name, arms in _families(study.config.arm_names).items():
+                about = "GAPO's controls" if name == "controls" else f"{shown(arms[0])} with weights"
+                pictures[f"{name}_{mode}"] = figures.family(done, mode, arms, f"{about}. {title}", _TEST)
     share = f"{100 * rate:g} % flips"
     by_arm = {
         shown(arm): _measured(study, [c for c in study.parts["grid"] if c.arm == arm and c.rate == rate])
@@ -264,7 +268,17 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, rate: float
     if not valued.empty:
         title = f"SimPO on {100 * config.valuation_share:g} % of the pairs, by gap"
         pictures["valuation"] = figures.valuation(intervals(valued, ["arm", "rate"], "accuracy"), title)
-    return pictures
+    return {name: picture for name, picture in pictures.items() if picture}
+
+
+def _families(arms: Sequence[str]) -> dict[str, list[str]]:
+    """By the name of their figure, arms that belong together: GAPO and its controls, an objective and its weighted."""
+    found = {"controls": ["gapo", *(arm for arm in arms if arm.startswith("gapo-") and "+" not in arm)]}
+    for arm in arms:
+        weighting, base, _ = parts_of(arm)
+        if weighting:
+            found.setdefault(f"weighted_{base}", [base]).append(arm)
+    return {name: members for name, members in found.items() if len(members) > 1 and set(members) <= set(arms)}
 
 
 def _measured(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:

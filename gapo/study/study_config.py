@@ -126,9 +126,10 @@ class StudyConfig(TrainingConfig):
         for name in self.arm_names:
             arm_of(name)
         for name, settings in self.settings.items():
-            _require_among("settings", [name], self.arm_names)
+            if name not in self.arm_names:
+                raise ValueError(f"settings are of {name!r}, which is not among arms: {', '.join(self.arm_names)}")
             if not isinstance(settings, dict):
-                raise ValueError(f"settings of arm {name!r} must be a mapping such as {{beta: 0.1}}, got {settings!r}")
+                raise ValueError(f"settings of {name!r} must be a mapping such as {{beta: 0.1}}, got {settings!r}")
             ARMS[name].given(settings)
         if self.baseline is not None:
             _require_among("baseline", [self.baseline], self.arm_names)

@@ -28,6 +28,8 @@ def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dic
     scores: dict[str, dict[Any, float]] = {name: {} for name in config.arm_names if name not in given}
 
     def attempt(wanted: dict[str, list[Settings]], title: str) -> None:
+        if not wanted:
+            return
         cells = {
             (name, settings_key(settings)): [_cell(config, name, settings, seed) for seed in range(config.tune_seeds)]
             for name, tries in wanted.items()
