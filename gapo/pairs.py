@@ -131,7 +131,8 @@ class LogProbs(BatchStatistics):
             constants: of the batch.
             anchor_outputs: the same at the anchor; None for a first-order anchor, which has no log-probabilities.
             anchor_gaps: (N,) as the step measured them; None without an anchor.
-            reduce, running: as `BatchStatistics` has them.
+            reduce: over the data-parallel ranks, `reduce(x, op)` with op "sum" or "max"; None for one rank.
+            running: the running statistics that the last batch recorded, scalars by name; None at the first.
         """
         averages = dict(zip(SIDES if len(outputs) == 2 else ("margins",), outputs, strict=True))
         if constants.has_anchor:
@@ -221,6 +222,11 @@ class LogProbs(BatchStatistics):
     def chosen_per_token(self) -> Any:
         """Length-normalised log-probability of each chosen response (N,), nats per token."""
         return self._average("chosen")
+
+    @property
+    def rejected_per_token(self) -> Any:
+        """The same of each rejected response (N,)."""
+        return self._average("rejected")
 
     @property
     def anchor_gaps(self) -> Any:

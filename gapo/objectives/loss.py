@@ -115,3 +115,25 @@ def resolve(
     elif entry.needs_anchor:
         probe = resolve(find("simpo"), replace(config, sft_weight=0.0))
     return Loss(objective=entry, settings=own, sft_weight=config.sft_weight, probe=probe)
+
+
+def require_own_settings(loss: Loss, config: GAPOConfig, settings: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError where `config`, one flat set of fields, holds a setting that the objective takes elsewhere.
+
+    A `beta` of the step beside DPO's own `beta` would be ignored.
+
+    Args:
+        loss: what the settings resolved to.
+        config: the step's settings.
+        settings: those of the objective that its user wrote.
+        where: how the user writes one of them, with {name} and {value} to fill in.
+    """
+    for name, value in loss.settings.items():
+        elsewhere = getattr(config, name, None)
+        if name in settings or name in loss.objective.step_settings or elsewhere == getattr(GAPOConfig(), name, None):
+            continue
+        readers = [setting for setting, field in loss.objective.step_settings.items() if field == name]
+        raise ValueError(
+            f"{name}={elsewhere!r} is a setting of {', '.join(readers) or 'gapo and simpo'}, and objective "
+            f"{loss.name!r} has a {name} of its own: give {where.format(name=name, value=value)}"
+        )

@@ -28,9 +28,12 @@ _CLIP = ("clip", 10.0, (1.0, 3.0, 30.0, 100.0))
 _RHO = ("rho", 1.0, (0.1, 0.25, 0.5, 2.0))
 _SECOND: dict[str, Second] = {
     **dict.fromkeys(("gapo", "gapo_simpo", "gapo_capped"), _RHO),
-    **dict.fromkeys(("simpo", "amapo", "gapo_target", "margin_target"), _BETA_OF_MEANS),
+    **dict.fromkeys(("simpo", "amapo", "alpha_dpo", "gapo_target", "margin_target"), _BETA_OF_MEANS),
     "rpo": ("beta", 0.1, (0.003, 0.01, 0.03, 0.3)),
     "ipo": ("tau", 0.1, (0.01, 0.03, 0.3, 1.0)),
+    "sigmoid_norm": ("beta", 5.0, (0.1, 0.5, 2.0, 20.0)),
+    "cal_dpo": ("beta", 0.001, (0.003, 0.01, 0.03, 0.1)),
+    "sppo_hard": ("beta", 0.1, (0.01, 0.03, 0.3, 1.0)),
     **dict.fromkeys(("sigmoid_loss", "ramp", "unhinged"), _CLIP),
 }
 # What "-NAME" behind an objective with an anchor changes: settings, and the radius that is held or tried there.

@@ -8,7 +8,10 @@ _OBJECTIVES = {
     "gapo": "GAPO", "gapo_simpo": "SimPO + GAPO", "gapo_capped": "GAPO, capped", "gapo_target": "SimPO, target by gap",
     "margin_target": "SimPO, target by margin", "simpo": "SimPO", "amapo": "AMaPO", "dpo": "DPO", "cdpo": "cDPO",
     "rdpo": "rDPO", "dr_dpo": "Dr.DPO", "ipo": "IPO", "ropo": "ROPO", "hypo": "HyPO", "rpo": "RPO",
-    "sigmoid_loss": "sigmoid",
+    "sigmoid_loss": "sigmoid", "simper": "SimPER", "alpha_dpo": "alpha-DPO", "sigmoid_norm": "DPO per token",
+    "r_dpo": "R-DPO", "cal_dpo": "Cal-DPO", "re_po": "RE-PO", "gapo_re_po": "RE-PO with gap", "beta_dpo": "beta-DPO",
+    "discopop": "DiscoPOP", "exo_pair": "EXO", "nca_pair": "NCA", "bco_pair": "BCO", "sppo_hard": "SPPO",
+    "apo_zero": "APO-zero", "apo_down": "APO-down", "aot": "AOT", "aot_unpaired": "AOT, unpaired",
 }  # fmt: skip
 _WEIGHTED = {
     "gapo": "{}, weighted by gap", "gapo-drop": "{}, largest gaps dropped", "margin": "{}, weighted by margin",

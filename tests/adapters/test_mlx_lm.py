@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -254,7 +253,7 @@ def test_checkpointing_with_dropout_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("anchor", ["exact", "first_order"])
-def test_compiled_equals_eager(folder: Path, tmp_path: Path, anchor: str) -> None:
+def test_compiled_equals_eager(folder: Path, tmp_path: Path, anchor: str, mlx_compiles: dict[str, str]) -> None:
     """The one test with mx.compile on: mlx-lm's compiled step, in a process where it is not disabled."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(mlx_lm_runs.__file__).parent)!r})
@@ -264,8 +263,7 @@ model = t.load(Path({str(folder)!r}))
 reports = t.run(model, Path({str(tmp_path)!r}), iters=3, config=t.gapo.GAPOConfig(rho=0.3, anchor={anchor!r})).train
 import json; print(json.dumps([[r["train_loss"], r["gapo/weight_min"]] for r in reports]))
 """
-    environment = {name: value for name, value in os.environ.items() if name != "MLX_DISABLE_COMPILE"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=mlx_compiles)
     config = gapo.GAPOConfig(rho=0.3, anchor=anchor)
     plain = [
         [report["train_loss"], report["gapo/weight_min"]]

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,10 +32,23 @@ ENGINES = ("ddp", "fsdp2", "zero3")
 RTOL = {"ddp": 1e-9, "fsdp2": 1e-9, "zero3": 2e-6}
 
 
-def run_command(command: list[str]) -> None:
+def run_command(command: list[str], stdin: int | None = None) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}  # whatever this host has
-    done = subprocess.run(command, capture_output=True, text=True, timeout=2000, env=environment)
+    done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, timeout=2000, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def full_pipe() -> Iterator[int]:
+    """Input for `mlx.launch`, which asks without a pause whether its ranks take some, unless their pipes are full."""
+    read, write = os.pipe()
+    try:
+        os.set_blocking(write, False)
+        os.write(write, b"\n" * 65536)
+        yield read
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 @pytest.mark.filterwarnings("ignore:first_order_ratio")  # rho is large on purpose
@@ -146,7 +161,8 @@ def test_a_ring_of_mlx_equals_one_process(tmp_path: Path) -> None:
     hf_models.make("llama").save_pretrained(tmp_path / "model")
     hf_models.tokenizer().save_pretrained(tmp_path / "model")
     launcher = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "--starting-port"]
-    run_command([*launcher, str(free_port(2)), sys.executable, ring_script.__file__, str(tmp_path)])
+    with full_pipe() as stdin:
+        run_command([*launcher, str(free_port(2)), sys.executable, ring_script.__file__, str(tmp_path)], stdin)
     for name, config in ring_script.CONFIGS.items():
         found, about = mx.load(str(tmp_path / f"{name}.safetensors"), return_metadata=True)
         assert about["ranks"] == "2"

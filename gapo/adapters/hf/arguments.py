@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 import gapo
 from gapo._fields import carried
 from gapo.objectives import OBJECTIVES, resolve
+from gapo.objectives.loss import require_own_settings
 
 
 @dataclass
@@ -82,7 +83,8 @@ class GAPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         settings: Any = self.objective_settings  # text was parsed above
-        resolve(self.objective, self.step_config(), settings)
+        loss = resolve(self.objective, self.step_config(), settings)
+        require_own_settings(loss, self.step_config(), settings or {}, "objective_settings={{{name!r}: {value!r}}}")
         for name in ("max_length", "max_prompt_length", "pad_to_multiple_of"):
             _require_count(name, getattr(self, name))
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same
