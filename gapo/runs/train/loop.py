@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from gapo.config import GAPOConfig
 from gapo.data import batches
-from gapo.data.collate import collate_pairs
+from gapo.data.collate import collate_pairs, padding_multiple
 from gapo.files import JsonLines, read_lines, whole
 from gapo.metrics import combine, evaluation_columns, evaluation_metrics
 from gapo.objectives import LogProbs, Loss
@@ -175,10 +175,10 @@ def evaluate(
 
     A loss that looks at its batch sees one of four times `batch_size`, as in PyTorch.
     """
-    size = 4 * config.batch_size
+    size, multiple = 4 * config.batch_size, padding_multiple(rows)
     parts = []
     for i in range(0, len(rows), size):
-        batch = collate_pairs(rows[i : i + size], pad_token_id=pad_token_id, pad_to_multiple_of=32)
+        batch = collate_pairs(rows[i : i + size], pad_token_id=pad_token_id, pad_to_multiple_of=multiple)
         columns = evaluation_columns(loss, _log_probs(trainee, batch))
         parts.append({name: np.asarray(column) for name, column in columns.items()})
     every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
