@@ -415,8 +415,9 @@ def test_every_objectives_gradient_and_evaluation_are_its_functions(tmp_path: Pa
     model = hf_models.make("pythia").double()
     before = copy.deepcopy(model)
     rows = with_reference_logps(model, hf_models.pairs(8), progress=None)
-    for i, row in enumerate(rows):  # a reference that the policy departs from
-        row["ref_chosen_logps"] += 0.25 * (i % 3 - 1)
+    for i, row in enumerate(rows):  # a reference that the policy departs from, by another amount in each response
+        row["ref_chosen_logps"] += 0.25 * (i % 3 - 1) + 0.02 * i
+        row["ref_rejected_logps"] += 0.03 * i
     if name == "own":
         objective, function, average, settings = hinge_of_z, hinge_of_arrays, False, {"tau": 3.0}
     else:
