@@ -180,7 +180,7 @@ class Attachment:
         return (scalar, {}) if return_outputs else scalar
 
     def _warn_of_no_perturbation(self, result: StepResult) -> None:
-        if float(result.radius) == 0 and self._config.rho > 0:
+        if float(result.radius) == 0 and self._config.moves:
             self._warn(
                 "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is "
                 "0); it ends with the first update. With adaptive=False it does not happen"
