@@ -208,8 +208,8 @@ class _Perturbation:
         if float(self.rho) == 0 or float(changed) != 0 or float(self.scaled_norm) == 0:
             return
         raise ValueError(
-            f"{rounding.asked(self._config, self.rho)} changed none of the {len(names)} selected parameters: theta + delta rounds to "
-            'theta. Use anchor="first_order", which rounds nothing, or keep the weights in float32'
+            f"{rounding.asked(self._config, self.rho)} changed none of the {len(names)} selected parameters: theta + "
+            'delta rounds to theta. Use anchor="first_order", which rounds nothing, or keep the weights in float32'
         )
 
 

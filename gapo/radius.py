@@ -48,7 +48,7 @@ class Spread(BatchStatistics):
 
 
 def secant_factor(ratio: Array, xp: Namespace) -> Array:
-    """By how much to multiply a radius at which the spread is `ratio` times the target, and first order's is 1 times it.
+    """By how much to multiply a radius at which the spread is `ratio` times the target, and first order's the target.
 
     With x the factor, rho / spread is taken as linear in rho: `x = ratio / (2 ratio - 1)`. Where the spread outgrows
     first order it is taken as quadratic: `x + (ratio - 1) x^2 = 1`. Both agree to second order around 1.

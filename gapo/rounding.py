@@ -95,7 +95,9 @@ def check_gaps(
         return
     if config.target_gap is not None:
         _tell_of_no_spread(rho, config.target_gap, backend, concrete)
-    measurable = (rho > 0) & (scaled_norm > _NOISE * (2.0**-52 if scaled_norm.dtype == backend.xp.float64 else 2.0**-23))
+    measurable = (rho > 0) & (
+        scaled_norm > _NOISE * (2.0**-52 if scaled_norm.dtype == backend.xp.float64 else 2.0**-23)
+    )
     if choice.anchor == "first_order":
         if ratio is not None and concrete and bool(measurable):
             _check_first_order(
@@ -148,7 +150,9 @@ def _text(config: GAPOConfig, choice: Choice, rho: float, radius: float, changed
 
 def asked(config: GAPOConfig, rho: Any) -> str:
     """What set the radius, for a message: "rho=0.05", or "target_gap=0.3 (rho 0.12)"."""
-    return f"rho={config.rho}" if config.target_gap is None else f"target_gap={config.target_gap} (rho {float(rho):.3g})"
+    return (
+        f"rho={config.rho}" if config.target_gap is None else f"target_gap={config.target_gap} (rho {float(rho):.3g})"
+    )
 
 
 def far_from_linear(ratio: float, config: GAPOConfig | None = None, rho: float = 0.0) -> str:

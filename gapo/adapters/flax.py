@@ -7,6 +7,7 @@ of the model, `JaxForward` linearises it, `gapo.step.run` makes the cotangents, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 from gapo._extras import missing
@@ -19,6 +20,7 @@ except ModuleNotFoundError as error:
     raise missing("gapo.adapters.flax", "flax", error) from error
 
 from gapo import pairs
+from gapo._namespace import is_concrete
 from gapo.adapters.flax_inputs import (
     LogitsFn,
     arrays,
@@ -35,9 +37,11 @@ from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Objective, resolve
 from gapo.pairs import BatchConstants, LogProbs, require_reference
 from gapo.result import StepResult
+from gapo.reweighting import Watch
 from gapo.step import run
 
 Metrics = dict[str, jax.Array]
+_LOOKS = tuple(8**k for k in range(1, 9))  # calls of a train step after which its weights are looked at
 
 
 def make_train_step(
@@ -106,6 +110,7 @@ def make_train_step(
     config = step_settings(config, getattr(objective, "name", objective), objective_settings)
     loss = resolve(objective, config, objective_settings)
     backend = JaxBackend(axis_name)
+    watch, calls = Watch(config, loss), count(1)
     of_anchor = config if loss.needs_anchor else None
 
     def gradients(forward: JaxForward, batch: Any, gamma: Any, rng: Any) -> tuple[StepResult, Metrics, Any]:
@@ -147,6 +152,13 @@ def make_train_step(
         return state.apply_gradients(grads=grads), metrics, result
 
     def train_step(*args: Any, gamma: Any = None, rng: Any = None) -> Any:
+        returned = dispatched(*args, gamma=gamma, rng=rng)
+        # A look waits for the step, so there are few: at calls 8, 64, 512, ...
+        if next(calls) in _LOOKS and is_concrete(returned[-1].loss):
+            watch.see(returned[-2])
+        return returned
+
+    def dispatched(*args: Any, gamma: Any, rng: Any) -> Any:
         if len(args) == 2 and isinstance(args[0], nnx.ModelAndOptimizer):
             args = (args[0].model, *args)
         if len(args) == 3 and isinstance(args[0], nnx.Module) and isinstance(args[1], nnx.Optimizer):

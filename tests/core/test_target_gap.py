@@ -27,9 +27,7 @@ def take_step(backend: Library, batch: dict[str, np.ndarray], seed: int = 5, **o
     return {name: None if x is None else backend.numpy(x) for name, x in vars(result).items()}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"adaptive": False, "direction": "gaussian"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"adaptive": False, "direction": "gaussian"}], ids=str)
 def test_first_order_reaches_the_target(backend: Library, options: dict[str, Any]) -> None:
     batch = models.make_batch(pairs=6, seed=10)
     found = take_step(backend, batch, anchor="first_order", **options)
