@@ -111,12 +111,9 @@ def make_loss(
         # A figure that nobody evaluates would keep the batch's graph alive. `depends` evaluates it with the gradient.
         figures = [*metrics, *(x for x in vars(result).values() if x is not None)]
         cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], figures)
-        pulls = [mx.sum(c * y) for c, y in zip(cotangents, forward.outputs, strict=True)]
-        pull = pulls[0] + pulls[1]
         if on_step is not None:
             on_step(result)
-        value = mx.stop_gradient(result.loss) + (pull - mx.stop_gradient(pull))
-        return value, mx.sum(batch[1] != IGNORE_INDEX)
+        return forward.as_loss(result.loss, cotangents), mx.sum(batch[1] != IGNORE_INDEX)
 
     def evaluation_loss(
         model: nn.Module, batch: tuple[mx.array, mx.array], constants: BatchConstants

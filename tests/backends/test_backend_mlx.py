@@ -24,7 +24,7 @@ from mlx_problem import BATCH, Mixer, margin_fn, mixer
 
 import gapo
 from gapo.adapters.mlx_lm import pair_logps
-from gapo.backends import mlx as backend_mlx
+from gapo.backends.mlx import mlx_forward
 from gapo.backends.mlx import MlxForward
 
 MLX = LIBRARIES["mlx"]
@@ -230,7 +230,7 @@ def test_a_forward_that_is_another_when_run_again_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
 def test_first_order_where_mlx_has_no_forward_derivative(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Against central differences of the margins along delta, which the exact anchor's two radii give."""
-    backend_mlx._log_pair_by_pair.cache_clear()
+    mlx_forward._log_pair_by_pair.cache_clear()
     model, batch = mlx_models.make(kind), mlx_models.batch()
     options: dict[str, Any] = {"adaptive": False, "probe": "margin"}
 
