@@ -6,7 +6,8 @@ import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from mlx import nn
@@ -55,14 +56,19 @@ def identity(thing: Any, depth: int = _DEEPEST) -> Hashable:
     if depth and isinstance(thing, types.MethodType):
         return inner(thing.__func__), _Itself(thing.__self__)
     if depth and isinstance(thing, types.FunctionType):
-        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-        names = [thing.__globals__.get(name) for name in thing.__code__.co_names]
         defaults = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
-        held = [x if isinstance(x, (*_PLAIN, types.FunctionType)) else _Itself(x) for x in (*cells, *defaults)]
-        return thing.__code__, tuple(map(inner, held)), tuple(map(_Itself, names))
+        names = (thing.__globals__.get(name) for name in thing.__code__.co_names)
+        outer = (x if isinstance(x, _PLAIN) else _Itself(x) for x in names)
+        return thing.__code__, tuple(map(inner, (*_cells(thing), *defaults))), tuple(map(inner, outer))
     if depth and isinstance(thing, functools.partial):
         return inner(thing.func), tuple(map(inner, (*thing.args, *thing.keywords.values())))
     return thing if isinstance(thing, _Itself) else _Itself(thing)
+
+
+def _cells(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a name that has no value yet
+            yield cell.cell_contents
 
 
 class _Itself:

@@ -169,6 +169,7 @@ class Recorder:
             for key, part in rule.contributions(call._replace(groups=groups), g):
                 if key in trained:
                     parts[f"{path}.{key}" if path else key].append(part)
+        _unmark([x for some in parts.values() for part in some for x in part if isinstance(x, mx.array)])
         return GroupGradients(parts, self._parameters, groups), tuple(calls)
 
     def call(self, m: nn.Module, method: str, function: Callable[..., Any], args: Any, options: Any) -> Any:
@@ -215,6 +216,15 @@ def _tap(y: mx.array, seed: Any, see: Callable[[mx.array], None]) -> mx.array:
 
     tapped: mx.array = identity(y, seed)
     return tapped
+
+
+def _unmark(arrays: list[mx.array]) -> None:
+    """Let what is behind `arrays` go as it is evaluated, also while a gradient surrounds this.
+
+    MLX keeps the graph behind every array that it marks as differentiated. Its `vjp` takes the marks off all that its
+    function closes over.
+    """
+    mx.vjp(lambda seed: seed + sum(mx.sum(x) for x in arrays), [mx.zeros(())], [mx.ones(())])
 
 
 _active: ContextVar[Recorder] = ContextVar("_active")
