@@ -26,8 +26,7 @@ class Explicit(NamedTuple):
     grads: mx.array
 
     def weighted(self, w: mx.array) -> mx.array:
-        flat = self.grads.reshape(self.grads.shape[0], -1)
-        return (w.astype(flat.dtype) @ flat).reshape(self.grads.shape[1:])
+        return (w @ self.grads.reshape(self.grads.shape[0], -1)).reshape(self.grads.shape[1:])
 
     def along(self, delta: mx.array) -> mx.array:
         flat = self.grads.reshape(self.grads.shape[0], -1).astype(delta.dtype)
@@ -46,10 +45,10 @@ class Owners(NamedTuple):
     rows: mx.array | None = None
 
     def scaled(self, g: mx.array, w: mx.array) -> mx.array:
-        """`g` with each entry times the weight of its group."""
+        """`g` with each entry times the weight of its group; rounded once where `g` has 16 bits and `w` more."""
         owners = mx.arange(g.shape[0]) if self.rows is None else self.rows
-        factors = w.astype(g.dtype)[owners % self.groups]
-        return g * factors.reshape(-1, *(1 for _ in g.shape[1:]))
+        factors = w[owners % self.groups]
+        return (g * factors.reshape(-1, *(1 for _ in g.shape[1:]))).astype(g.dtype)
 
     def summed(self, x: mx.array) -> mx.array:
         """The sum of each group's entries, (groups,)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -54,7 +55,7 @@ def rule_of(layer: nn.Module, function: Callable[..., Any]) -> Rule | None:
     """The rule of a layer that is called by `function` of its class; None where there is none."""
     if (rule := _RULES.get(function) or _of_mlx_lm().get(function)) is not None:
         return rule
-    if _NORM.search(type(layer).__name__) and function is type(layer).__call__:
+    if _NORM.search(type(layer).__name__) and "weight" in layer and function is type(layer).__call__:
         return Rule(frozenset({"weight", "bias"}), _affine_norm)
     return None
 
@@ -146,6 +147,20 @@ def _lora_switch(call: Call, g: mx.array) -> Contributions:
     yield "lora_b", Experts(a._product(layer.lora_a), g, indices, call.is_sorted, owners, layer.lora_b.shape)
 
 
+def _lora_embedding(call: Call, g: mx.array) -> Contributions:
+    """y = table[ids] + scale A[ids] B."""
+    layer, ids, g = call.layer, call.args[0], call.layer.scale * g
+    yield "lora_a", Lookup(ids, g @ layer.lora_b.T, Owners(call.groups), layer.lora_a.shape)
+    yield "lora_b", matrix(layer.lora_a[ids], g, call.groups)
+
+
+def _lora_unembedding(call: Call, g: mx.array) -> Contributions:
+    """y = x table^T + scale x B^T A^T."""
+    layer, x, g = call.layer, call.args[0] if call.dropped is None else call.dropped, call.layer.scale * g
+    yield "lora_a", matrix(g, x @ layer.lora_b.T, call.groups)
+    yield "lora_b", matrix(g @ layer.lora_a, x, call.groups)
+
+
 _RULES: dict[Any, Rule] = {
     nn.Linear.__call__: Rule(frozenset({"weight", "bias"}), _linear),
     nn.Embedding.__call__: Rule(frozenset({"weight"}), _embedding),
@@ -158,12 +173,14 @@ _RULES: dict[Any, Rule] = {
 def _of_mlx_lm() -> dict[Any, Rule]:
     """The rules of mlx-lm's layers, as far as it was imported."""
     rules = {}
-    for name, cls, parameters, rule in (
-        ("mlx_lm.tuner.lora", "LoRALinear", ("lora_a", "lora_b"), _lora),
-        ("mlx_lm.tuner.lora", "LoRASwitchLinear", ("lora_a", "lora_b"), _lora_switch),
-        ("mlx_lm.tuner.dora", "DoRALinear", ("m", "lora_a", "lora_b"), _dora),
-        ("mlx_lm.models.switch_layers", "SwitchLinear", ("weight", "bias"), _switch),
+    for name, method, parameters, rule in (
+        ("mlx_lm.tuner.lora", "LoRALinear.__call__", ("lora_a", "lora_b"), _lora),
+        ("mlx_lm.tuner.lora", "LoRASwitchLinear.__call__", ("lora_a", "lora_b"), _lora_switch),
+        ("mlx_lm.tuner.lora", "LoRAEmbedding.__call__", ("lora_a", "lora_b"), _lora_embedding),
+        ("mlx_lm.tuner.lora", "LoRAEmbedding.as_linear", ("lora_a", "lora_b"), _lora_unembedding),
+        ("mlx_lm.tuner.dora", "DoRALinear.__call__", ("m", "lora_a", "lora_b"), _dora),
+        ("mlx_lm.models.switch_layers", "SwitchLinear.__call__", ("weight", "bias"), _switch),
     ):
-        if (layer := getattr(sys.modules.get(name), cls, None)) is not None:
-            rules[layer.__call__] = Rule(frozenset(parameters), rule)
+        if (module := sys.modules.get(name)) is not None:
+            rules[attrgetter(method)(module)] = Rule(frozenset(parameters), rule)
     return rules
