@@ -6,20 +6,15 @@ each (N,). One forward takes both sides at once, the chosen rows above the rejec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from gapo._namespace import Array, Namespace, at_least_float32, library, like, namespace, stop_gradient
-from gapo.logps import response_lengths, sequence_logps
+from gapo._namespace import Array, at_least_float32, like, namespace, stop_gradient
+from gapo.batch_statistics import BatchStatistics, Reduce
+from gapo.columns import ANCHOR, COLUMNS, LENGTHS, PARTS, REFERENCE, SIDES, BatchConstants, require_reference
+from gapo.logps import sequence_logps
 from gapo.objective import check_batches
 
-SIDES = ("chosen", "rejected")
-PARTS = ("input_ids", "attention_mask", "labels")
-COLUMNS = tuple(f"{side}_{part}" for side in SIDES for part in PARTS)
-# TRL's names for reference log-probabilities: sums over the response's tokens, nats.
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-_LENGTHS = ("chosen_lengths", "rejected_lengths")
 _Arrays = Mapping[str, Array | None]
 
 
@@ -55,45 +50,7 @@ def pair_logps(logits_fn: Callable[..., Array], batch: Mapping[str, Array]) -> t
     return halves(sequence_logps(logits_fn(ids, mask), labels))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BatchConstants:
-    """What a batch tells of its pairs besides the policy's log-probabilities. Each field is (N,), or None if unknown.
-
-    Attributes:
-        chosen_lengths: number of tokens of each chosen response.
-        rejected_lengths: the same of each rejected response.
-        ref_chosen: log-probability of each chosen response under the reference, summed, nats.
-        ref_rejected: the same of each rejected response.
-    """
-
-    chosen_lengths: Array | None = None
-    rejected_lengths: Array | None = None
-    ref_chosen: Array | None = None
-    ref_rejected: Array | None = None
-
-    @classmethod
-    def of(cls, batch: Any) -> BatchConstants:
-        """From the columns of a batch that are arrays: labels or lengths, and `REFERENCE`."""
-        columns = batch if isinstance(batch, Mapping) else {}
-        arrays = {name: columns[name] for name in (*_LENGTHS, *REFERENCE) if library(columns.get(name)) is not None}
-        for side, name in zip(SIDES, _LENGTHS, strict=True):
-            labels: Any = columns.get(f"{side}_labels")
-            if name not in arrays and library(labels) is not None and len(labels.shape) == 2:
-                arrays[name] = response_lengths(labels)
-        return cls(**{name.removesuffix("_logps"): x for name, x in arrays.items()})
-
-
-def require_reference(objective: str, columns: Iterable[str], function: str = "gapo.data.with_reference_logps") -> None:
-    """Raise ValueError unless `columns`, those of a batch, hold `REFERENCE`; the error names the `function` to use."""
-    if not set(REFERENCE) <= set(columns):
-        raise ValueError(
-            f"objective {objective!r} needs {' and '.join(REFERENCE)} in each batch: summed log-probabilities under "
-            f"the reference, nats. {function} adds them to the rows, and batches of such rows have them; "
-            f"got {', '.join(columns) or 'neither'}"
-        )
-
-
-class LogProbs:
+class LogProbs(BatchStatistics):
     """What a batch of N pairs tells an objective. Log-probabilities are SUMMED over the response's tokens, nats.
 
     It is made of sums, as here, or of length-normalised log-probabilities (`from_averages`). Each is computed from the
@@ -163,6 +120,9 @@ class LogProbs:
         constants: BatchConstants,
         anchor_outputs: tuple[Array, ...] | None = None,
         anchor_gaps: Array | None = None,
+        *,
+        reduce: Reduce | None = None,
+        running: Mapping[str, Array] | None = None,
     ) -> LogProbs:
         """What a step knows.
 
@@ -171,13 +131,18 @@ class LogProbs:
             constants: of the batch.
             anchor_outputs: the same at the anchor; None for a first-order anchor, which has no log-probabilities.
             anchor_gaps: (N,) as the step measured them; None without an anchor.
+            reduce, running: as `BatchStatistics` has them.
         """
         averages = dict(zip(SIDES if len(outputs) == 2 else ("margins",), outputs, strict=True))
+        if constants.has_anchor:
+            anchor_outputs = (constants.anchor_chosen, constants.anchor_rejected)
         if anchor_outputs is not None and len(anchor_outputs) == 2:
             averages |= {f"anchor_{side}": x for side, x in zip(SIDES, anchor_outputs, strict=True)}
         lengths = {"chosen": constants.chosen_lengths, "rejected": constants.rejected_lengths}
         sums = {"ref_chosen": constants.ref_chosen, "ref_rejected": constants.ref_rejected}
-        return cls.of_arrays(sums, averages, lengths, anchor_gaps)
+        logps = cls.of_arrays(sums, averages, lengths, anchor_gaps)
+        logps._count_over(reduce, running)
+        return logps
 
     @classmethod
     def of_arrays(cls, *arrays: Any) -> LogProbs:
@@ -192,7 +157,8 @@ class LogProbs:
             {name: like(x, policy) for name, x in arrays.items() if x is not None}
             for arrays in (sums, averages, lengths)
         )
-        self.xp: Namespace = namespace(**self._averages, **self._sums)
+        self._count_over(None, None)
+        self.xp = namespace(**self._averages, **self._sums)
         check_batches({**self._averages, **self._sums}, self.xp)
         for side, counts in self._lengths.items():
             if tuple(counts.shape) != tuple(policy.shape):  # others would broadcast
@@ -207,7 +173,7 @@ class LogProbs:
     def __getattr__(self, name: str) -> Any:
         if name in _SIDES_UNDER:
             return self._sum(name)
-        if name in _LENGTHS:
+        if name in LENGTHS:
             return self._lengths.get(name.partition("_")[0])
         raise AttributeError(f"LogProbs has no attribute {name!r}")
 
@@ -265,6 +231,11 @@ class LogProbs:
         return self._anchor_gaps + (self.margins - stop_gradient(self.margins))
 
     @property
+    def anchor_margins(self) -> Any:
+        """M at the anchor (N,), nats per token, without gradient."""
+        return stop_gradient(self.margins) - stop_gradient(self.anchor_gaps)
+
+    @property
     def margins_alone(self) -> bool:
         """Whether nothing but margins is known of the policy."""
         return "margins" in self._averages
@@ -279,10 +250,27 @@ class LogProbs:
         sums_known = "chosen" in self._sums or (len(self._lengths) == 2 and not self.margins_alone)
         return self.z if self.has("ref") and sums_known else None
 
+    def pulled_by(self, weights: Array) -> LogProbs:
+        """The same values, whose gradient is `weights` (N,) times what it was: for a loss of the batch as a whole."""
+
+        def scaled(arrays: _Arrays) -> _Arrays:
+            of_policy = {name: x for name, x in arrays.items() if name in ("margins", *SIDES)}
+            fixed = {name: stop_gradient(x) for name, x in of_policy.items()}
+            return {**arrays, **{name: fixed[name] + weights * (x - fixed[name]) for name, x in of_policy.items()}}
+
+        return self._with(scaled(self._sums), scaled(self._averages))
+
     def per_token(self) -> LogProbs:
         """The same with every log-probability divided by its response's length: nats per token."""
         averages = {name: self._average(name) for name in (*self._sums, *self._averages)}
-        return self.of_arrays(averages, {}, self._lengths, self._anchor_gaps)
+        return self._with(averages, {})
+
+    def _with(self, sums: _Arrays, averages: _Arrays) -> LogProbs:
+        """The same batch with other arrays."""
+        logps = self.of_arrays(sums, averages, self._lengths, self._anchor_gaps)
+        logps._count_over(self._reduce, self._before)
+        logps.recorded = self.recorded
+        return logps
 
     def _difference(self, read: Callable[[str], Any], prefix: str) -> Any:
         """The chosen minus the rejected side, under the policy, "ref_" or "anchor_"."""
@@ -290,6 +278,20 @@ class LogProbs:
             raise ValueError(_MISSING[prefix])
         return read(f"{prefix}chosen") - read(f"{prefix}rejected")
 
+
+__all__ = [
+    "ANCHOR",
+    "COLUMNS",
+    "PARTS",
+    "REFERENCE",
+    "SIDES",
+    "BatchConstants",
+    "LogProbs",
+    "halves",
+    "pair_logps",
+    "require_reference",
+    "stacked",
+]
 
 _SIDES_UNDER = [f"{prefix}{side}" for prefix in ("", "ref_", "anchor_") for side in SIDES]
 _MISSING = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gapo._namespace import Array
@@ -31,6 +32,8 @@ class StepResult:
         rejected_logps: (N,) likewise.
         log_ratio_margins: (N,) z_i, the policy's margin minus the reference's on summed log-probabilities, nats, where
             the batch holds a reference, else None.
+        running: the objective's running statistics after this step, scalars by name, for the next step's `running`;
+            None for an objective without them.
     """
 
     loss: Array
@@ -45,3 +48,4 @@ class StepResult:
     chosen_logps: Array = None
     rejected_logps: Array = None
     log_ratio_margins: Array = None
+    running: Mapping[str, Array] | None = None

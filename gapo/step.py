@@ -14,6 +14,8 @@ from gapo.objectives import Loss, Objective, resolve
 from gapo.pairs import BatchConstants, LogProbs, require_reference
 from gapo.result import StepResult
 
+Running = Mapping[str, Array]  # statistics of an objective that run from step to step, scalars by name
+
 
 def value_and_grad(
     margin_fn: MarginFn,
@@ -24,32 +26,35 @@ def value_and_grad(
     objective_settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Callable[..., tuple[StepResult, Any]]:
-    """The training step as a function: `step(params, batch, *, gamma=None, rng=None) -> (StepResult, grads)`.
+    """The training step as a function: `step(params, batch, *, gamma=None, rng=None, running=None)`.
 
-    With an anchor, as GAPO has it, a step takes two forwards (clean, anchor) and two backwards (probe, update). Other
-    objectives take one of each. The parameters are as before when it returns or raises.
+    It returns (StepResult, grads), and leaves the parameters as they were, also when it raises. With an anchor, as GAPO
+    has it, a step takes two forwards (clean, anchor) and two backwards (probe, update). Other objectives take one each.
 
     Args:
         margin_fn: `margin_fn(params, batch)` returns the margins M_i (N,), or (chosen_logps, rejected_logps), each
             (N,), length-normalised, nats per token, differentiable in `params`.
         config: the settings; None for the defaults. One of an adapter is taken by its `step_config()`.
-        objective: a name of `gapo.objectives.OBJECTIVES`, a `gapo.objectives.Objective`, or any function of `LogProbs`
-            that returns the loss of each pair, (N,). A function that sets the attribute `needs_anchor` gets the anchor.
+        objective: a name of `gapo.objectives.OBJECTIVES`, such as "gapo" or "gapo+dpo"; a `gapo.objectives.Objective`;
+            or any function of `LogProbs` that returns the loss of each pair, (N,). A function that sets the attribute
+            `needs_anchor` gets the anchor.
         backend: "torch", "jax", "mlx" or "numpy".
         objective_settings: settings of the objective, such as {"beta": 0.1}; None for its defaults. "gapo" and "simpo"
-            take theirs from `config`.
+            take theirs from `config`, as the weights of "gapo+NAME" do.
         options: passed to the backend.
 
     Returns:
         `step`. Its `params` are, for "torch" and "mlx", the `nn.Module`; for "jax" any pytree of arrays; for "numpy" a
         dict of float64 arrays. `gamma` overrides the config's by a float or (N,) array of per-pair targets. `rng` feeds
-        direction="gaussian": a `torch.Generator`, a JAX or MLX key, a NumPy generator. `grads`: "torch" and "numpy" a
-        dict by parameter name; "jax" and "mlx" a tree like the trainable parameters. They are this rank's own, not
-        averaged over ranks; under FSDP2 the ranks' average, as shards.
+        direction="gaussian": a `torch.Generator`, a JAX or MLX key, a NumPy generator. `running` is the last step's
+        `StepResult.running`, for an objective with running statistics; None at the first step. `grads`: "torch" and
+        "numpy" a dict by parameter name; "jax" and "mlx" a tree like the trainable parameters. They are this rank's
+        own, not averaged over ranks; under FSDP2 the ranks' average, as shards.
 
         For an objective of summed log-probabilities, `batch` is a mapping that holds "{chosen,rejected}_labels"
         (N, seq) or "{chosen,rejected}_lengths" (N,). For one with a reference, it holds "ref_chosen_logps" and
-        "ref_rejected_logps" (N,) too.
+        "ref_rejected_logps" (N,) too. A batch with "anchor_chosen_logps" and "anchor_rejected_logps" (N,), nats per
+        token, brings its own anchor, such as a moving average of the policy; the step then makes none.
 
     Raises:
         ModuleNotFoundError: the backend's framework is not installed.
@@ -76,10 +81,15 @@ def value_and_grad(
     loss = resolve(objective, settings, objective_settings)
     framework = get_backend(backend, **options)
 
-    def step(params: Any, batch: Any, *, gamma: Any = None, rng: Any = None) -> tuple[StepResult, Any]:
+    def step(
+        params: Any, batch: Any, *, gamma: Any = None, rng: Any = None, running: Running | None = None
+    ) -> tuple[StepResult, Any]:
         constants = BatchConstants.of(batch)
-        forward = framework.forward(margin_fn, params, batch, settings, anchor=loss.needs_anchor, by_side=loss.by_side)
-        result, cotangents = run(forward, settings, framework, loss=loss, constants=constants, gamma=gamma, rng=rng)
+        anchor = loss.needs_anchor and not constants.has_anchor
+        forward = framework.forward(margin_fn, params, batch, settings, anchor=anchor, by_side=loss.by_side)
+        result, cotangents = run(
+            forward, settings, framework, loss=loss, constants=constants, gamma=gamma, rng=rng, running=running
+        )
         grads = framework.pack(forward, forward.pullback(cotangents))
         if is_concrete(result.loss) and not bool(framework.xp.isfinite(result.loss)):
             raise FloatingPointError(
@@ -99,6 +109,7 @@ def run(
     constants: BatchConstants | None = None,
     gamma: Any = None,
     rng: Any = None,
+    running: Running | None = None,
 ) -> tuple[StepResult, tuple[Array, ...]]:
     """Steps 2 to 5 on a clean forward: the result, and the loss's cotangents on `forward.outputs`.
 
@@ -112,6 +123,7 @@ def run(
         constants: lengths and reference of the batch; None where the loss needs none.
         gamma: overrides the loss's, a float or (N,).
         rng: feeds direction="gaussian".
+        running: the last step's `StepResult.running`.
     """
     xp = backend.xp
     loss = (resolve("gapo", config) if loss is None else loss).over(gamma)
@@ -120,17 +132,28 @@ def run(
         require_reference(loss.name, ())
     outputs = tuple(stop_gradient(at_least_float32(output, xp)) for output in forward.outputs)
     anchor = None
-    if loss.needs_anchor:
+    if loss.needs_anchor and not constants.has_anchor:
         anchor = measure_anchor(cast(AnchorForward, forward), outputs, config, backend, gamma, rng)
 
     # 5. The losses, and the derivative of their mean by each output: N numbers, by the framework's own autodiff.
+    def seen_at(outputs: tuple[Array, ...]) -> LogProbs:
+        seen = anchor.seen if anchor else ()
+        return LogProbs.of_step(outputs, constants, *seen, reduce=backend.all_reduce, running=running)
+
+    records: set[str] = set()
+
     def losses_at(outputs: tuple[Array, ...]) -> Array:
-        return loss.losses(LogProbs.of_step(outputs, constants, *(anchor.seen if anchor else ())))
+        losses = loss.losses(logps := seen_at(outputs))
+        records.update(logps.recorded)
+        return losses
 
     losses, slopes = backend.differentiate(losses_at, outputs)
     # At a fixed chosen log-probability, the derivative by M is minus that by the rejected one.
     weights = outputs[0].shape[0] * (slopes[1] if len(slopes) == 2 else -slopes[0])
-    logps = LogProbs.of_step(outputs, constants)
+    logps = seen_at(outputs)
+    if records:  # seen within the differentiation, from where no value may leave: so the statistics are taken again
+        loss.losses(logps)
+    own = {"anchor_margins": logps.anchor_margins, "anchor_gaps": logps.anchor_gaps} if constants.has_anchor else {}
     result = StepResult(
         loss=stop_gradient(xp.mean(losses)),
         margins=logps.margins,
@@ -138,7 +161,8 @@ def run(
         chosen_logps=outputs[0] if len(outputs) == 2 else None,
         rejected_logps=outputs[1] if len(outputs) == 2 else None,
         log_ratio_margins=logps.log_ratio_margins(),
-        **(anchor.figures if anchor else {}),
+        running=logps.recorded or None,
+        **(anchor.figures if anchor else own),
     )
     return result, tuple(xp.astype(c, y.dtype) for c, y in zip(slopes, forward.outputs, strict=True))
 

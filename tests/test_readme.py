@@ -88,10 +88,11 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         hf_models.save_wide_llama(folder / "model")
         names |= {"path": folder / "model", "tokenizer": hf_models.tokenizer(), "model": hf_models.make("llama")}
         return names
-    if heading == "score.md":
+    if heading in ("score.md", "relatives.md"):
         hf_models.make("llama").save_pretrained(folder / "model")
         hf_models.tokenizer().save_pretrained(folder / "model")
         write_rows(folder / "pairs.jsonl", generate_pairs(8))
+        return {"batch": hf_models.batch()}
     if "own loop" in heading:
         names = {"model": hf_models.make("llama"), "batch": hf_models.batch(), "margin_fn": pair_logps}
         return {**names, "batches": [hf_models.batch(seed=1), hf_models.batch(seed=2)]}

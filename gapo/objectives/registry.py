@@ -1,27 +1,52 @@
 """One form for all objectives: a function of `LogProbs`, what it needs, and its settings.
 
-`Objective` is that form. `resolve` turns what a user names into a `Loss`, which is what the step takes. The formulas
-register themselves by `gapo.objectives.formulas.objective`.
+The formulas register themselves by `gapo.objectives.formulas.objective`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from gapo._namespace import Array, library
-from gapo.config import GAPOConfig, named
+from gapo.config import named
 from gapo.objective import (
     LOSS_TYPES,
-    check_objective,
     require_choice,
     require_number,
 )
 from gapo.pairs import LogProbs
 
-OBJECTIVES: dict[str, Objective] = {}
+
+class Registry(dict[str, "Objective"]):
+    """The objectives by name. It lists those that are formulas of their own.
+
+    A name with a "+", such as "gapo+dpo", is the objective behind the "+" with the weighting before it; it is made as
+    it is asked for, and is not listed. The weightings are in `gapo.objectives.weighted`.
+    """
+
+    def __init__(self) -> None:
+        self.weightings: dict[str, Callable[[Objective], Objective]] = {}
+        self._weighted: dict[str, Objective] = {}
+
+    def __missing__(self, name: str) -> Objective:
+        weighting, _, base = name.partition("+") if isinstance(name, str) else ("", "", "")
+        if weighting not in self.weightings or not dict.__contains__(self, base):
+            raise KeyError(name)
+        if name not in self._weighted:
+            self._weighted[name] = self.weightings[weighting](self[base])
+        return self._weighted[name]
+
+    def __contains__(self, name: object) -> bool:
+        if dict.__contains__(self, name):
+            return True
+        weighting, _, base = name.partition("+") if isinstance(name, str) else ("", "", "")
+        return weighting in self.weightings and dict.__contains__(self, base)
+
+
+OBJECTIVES = Registry()
 
 # What a setting accepts, as the message says it and as the check asks it: one meaning for one name, everywhere.
 _ACCEPTED: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -33,6 +58,11 @@ _ACCEPTED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "eta": (">= 0", lambda v: v >= 0),
     "clip": ("> 0", lambda v: v > 0),
     "label_smoothing": ("in [0, 0.5)", lambda v: 0 <= v < 0.5),
+    "gap_beta": (">= 0", lambda v: v >= 0),
+    "gap_gamma": ("", lambda v: True),
+    "gap_drop": ("in [0, 1)", lambda v: 0 <= v < 1),
+    "strength": (">= 0", lambda v: v >= 0),
+    "cap": ("", lambda v: True),
 }
 
 
@@ -60,7 +90,10 @@ class Objective:
         of_margins: whether the policy enters by its margins alone. One backward then serves probe and update with half
             the memory.
         batch_statistics: whether the loss of a pair depends on the other pairs of its batch.
-        step_settings: the settings that it takes from `GAPOConfig`, and not from its caller.
+        coupled: whether it does so with a gradient, so that the loss is one of the batch, not of each pair.
+        step_settings: the settings that it takes from `GAPOConfig`, each with the name of the field there.
+        evaluated_as: the objective whose loss an evaluation reports, which takes no anchor; None for itself, and for
+            SimPO's, the probe's loss, if it needs an anchor.
         defaults: its settings by name, with their defaults.
 
     Raises:
@@ -75,7 +108,9 @@ class Objective:
     average: bool = False
     of_margins: bool = False
     batch_statistics: bool = False
-    step_settings: tuple[str, ...] = ()
+    coupled: bool = False
+    step_settings: Mapping[str, str] = field(default_factory=dict)
+    evaluated_as: Objective | None = None
     defaults: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -138,81 +173,20 @@ def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
         return []
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Loss:
-    """What a step minimises: an objective with its settings, and the SFT term.
-
-    Attributes:
-        objective: the objective.
-        settings: all of its settings.
-        sft_weight: weight of the SFT term, the chosen response's negative log-probability per token.
-        probe: the loss that stands for it where there is no anchor, in evaluation; None for itself.
-    """
-
-    objective: Objective
-    settings: Mapping[str, Any]
-    sft_weight: float = 0.0
-    probe: Loss | None = None
-
-    @property
-    def name(self) -> str:
-        return self.objective.name
-
-    @property
-    def needs_anchor(self) -> bool:
-        return self.objective.needs_anchor
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.objective.needs_reference
-
-    @property
-    def by_side(self) -> bool:
-        """Whether the two sides of a pair may be pulled by other amounts than plus and minus the same."""
-        return bool(self.sft_weight) or not self.objective.of_margins
-
-    @property
-    def evaluated(self) -> Loss:
-        """The loss that an evaluation reports: without an anchor and without the SFT term.
-
-        An objective with an anchor is evaluated by the probe's loss, SimPO's.
-        """
-        return self.probe if self.probe is not None else replace(self, sft_weight=0.0)
-
-    def over(self, gamma: Any) -> Loss:
-        """The same with another `gamma`, a float or (N,); None leaves it.
-
-        Raises:
-            ValueError: the objective has no such setting.
-        """
-        if gamma is None:
-            return self
-        if "gamma" not in self.settings:
-            holders = " and ".join(repr(name) for name, entry in OBJECTIVES.items() if "gamma" in entry.defaults)
-            takes = ", ".join(self.settings) or "no settings"
-            raise ValueError(f"gamma is of objectives {holders}; {self.name!r} takes {takes}")
-        return replace(self, settings={**self.settings, "gamma": gamma})
-
-    def losses(self, logps: LogProbs) -> Array:
-        """Loss of each pair (N,), the SFT term included."""
-        gamma = self.settings.get("gamma")
-        if getattr(gamma, "shape", ()) != ():
-            check_objective(1.0, gamma, "sigmoid", 0.0, n=logps.shape[0])
-        losses = self.objective.losses(logps, **self.settings)
-        if not self.sft_weight:
-            return losses
-        if logps.margins_alone:
-            raise ValueError(
-                f"sft_weight={self.sft_weight} needs the chosen log-probs: let margin_fn return (chosen_logps, "
-                "rejected_logps)"
-            )
-        return losses - self.sft_weight * logps.chosen_per_token
-
-
 def find(name: str) -> Objective:
-    """The objective called `name`, or ValueError that names them all."""
-    require_choice("objective", name, OBJECTIVES)
+    """The objective called `name`, or ValueError that names them all.
+
+    >>> find("gapo+dpo").needs_anchor, find("dpo").needs_anchor
+    (True, False)
+    """
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {name!r}. {prefixes()}")
     return OBJECTIVES[name]
+
+
+def prefixes() -> str:
+    """What may stand before a name, for a message."""
+    return f"{', '.join(repr(f'{weighting}+') for weighting in OBJECTIVES.weightings)} may stand before a name"
 
 
 def as_objective(objective: str | Objective | Callable[..., Array]) -> Objective:
@@ -236,30 +210,3 @@ def as_objective(objective: str | Objective | Callable[..., Array]) -> Objective
     if isinstance(objective, type):
         raise TypeError(f"objective must be a name, an Objective or a function of LogProbs, got {named(objective)}")
     return find(objective)
-
-
-def resolve(
-    objective: str | Objective | Callable[..., Array] = "gapo",
-    config: GAPOConfig | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Loss:
-    """The loss of a step.
-
-    Args:
-        objective: a name of `OBJECTIVES`, an `Objective`, or a function of `LogProbs` that returns (N,) losses.
-        config: settings of the step, from which "gapo" and "simpo" take theirs, and the SFT term; None for defaults.
-        settings: of the other objectives; None for their defaults.
-
-    Raises:
-        TypeError, ValueError: the objective is none of these, or a setting is not accepted.
-    """
-    config = GAPOConfig() if config is None else config
-    entry = as_objective(objective)
-    if entry.step_settings and settings:
-        raise ValueError(
-            f"objective {entry.name!r} takes {' and '.join(entry.step_settings[:2])} from gapo.GAPOConfig, not from "
-            f"settings of its own; got {dict(settings)}"
-        )
-    own = {name: getattr(config, name) for name in entry.step_settings} or entry.settings(settings)
-    probe = resolve("simpo", replace(config, sft_weight=0.0)) if entry.needs_anchor else None
-    return Loss(objective=entry, settings=own, sft_weight=config.sft_weight, probe=probe)

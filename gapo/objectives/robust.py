@@ -41,7 +41,7 @@ def rdpo(logps: LogProbs, *, beta: float = 0.1, label_smoothing: float = 0.1) ->
     return ((1 - e) * agreeing - e * flipped) / (1 - 2 * e)
 
 
-@objective(paper="Wu et al., arXiv 2407.07880", needs_reference=True, batch_statistics=True)
+@objective(paper="Wu et al., arXiv 2407.07880", needs_reference=True, batch_statistics=True, coupled=True)
 def dr_dpo(logps: LogProbs, *, beta: float = 0.1, beta_prime: float = 1.0) -> Array:
     """Dr. DPO: `-beta' * log mean_i exp(-l_i / beta')` of the batch's DPO losses l_i.
 

@@ -15,7 +15,7 @@ _LARGEST_EXPONENT = 60.0
     needs_anchor=True,
     average=True,
     of_margins=True,
-    step_settings=("beta", "gamma", "loss_type", "label_smoothing"),
+    step_settings={name: name for name in ("beta", "gamma", "loss_type", "label_smoothing")},
 )
 def gapo(
     logps: LogProbs,
@@ -38,7 +38,12 @@ def gapo(
     return pair_losses(logps.anchor_gaps, beta, gamma, loss_type, label_smoothing, logps.xp)
 
 
-@objective(paper="Meng, Xia, Chen, arXiv 2405.14734", average=True, of_margins=True, step_settings=("beta", "gamma"))
+@objective(
+    paper="Meng, Xia, Chen, arXiv 2405.14734",
+    average=True,
+    of_margins=True,
+    step_settings={"beta": "beta", "gamma": "gamma"},
+)
 def simpo(logps: LogProbs, *, beta: float = 2.5, gamma: float | Array = 0.25) -> Array:
     """SimPO: `-log sigmoid(beta * M - gamma)`, with M the margin of length-normalised log-probabilities.
 

@@ -115,15 +115,9 @@ def train(
 def _step(arm: str, settings: Mapping[str, Any]) -> tuple[Objective, Callable[..., Any]]:
     """The objective of an arm and its training step; the settings go to `GAPOConfig` where the objective reads them."""
     objective = OBJECTIVES[ARMS[arm].objective]
-    in_config = bool(objective.step_settings)
-    step = gapo.value_and_grad(
-        pair_logps,
-        gapo.GAPOConfig(**settings if in_config else {}),
-        objective,
-        backend="torch",
-        objective_settings=None if in_config else settings,
-    )
-    return objective, step
+    own = {name: settings[name] for name in settings if name in objective.defaults.keys() - objective.step_settings}
+    config = gapo.GAPOConfig(**{name: value for name, value in settings.items() if name not in own})
+    return objective, gapo.value_and_grad(pair_logps, config, objective, backend="torch", objective_settings=own)
 
 
 def _schedule(step: int, total: int, warmup_ratio: float) -> float:

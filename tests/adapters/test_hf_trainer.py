@@ -329,3 +329,13 @@ def test_trls_settings_of_the_loss_are_said_to_have_no_effect(
                 processing_class=hf_models.tokenizer(), callbacks=[GAPOCallback()],
             )  # fmt: skip
         assert ("beta=0.2, ld_alpha=0.5, loss_type=['ipo']: no effect" in caplog.text) is bool(settings)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "gapo+dpo"])
+def test_a_beta_that_the_objective_would_not_read_is_refused(tmp_path: Path, objective: str) -> None:
+    """TRL's users write beta=0.05 for DPO; here that field is GAPO's, and DPO's stands in objective_settings."""
+    with pytest.raises(ValueError, match=r"beta=0.05 is a setting of .*give objective_settings=\{'beta': 0.1\}"):
+        GAPOConfig(str(tmp_path), objective=objective, beta=0.05)
+    args = GAPOConfig(str(tmp_path), objective="gapo+dpo", beta=2.0, objective_settings={"beta": 0.05})
+    loss = gapo.objectives.resolve(args.objective, args.step_config(), args.objective_settings)
+    assert (loss.settings["beta"], loss.settings["gap_beta"], loss.settings["gap_gamma"]) == (0.05, 2.0, 0.25)

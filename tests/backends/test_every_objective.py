@@ -65,7 +65,9 @@ def expected_loss(name: str, averages: Any, anchor: Any) -> Any:
     if entry.average:
         references = [x / n for x, n in zip(references, LENGTHS, strict=True)]
     arrays = [*(averages if entry.average else sums), *(references if entry.needs_reference else [])]
-    return getattr(objectives, name)(*arrays, *([LENGTHS[0]] if name == "rpo" else []))
+    arrays += anchor if entry.needs_anchor else []
+    settings = {name: getattr(CONFIG, name) for name in entry.step_settings}
+    return getattr(objectives, name)(*arrays, *([LENGTHS[0]] if name == "rpo" else []), **settings)
 
 
 def moved(averages: Any) -> Any:
@@ -104,7 +106,7 @@ def test_gradients_are_those_of_the_public_function(backend: Library, name: str,
     np.testing.assert_allclose(backend.numpy(result.loss), loss, rtol=rtol)
     np.testing.assert_allclose(backend.numpy(result.weights), N * np.asarray(expected[1]), rtol=rtol, atol=rtol)
     np.testing.assert_allclose(backend.numpy(result.margins), averages[0] - averages[1], rtol=rtol)
-    anchored = name in ("gapo", "own with anchor")
+    anchored = name == "own with anchor" or (name in NAMES[:-2] and objectives.OBJECTIVES[name].needs_anchor)
     assert (result.anchor_gaps is not None, result.radius is not None) == (anchored, anchored)
     if anchored:
         gaps = averages[0] - averages[1] - (anchor[0] - anchor[1])

@@ -113,9 +113,18 @@ def closed_form(name: str, logps: list[np.ndarray], s: dict[str, Any]) -> np.nda
     z, beta = policy - references, s.get("beta", np.nan)
     losing, winning = beta * sigmoid(-beta * z), beta * sigmoid(beta * z)  # slopes of log sigmoid at z and at -z
     e = s.get("label_smoothing", 0.0)
+    anchor_margins = anchor[0] - anchor[1] if anchor else 0.0
     if name in ("gapo", "simpo"):
-        gaps = margins - (anchor[0] - anchor[1]) if anchor else margins
+        gaps = margins - anchor_margins
         return beta * sigmoid(s["gamma"] - beta * gaps)
+    if name == "gapo_simpo":
+        return beta * (sigmoid(s["gamma"] - beta * margins) + sigmoid(s["gamma"] - beta * (margins - anchor_margins)))
+    if name == "gapo_capped":
+        return (beta * margins < s["gamma"]) * beta * sigmoid(s["gamma"] - beta * (margins - anchor_margins))
+    if name in ("gapo_target", "margin_target"):
+        witness = margins - anchor_margins if anchor else -margins
+        scores = (witness - witness.mean()) / witness.std(ddof=1)
+        return beta * sigmoid(s["gamma"] * (1 - s["strength"] * scores) - beta * margins)
     if name == "amapo":
         mean, spread = margins.mean(), margins.std(ddof=1)
         targets = np.where(margins < mean, beta * np.exp((mean - margins) / spread * mean), 0)
@@ -193,8 +202,8 @@ def test_the_step_of_a_users_own(backend: Library) -> None:
 
 # What each objective needs besides margins: log-probabilities by side, lengths, a reference.
 NEEDS = {
-    **dict.fromkeys(("gapo", "simpo", "amapo"), ()),
-    **dict.fromkeys(set(NAMES) - {"gapo", "simpo", "amapo", "ipo"}, ("logps", "lengths", "reference")),
+    **dict.fromkeys((name for name in NAMES if OBJECTIVES[name].of_margins), ()),
+    **dict.fromkeys((name for name in NAMES if OBJECTIVES[name].needs_reference), ("logps", "lengths", "reference")),
     "ipo": ("lengths", "reference"),  # margins per token, and the reference's sums over lengths
 }
 REFUSED = {

@@ -82,6 +82,21 @@ def rewards(row: Any, s: Any) -> float:
     return min(s["clip"], max(-s["clip"], chosen)) - min(s["clip"], max(-s["clip"], rejected))
 
 
+def softplus(x: float) -> float:
+    return math.log(1 + math.exp(x))
+
+
+def gap(row: Any) -> float:
+    return token_margin(row) - token_margin(row, 4)
+
+
+def own_targets(rows: Any, s: Any, scores: list[float]) -> list[float]:
+    """SimPO's losses whose targets fall with the scores' distance from their mean, in sample deviations."""
+    mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else math.inf
+    targets = [s["gamma"] - s["gamma"] * s["strength"] * (x - mean) / spread for x in scores]
+    return [softplus(t - s["beta"] * token_margin(row)) for t, row in zip(targets, rows, strict=True)]
+
+
 def ramp(d: float) -> float:
     return 0.0 if d > 1 else 1.0 if d < -1 else (1 - d) / 2
 
@@ -97,6 +112,15 @@ ORACLES = {
     ),
     "simpo": of_each(lambda row, s: math.log(1 + math.exp(s["gamma"]) / math.exp(token_margin(row)) ** s["beta"])),
     "amapo": adaptive,
+    "gapo_simpo": of_each(
+        lambda row, s: sum(softplus(s["gamma"] - s["beta"] * x) for x in (token_margin(row), gap(row)))
+    ),
+    "gapo_capped": lambda rows, s, frozen: [
+        softplus(s["gamma"] - s["beta"] * gap(row)) if s["beta"] * token_margin(x) - s["gamma"] < s["cap"] else 0.0
+        for row, x in zip(rows, frozen, strict=True)
+    ],
+    "gapo_target": lambda rows, s, frozen: own_targets(rows, s, [gap(row) for row in frozen]),
+    "margin_target": lambda rows, s, frozen: own_targets(rows, s, [-token_margin(row) for row in frozen]),
     "dpo": of_each(lambda row, s: -math.log(agreement(row, s["beta"]))),
     "cdpo": of_each(smoothed),
     "rdpo": of_each(unbiased),
@@ -147,6 +171,10 @@ HAND_COMPUTED = {
     "gapo": math.log(1 + math.exp(0.25 - 2.5 * (0.25 + 1 / 24))),
     "simpo": math.log(1 + math.exp(0.25 - 0.625)),
     "amapo": math.log(1 + math.exp(-0.5)),
+    "gapo_simpo": math.log(1 + math.exp(0.25 - 0.625)) + math.log(1 + math.exp(0.25 - 2.5 * (0.25 + 1 / 24))),
+    "gapo_capped": 0.0,  # beta * M = 0.625 is beyond 0.25
+    "gapo_target": math.log(1 + math.exp(0.25 - 0.625)),  # one pair alone has the score 0
+    "margin_target": math.log(1 + math.exp(0.25 - 0.625)),
     "dpo": 0.5981388693815918,
     "cdpo": 0.5981388693815918 + 0.1 * 0.2,
     "rdpo": 0.5981388693815918 - 0.1 * 0.2 / 0.8,
@@ -172,7 +200,7 @@ def test_value_computed_by_hand(library: Library, objective: Objective) -> None:
 @pytest.mark.parametrize("tried", ["defaults", "other"])
 def test_losses_are_the_oracles(library: Library, objective: Objective, tried: str) -> None:
     other = {"beta": 0.8, "tau": 0.4, "gamma": 0.5, "label_smoothing": 0.2, "beta_prime": 0.7, "alpha": 3.0}
-    other |= {"eta": 0.6, "clip": 1.5}
+    other |= {"eta": 0.6, "clip": 1.5, "cap": 1.0, "strength": 1.2}
     # smoothing of GAPO itself has its tests in test_objective.py
     changed = {key: other[key] for key in objective.defaults if key in other and objective.name != "gapo"}
     given = changed if tried == "other" else {}
@@ -362,7 +390,7 @@ def test_the_registry_is_what_is_public() -> None:
         for name, objective in OBJECTIVES.items()
         if objective.function is getattr(getattr(objectives, name, 0), "__wrapped__", 0)
     }
-    others = {"OBJECTIVES", "LogProbs", "Loss", "Objective", "find", "resolve"}
+    others = {"OBJECTIVES", "WEIGHTINGS", "LogProbs", "Loss", "Objective", "find", "resolve"}
     assert functions == set(objectives.__all__) - others
     assert set(OBJECTIVES) - functions == {"gapo"}
     assert set(ORACLES) == set(HAND_COMPUTED) == set(OBJECTIVES)
@@ -371,7 +399,9 @@ def test_the_registry_is_what_is_public() -> None:
     for objective in OBJECTIVES.values():
         assert "arXiv" in objective.paper or objective.name == "cdpo"
         assert objective.name in str(objective)
-    with pytest.raises(ValueError, match=r"objective must be one of 'gapo', 'simpo', .*'unhinged', got 'orpo'"):
+    with pytest.raises(
+        ValueError, match=r"objective must be one of 'gapo', 'simpo', .*'unhinged', got 'orpo'.*'gapo\+'"
+    ):
         objectives.find("orpo")
 
 

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 import gapo
 from gapo._fields import carried
 from gapo.objectives import OBJECTIVES, resolve
+from gapo.objectives.loss import require_own_settings
 
 
 @dataclass
@@ -55,7 +56,7 @@ class GAPOConfig(TrainingArguments):
         metadata={
             "help": "gapo, simpo for the control without an anchor, or another objective of gapo.objectives. Those "
             "that compare with a reference need its log-probabilities in the data set: see with_reference_logps.",
-            "choices": list(OBJECTIVES),
+            "choices": OBJECTIVES,
         },
     )
     objective_settings: dict[str, Any] | str | None = field(
@@ -82,7 +83,8 @@ class GAPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         settings: Any = self.objective_settings  # text was parsed above
-        resolve(self.objective, self.step_config(), settings)
+        loss = resolve(self.objective, self.step_config(), settings)
+        require_own_settings(loss, self.step_config(), settings or {}, "objective_settings={{{name!r}: {value!r}}}")
         for name in ("max_length", "max_prompt_length", "pad_to_multiple_of"):
             _require_count(name, getattr(self, name))
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same

@@ -19,6 +19,8 @@ from typing import Any
 
 from gapo.config import GAPOConfig
 from gapo.objectives import OBJECTIVES, Loss, Objective, resolve
+from gapo.objectives.loss import require_own_settings
+from gapo.objectives.registry import prefixes
 from gapo.runs.errors import ConfigError
 
 _WANTED = "a function of gapo.objectives.LogProbs that returns (N,) losses, or a gapo.objectives.Objective"
@@ -34,7 +36,7 @@ def require_loss(loss: str) -> None:
     if loss not in OBJECTIVES and not is_own(loss):
         raise ValueError(
             f"loss must be one of {', '.join(map(repr, OBJECTIVES))}, got {loss!r}; or MODULE:FUNCTION, with the "
-            "names of a module and of a function in it"
+            f"names of a module and of a function in it. {prefixes()}"
         )
 
 
@@ -87,15 +89,12 @@ def loss_of(loss: str, step_config: GAPOConfig, settings: Mapping[str, float]) -
 def require_loss_settings(loss: str, step_config: GAPOConfig, settings: Mapping[str, float]) -> None:
     """Raise ConfigError for settings that the loss does not take, or for those of GAPOConfig that it would not read."""
     resolved = loss_of(loss, step_config, settings)
-    if resolved.objective.step_settings:
-        return
-    for name, value in resolved.settings.items():
-        elsewhere = getattr(step_config, name, None)
-        if name not in settings and elsewhere != getattr(GAPOConfig(), name, None):
-            raise ConfigError(
-                f"{name}={elsewhere!r} is a setting of gapo and simpo, and loss {loss!r} has its own: give "
-                f"loss_settings: {{{name}: {value}}}, or --loss_settings.{name} {value}"
-            )
+    try:
+        require_own_settings(
+            resolved, step_config, settings, "loss_settings: {{{name}: {value}}}, or --loss_settings.{name} {value}"
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def code_digest(loss: str) -> str | None:
