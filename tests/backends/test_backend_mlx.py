@@ -24,8 +24,7 @@ from mlx_problem import BATCH, Mixer, margin_fn, mixer
 
 import gapo
 from gapo.adapters.mlx_lm import pair_logps
-from gapo.backends.mlx import mlx_forward
-from gapo.backends.mlx import MlxForward
+from gapo.backends.mlx import MlxForward, mlx_forward
 
 MLX = LIBRARIES["mlx"]
 

@@ -19,8 +19,8 @@ from gapo.config import GAPOConfig
 class MlxBackend:
     """The `Backend` verbs on MLX; the ranks are those of `group`.
 
-    With `one_pass` the backward runs once, where a model's layers allow it (`mlx_onepass`); else once for each question.
-    What is proved about a model at its first step is proved for this object.
+    With `one_pass` the backward runs once, where a model's layers allow it (`mlx_onepass`), and else once for each
+    question. What is proved about a model at its first step is proved for this object.
     """
 
     xp = mx

@@ -8,7 +8,7 @@ random numbers, the same module state. `mx.compile` sees that those forwards are
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from gapo.backends.base import LeafRule, MarginFn, margins_of, on_outputs, outputs_of, require_real
 from gapo.backends.mlx.mlx_head import Calls, head_names, watched
-from gapo.backends.mlx.mlx_state import ModuleState
+from gapo.backends.mlx.pairgrads.mlx_state import ModuleState
 
 logger = logging.getLogger(__name__)
 

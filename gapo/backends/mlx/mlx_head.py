@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from gapo.backends.mlx.instances import subclassed
+from gapo.backends.mlx.pairgrads.instances import subclassed
 from gapo.selection import HEAD_NAME
 
 

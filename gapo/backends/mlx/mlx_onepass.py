@@ -126,9 +126,10 @@ class OnePassMlxForward(MlxForward):
                 random_state()[:] = mx.random.key(0)
                 batch = stand_in_batch(self._batch, self._module)
                 stand_in = OnePassMlxForward(self._margin_fn, self._module, batch, None, by_side=self._by_side)
-                w = mx.random.uniform(0.5, 1.5, (2, *stand_in.outputs[0].shape), key=mx.random.key(1))
-                w = w if self._by_side else w[:1]
-                cotangents = [sign * x.astype(y.dtype) for sign, x, y in zip(_SIGNS, (w[0], w[-1]), stand_in.outputs)]
+                n = stand_in.outputs[0].shape[0]
+                weights = mx.random.uniform(0.5, 1.5, (2, n) if self._by_side else (1, n), key=mx.random.key(1))
+                by_output = zip(_SIGNS, (weights[0], weights[-1]), stand_in.outputs, strict=False)
+                cotangents = [sign * w.astype(output.dtype) for sign, w, output in by_output]
                 name = disagreement(stand_in.pullback(cotangents), MlxForward.pullback(stand_in, cotangents))
         except Refused as refusal:
             return str(refusal)
@@ -136,7 +137,7 @@ class OnePassMlxForward(MlxForward):
             return f"it cannot be proved right, since the model fails on random arrays: {error!r:.200}"
         finally:
             random_state()[:] = after
-        return f"the gradient of {name} is not the sum of the rows' own" if name else ""
+        return f"on random arrays the gradient of {name} is not MLX's own" if name else ""
 
     def _tell(self, why: str) -> None:
         if self._verdicts is not None and self._verdicts.first(self._module, why):

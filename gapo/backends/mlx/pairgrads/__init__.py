@@ -8,7 +8,7 @@ What a rule says, and that rows do not mix, is for the caller to prove: `stand_i
 shapes into the module, on which any two ways to its gradients can be compared, `disagreement` says where they differ.
 """
 
-from gapo.backends.mlx.pairgrads.recorder import GroupGradients, Recorder, Refused
 from gapo.backends.mlx.pairgrads.standins import disagreement, stand_in_batch, stand_ins
+from gapo.backends.mlx.pairgrads.taps import GroupGradients, Recorder, Refused
 
 __all__ = ["GroupGradients", "Recorder", "Refused", "disagreement", "stand_in_batch", "stand_ins"]

@@ -19,6 +19,9 @@ class Contribution(Protocol):
     def along(self, delta: mx.array) -> mx.array:
         """`<grad_i, delta>` for each group i, (groups,), in float32 or wider."""
 
+    def arrays(self) -> list[mx.array]:
+        """What it consists of."""
+
 
 class Explicit(NamedTuple):
     """The gradient of each group, (groups, *shape)."""
@@ -31,6 +34,9 @@ class Explicit(NamedTuple):
     def along(self, delta: mx.array) -> mx.array:
         flat = self.grads.reshape(self.grads.shape[0], -1).astype(delta.dtype)
         return flat @ delta.reshape(-1)
+
+    def arrays(self) -> list[mx.array]:
+        return [self.grads]
 
 
 class Owners(NamedTuple):
@@ -73,6 +79,9 @@ class Outer(NamedTuple):
             return self.owners.summed((self.left @ delta) * self.right)
         return self.owners.summed((self.right @ delta.T) * self.left)
 
+    def arrays(self) -> list[mx.array]:
+        return [self.left, self.right]
+
 
 class Lookup(NamedTuple):
     """A table whose rows `ids` were looked up: ids (rows, ...), g (rows, ..., width)."""
@@ -87,6 +96,9 @@ class Lookup(NamedTuple):
 
     def along(self, delta: mx.array) -> mx.array:
         return self.owners.summed(delta[self.ids] * self.g)
+
+    def arrays(self) -> list[mx.array]:
+        return [self.g]
 
 
 class Experts(NamedTuple):
@@ -111,6 +123,9 @@ class Experts(NamedTuple):
     def along(self, delta: mx.array) -> mx.array:
         a, dtype = self.a, delta.dtype
         return self.owners.summed(self._replace(a=a.astype(dtype))._product(delta) * self.g)
+
+    def arrays(self) -> list[mx.array]:
+        return [self.a, self.g]
 
 
 def matrix(left: mx.array, right: mx.array, groups: int) -> Contribution:

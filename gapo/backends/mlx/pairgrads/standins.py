@@ -15,8 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from gapo._namespace import is_concrete
-from gapo.backends.mlx.mlx_state import ModuleState
+from gapo.backends.mlx.pairgrads.mlx_state import ModuleState
 
 _TOLERANCE = 2e-3  # of a gradient's norm, in float32 and through other kernels
 _FLOOR = 2e-6  # of the norm of all gradients: a sum that cancels is rounding
@@ -44,8 +43,20 @@ def _replace(container: Any, drawn: dict[Any, mx.array]) -> None:
     for key, value in list(container.items() if is_dict else enumerate(container)):
         if isinstance(value, (dict, list)):
             _replace(value, drawn)
-        elif isinstance(value, mx.array) and (_is_parameter(key, value) or not is_concrete(value)):
-            (dict if is_dict else list).__setitem__(container, key, _drawn(value, drawn))
+        elif isinstance(value, mx.array) and (_is_parameter(key, value) or not _is_readable(value)):
+            if is_dict:
+                dict.__setitem__(container, key, _drawn(value, drawn))
+            else:
+                container[key] = _drawn(value, drawn)
+
+
+def _is_readable(x: mx.array) -> bool:
+    """Whether `x` has values: within `mx.compile`, what it is called with has none."""
+    try:
+        mx.eval(x)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _is_parameter(key: Any, value: mx.array) -> bool:
@@ -54,18 +65,25 @@ def _is_parameter(key: Any, value: mx.array) -> bool:
 
 def _drawn(like: mx.array, drawn: dict[Any, mx.array]) -> mx.array:
     """The array for the shape and dtype of `like`: matrices of about norm 1, vectors around 1, as norms have them."""
-    kind, shape = like.dtype, like.shape
-    if (shape, kind) not in drawn:
+    dtype, shape = like.dtype, like.shape
+    if (shape, dtype) not in drawn:
         key = mx.random.key(len(drawn))
-        if mx.issubdtype(kind, mx.floating):
-            width = math.sqrt(shape[-1]) if len(shape) > 1 else 1
-            x = mx.random.normal(shape, key=key) / width if len(shape) > 1 else mx.random.uniform(0.5, 1.5, shape, key=key)
-            drawn[shape, kind] = x.astype(mx.float64) if kind == mx.float64 else x
-        elif kind == mx.uint32:  # packed weights
-            drawn[shape, kind] = mx.random.bits(shape, key=key)
-        else:  # small, as an exponent of 8 bits has to be
-            drawn[shape, kind] = mx.full(shape, 118 if kind == mx.uint8 else 0, kind)
-    return drawn[shape, kind]
+        if not mx.issubdtype(dtype, mx.floating):
+            drawn[shape, dtype] = _integers(shape, dtype, key)
+        else:
+            wide = mx.float64 if dtype == mx.float64 else mx.float32
+            matrix = mx.random.normal(shape, key=key) / math.sqrt(shape[-1]) if len(shape) > 1 else None
+            x = mx.random.uniform(0.5, 1.5, shape, key=key) if matrix is None else matrix
+            drawn[shape, dtype] = x.astype(wide)
+    return drawn[shape, dtype]
+
+
+def _integers(shape: tuple[int, ...], dtype: mx.Dtype, key: mx.array) -> mx.array:
+    if dtype == mx.uint32:  # packed weights
+        return mx.random.randint(0, 2**31 - 1, shape, key=key).astype(dtype)
+    return mx.full(
+        shape, 118 if dtype == mx.uint8 else 0, dtype=dtype
+    )  # uint8: a scale's exponent, which is to be small
 
 
 def stand_in_batch(batch: Any, module: nn.Module) -> Any:
@@ -75,14 +93,17 @@ def stand_in_batch(batch: Any, module: nn.Module) -> Any:
 
 
 def _concrete(batch: Any, rows: int) -> Any:
-    if isinstance(batch, mx.array) and not is_concrete(batch):
+    if isinstance(batch, mx.array) and not _is_readable(batch):
         key = mx.random.key(len(batch.shape))
         if mx.issubdtype(batch.dtype, mx.floating):
             return mx.random.normal(batch.shape, key=key).astype(batch.dtype)
         return mx.random.randint(0, rows, batch.shape, key=key).astype(batch.dtype)
     if isinstance(batch, dict):
         return {name: _concrete(x, rows) for name, x in batch.items()}
-    return type(batch)(_concrete(x, rows) for x in batch) if type(batch) in (list, tuple) else batch
+    if type(batch) in (list, tuple):
+        concrete = [_concrete(x, rows) for x in batch]
+        return concrete if type(batch) is list else tuple(concrete)
+    return batch
 
 
 def disagreement(ours: Mapping[str, mx.array], theirs: Mapping[str, mx.array]) -> str | None:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx import nn
 
-from gapo.backends.mlx.instances import subclassed
 from gapo.backends.mlx.pairgrads.contributions import Contribution
+from gapo.backends.mlx.pairgrads.instances import subclassed
 from gapo.backends.mlx.pairgrads.layer_rules import Call, Rule, rows_when_sorted, rule_of, sorts_entries
 
 
@@ -160,7 +160,7 @@ class Recorder:
     def _gradients(self, groups: int) -> tuple[GroupGradients, Hashable]:
         parts: dict[str, list[Contribution]] = {name: [] for name in self._parameters}
         calls: list[Hashable] = []
-        for (path, rules, trained), rule, call, g in self._records:
+        for (path, _, trained), rule, call, g in self._records:
             x = call.args[0]
             blocks, rest = divmod(x.shape[0] if x.ndim > 1 else 0, groups)
             if call.rows is None and (rest or blocks not in (1, 2) or g.shape[0] != x.shape[0]):
@@ -169,7 +169,7 @@ class Recorder:
             for key, part in rule.contributions(call._replace(groups=groups), g):
                 if key in trained:
                     parts[f"{path}.{key}" if path else key].append(part)
-        _unmark([x for some in parts.values() for part in some for x in part if isinstance(x, mx.array)])
+        _unmark([x for of_one in parts.values() for part in of_one for x in part.arrays()])
         return GroupGradients(parts, self._parameters, groups), tuple(calls)
 
     def call(self, m: nn.Module, method: str, function: Callable[..., Any], args: Any, options: Any) -> Any:
