@@ -123,7 +123,7 @@ class MlxForward:
         by_name = dict(zip(names, tangents, strict=True))
         try:
             _, along = mx.jvp(lambda *values: self._run(names, values), leaves, tangents)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # "not implemented", of quantised experts as a RuntimeError
             if "jvp" not in str(error):
                 raise
             _log_pair_by_pair(str(error))
