@@ -2,9 +2,9 @@
 
 `train(model, optimizer, pairs, valid, args, loss=make_loss(config), iterate_batches=iterate_batches)`
 
-mlx-lm differentiates the loss itself. The loss therefore runs the step on the clean forward, and returns a scalar that
-is linear in that forward's outputs, with the step's cotangents for coefficients. mlx-lm's own backward through it is
-the update's pullback, whatever the objective.
+mlx-lm differentiates the loss itself. The loss therefore runs the step on the clean forward, and returns its value as a
+scalar with the step's gradient behind it: one that the step has computed already, or, where it propagates anew, a
+scalar that is linear in the forward's outputs.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def make_loss(
     ) -> tuple[mx.array, mx.array]:
         _refuse_checkpointed_dropout(model)
         _warn_of_a_bare_quantised_base(model)
-        # The module's parameters are the tracers of mlx-lm's gradient here: it goes through `forward.outputs`.
+        # The module's parameters are the tracers of mlx-lm's gradient here, which `as_loss` answers.
         forward = backend.forward(pair_logps, model, batch, config, anchor=target.needs_anchor, by_side=target.by_side)
         before = statistics.of(model)
         result, cotangents = run(forward, config, backend, loss=target, constants=constants, running=before)
