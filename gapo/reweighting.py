@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from gapo.config import GAPOConfig
@@ -42,12 +43,12 @@ def verdict(gap_mean: float, gap_std: float, config: GAPOConfig) -> str | None:
     if not config.moves or config.loss_type != "sigmoid" or not math.isfinite(gap_mean + gap_std):
         return None
     if _share(gap_mean - _DEVIATIONS * gap_std, config) < _NOTHING:
-        found = f"the gaps are {gap_mean:.3g} +- {gap_std:.3g} nats per token"
+        gaps = f"the gaps are {gap_mean:.3g} +- {gap_std:.3g} nats per token"
         way = (
             f"{'rho' if config.target_gap is None else 'target_gap'} or beta is too large, or the policy has run away "
             "(its margins are large, and a small step loses them)"
         )
-        return f"the weights of nearly all pairs are 0, so that most of the data is thrown away: {found}; {way}"
+        return f"the weights of nearly all pairs are 0, so that most of the data is thrown away: {gaps}; {way}"
     if config.beta * gap_std * (1 - _share(gap_mean, config)) < _EQUAL:
         if config.target_gap is None:
             way = f"rho={config.rho} is too small for this model: set target_gap=0.3 in its place, or raise rho"
@@ -65,13 +66,14 @@ class Watch:
 
     Args:
         config: settings of the step.
-        loss: of the training. Only losses with weights of this form are watched: "gapo" and "gapo+NAME".
+        loss: of the training. Only losses with weights of this form are watched (`Objective.weighs_by_gap`).
         log: where to, of (message).
     """
 
     def __init__(self, config: GAPOConfig, loss: Loss, log: Callable[[str], None] = logger.warning) -> None:
-        self._config, self._log = config, log
-        self._applies = loss.needs_anchor and (loss.name == "gapo" or "gap_beta" in loss.settings)
+        own = {"beta": loss.settings.get("gap_beta"), "gamma": loss.settings.get("gap_gamma")}
+        self._config = replace(config, **{name: x for name, x in own.items() if x})
+        self._applies, self._log = loss.objective.weighs_by_gap and own["beta"] != 0, log
         self._said: set[str] = set()
 
     def see(self, metrics: Mapping[str, Any]) -> None:
@@ -82,7 +84,8 @@ class Watch:
             or float(metrics["gapo/radius"]) == 0
         ):
             return
-        text = verdict(*(float(metrics[name]) for name in FIGURES), self._config)
+        mean, deviation = (float(metrics[name]) for name in FIGURES)
+        text = verdict(mean, deviation, self._config)
         cause = None if text is None else text.partition(",")[0]
         if text is not None and cause not in self._said:
             self._said.add(str(cause))
