@@ -177,6 +177,11 @@ def _needs(body: Split, scan: _Scan) -> tuple[list[Cell], set[Cell]]:
     return list(stored), seen & at_hand
 
 
+def scan_needs(body: Split, operation: Operation) -> list[Cell]:
+    """The values that a scan stores for its sums, one for each of its steps."""
+    return _needs(body, _Scan(body, operation))[0]
+
+
 def _values_after(reading: Split) -> Iterator[Cell]:
     """Values that the operations on sums read."""
     cut_cells = {cut.cell for cut in reading.cuts}
@@ -258,14 +263,14 @@ def _scan_after(
 
 
 def _grouped(cut: Cut, cells: dict[Cell, Any]) -> Array:
-    """The result of a cut's operation for each group, (groups, *shape)."""
+    """The result of a cut's operation for each of its groups, (n, *shape)."""
     operation = cut.operation
     assert operation is not None
     operands = [_value(cells, cell) for cell in operation.operands]
-    a, groups, b = cut.layout
+    a, n, b = cut.layout
 
     def unfold(x: Array, axis: int) -> Array:
-        return x.reshape(*x.shape[:axis], a, groups, b, *x.shape[axis + 1 :])
+        return x.reshape(*x.shape[:axis], a, n, b, *x.shape[axis + 1 :])
 
     def places(axes: Sequence[int], axis: int) -> list[int]:
         """`axes` of the operand as axes of the unfolded one, `axis` as its two that are summed."""
@@ -297,7 +302,8 @@ def _scaled(cut: Cut, x: Array, weights: Array | None) -> Array:
         return x if weights is None else x * weights[np.maximum(cut.labels, 0)].astype(x.dtype)
     axis = x.ndim - len(cut.cell.shape) - 1
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    weights = jnp.ones(x.shape[axis], wide) if weights is None else weights
+    n = x.shape[axis]
+    weights = jnp.ones(n, wide) if weights is None else weights[cut.first : cut.first + n]
     return jnp.tensordot(x.astype(wide), weights.astype(wide), ((axis,), (0,))).astype(x.dtype)
 
 
@@ -308,7 +314,7 @@ def _products(cut: Cut, x: Array, y: Array, groups: int) -> Array:
     if cut.operation is not None:
         axis = x.ndim - len(cut.cell.shape) - 1
         x = jnp.moveaxis(x, axis, 0)
-        return jnp.tensordot(x, y, y.ndim)
+        return jnp.pad(jnp.tensordot(x, y, y.ndim), (cut.first, groups - cut.first - len(x)))
     labels = cut.labels.reshape((1,) * (x.ndim - cut.labels.ndim) + cut.labels.shape)
     products = (x * y).sum([axis for axis, n in enumerate(labels.shape) if n == 1])
     by_label = labels.reshape(-1, 1) == np.arange(groups)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal
 
 # Calls that run their jaxpr once on their operands, and the parameter that holds it.
 _CALLS = {
@@ -16,6 +16,7 @@ _CALLS = {
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
     "remat": "jaxpr",
+    "remat2": "jaxpr",
     "checkpoint": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
@@ -95,7 +96,7 @@ def _open(program: Program, jaxpr: Any, constants: Sequence[Cell], inputs: Seque
         else:
             results = [Cell(v.aval) for v in eqn.outvars]
             body = program_of(eqn.params["jaxpr"]) if name == "scan" else None
-            program.operations.append(Operation(name, eqn.params, operands, results, _caller(jaxpr, eqn), body))
+            program.operations.append(Operation(name, eqn.params, operands, results, _caller(eqn), body))
         cells.update(zip(eqn.outvars, results, strict=True))
     return [cell(atom) for atom in jaxpr.outvars]
 
@@ -112,14 +113,16 @@ def _apart(program: Program, operands: list[Cell]) -> list[Cell]:
     return results
 
 
-def _caller(jaxpr: Any, eqn: Any) -> Callable[..., Sequence[Any]]:
-    """`eqn` as a function: a jaxpr of this one equation."""
-    places: dict[Any, int] = {}
-    for i, atom in enumerate(eqn.invars):
-        if not isinstance(atom, Literal):
-            places.setdefault(atom, i)
-    alone = jaxpr.replace(
-        constvars=[], invars=list(places), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects, debug_info=None
-    )
-    function = jaxpr_as_fun(ClosedJaxpr(alone, ()))
-    return lambda *operands: function(*(operands[i] for i in places.values()))
+def _caller(eqn: Any) -> Callable[..., Sequence[Any]]:
+    def call(*operands: Any) -> Sequence[Any]:
+        with eqn.ctx.manager:
+            results = eqn.primitive.bind(*operands, **eqn.params)
+        return results if eqn.primitive.multiple_results else [results]
+
+    return call
+
+
+def jaxprs_of(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs among an operation's parameters: a loop's body, a branch, a call's inside."""
+    values = [v for value in params.values() for v in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [v for v in (getattr(value, "jaxpr", value) for value in values) if hasattr(v, "eqns")]

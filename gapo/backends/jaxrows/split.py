@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from gapo.backends.jaxrows.labels import Labels, Mixes, carry, compressed, joined
-from gapo.backends.jaxrows.program import Cell, Operation, Program
+from gapo.backends.jaxrows.labels import Labels, Mixes, Shape, carry, compressed, joined
+from gapo.backends.jaxrows.program import Cell, Operation, Program, jaxprs_of
 
 
 class _Mark:
@@ -47,7 +47,8 @@ class Cut:
             None where the array itself is stored.
         slot: place of the array among its operands.
         axis: the array's axis along which the groups change.
-        layout: (a, groups, b): that axis is groups in blocks of b, a times over.
+        first: the first group that the axis holds.
+        layout: (a, n, b): that axis is the n groups from `first` on, in blocks of b, a times over.
     """
 
     cell: Cell
@@ -55,6 +56,7 @@ class Cut:
     operation: Operation | None = None
     slot: int = 0
     axis: int = 0
+    first: int = 0
     layout: tuple[int, int, int] = (1, 1, 1)
 
 
@@ -253,20 +255,21 @@ def _by_group(reading: Split, operation: Operation, states: Sequence[State]) -> 
     summed = operation.params["dimension_numbers"][0][slot] if dot else operation.params["axes"]
     if len(axes) != 1 or axes[0] not in summed:
         return None
-    layout = _layout(labels.ravel(), reading.groups)
+    first, layout = _layout(labels.ravel())
     (cell,) = operation.results
-    if layout is None or reading.groups * cell.size > sum(x.size for x in operation.operands):
+    if layout is None or layout[1] * cell.size > sum(x.size for x in operation.operands):
         return None
-    return Cut(cell, labels, operation, slot, axes[0], layout)
+    return Cut(cell, labels, operation, slot, axes[0], first, layout)
 
 
-def _layout(labels: Labels, groups: int) -> tuple[int, int, int] | None:
-    """(a, groups, b) if `labels` count 0, 1, ..., groups - 1 in blocks of b, a times over."""
+def _layout(labels: Labels) -> tuple[int, tuple[int, int, int] | None]:
+    """`first` and `layout` of a cut whose axis has these labels; None where they are in no such order."""
+    first, n = int(labels.min()), int(labels.max() - labels.min()) + 1
     changes = np.flatnonzero(labels != labels[0])
     b = int(changes[0]) if len(changes) else len(labels)
-    a, rest = divmod(len(labels), groups * b)
-    expected = np.broadcast_to(np.arange(groups)[:, None], (max(a, 1), groups, b)).ravel()
-    return (a, groups, b) if not rest and np.array_equal(labels, expected) else None
+    a, rest = divmod(len(labels), n * b)
+    expected = np.broadcast_to(first + np.arange(n)[:, None], (max(a, 1), n, b)).ravel()
+    return first, (a, n, b) if first >= 0 and not rest and np.array_equal(labels, expected) else None
 
 
 def products_after(reading: Split, times: int = 1) -> tuple[int, dict[str, int]]:
@@ -283,7 +286,7 @@ def products_after(reading: Split, times: int = 1) -> tuple[int, dict[str, int]]
             for cause, n in causes.items():
                 behind[cause] = behind.get(cause, 0) + n
         elif any(isinstance(reading.state(cell), np.ndarray) for cell in operation.results):
-            once += times * _multiplications(operation)
+            once += times * _of(operation)
     for operation in reading.after:
         if operation in reading.scans:
             continue
@@ -291,20 +294,24 @@ def products_after(reading: Split, times: int = 1) -> tuple[int, dict[str, int]]
         if operation.name in _PRODUCTS and not mixed and any(cell in direct for cell in operation.operands):
             continue
         cause = reading.causes[operation.results[0]]
-        behind[cause] = behind.get(cause, 0) + times * _multiplications(operation)
+        behind[cause] = behind.get(cause, 0) + times * _of(operation)
     return once, behind
 
 
-def _multiplications(operation: Operation) -> int:
+def _multiplications(name: str, params: dict[str, Any], operands: Sequence[Shape], result: Shape) -> int:
     """Of one operation and those within it."""
-    if operation.body is not None:
-        inner = sum(_multiplications(o) for o in operation.body.operations)
-        return int(operation.params["length"]) * inner
-    if operation.name == "dot_general":
-        contracted = operation.params["dimension_numbers"][0][0]
-        left = operation.operands[0].shape
-        return operation.results[0].size * prod(left[axis] for axis in contracted)
-    if operation.name in _PRODUCTS:
-        return operation.results[0].size * operation.operands[1].size // max(1, operation.operands[1].shape[0])
-    # An operation whose inside is not counted, such as a kernel, does at least as much as touch its operands.
-    return 0
+    if name == "dot_general":
+        return prod(result) * prod(operands[0][axis] for axis in params["dimension_numbers"][0][0])
+    if name in _PRODUCTS:
+        return prod(result) * prod(operands[1]) // max(1, operands[1][0])
+    inner = 0
+    for jaxpr in jaxprs_of(params):
+        for eqn in jaxpr.eqns:
+            shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in (*eqn.invars, *eqn.outvars[:1])]
+            inner += _multiplications(eqn.primitive.name, eqn.params, shapes[: len(eqn.invars)], shapes[-1])
+    return int(params.get("length", 1)) * inner if inner else 0
+
+
+def _of(operation: Operation) -> int:
+    shapes = [cell.shape for cell in operation.operands]
+    return _multiplications(operation.name, operation.params, shapes, operation.results[0].shape)
