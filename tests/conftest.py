@@ -7,8 +7,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small arrays; pytest-xdist uses the cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_X64", "1")
-if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # a mesh without a cluster
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Compiling takes longest by far: XLA's plainest code takes a third of the time. With flags of one's own, as
+# .ci/machines has them, and in the two hosts of test_devices.py, XLA compiles as it does for users.
+if not os.environ.get("XLA_FLAGS"):
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:  # a mesh without a cluster
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ.setdefault(
     "MLX_DISABLE_COMPILE", "1"
 )  # one g++ call for each fused kernel; the compiled path has its own test
@@ -56,6 +60,14 @@ def backend(request: pytest.FixtureRequest) -> Library:
     found = BACKENDS[request.param]
     require(found.module)
     return found
+
+
+@pytest.fixture(scope="session")
+def mlx_compiles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process in which MLX compiles."""
+    import quick_gcc
+
+    return quick_gcc.environment(tmp_path_factory.mktemp("gcc"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,4 @@
-"""Other uses of the anchor gap than GAPO's, and their controls: candidates to compare, each with SimPO's pull in it.
+"""Other uses of the anchor gap than GAPO's, and their controls: candidates to compare, each with a pull that ends.
 
 `gapo.objectives.weighted` has the weighting of any objective.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from gapo._namespace import Array, stop_gradient
 from gapo.objective import pair_losses
+from gapo.objectives.batch_adaptive import label_likelihood
 from gapo.objectives.formulas import objective
-from gapo.pairs import LogProbs
+from gapo.objectives.registry import OBJECTIVES
+from gapo.pairs import SIDES, LogProbs
 
 _GAPO = "after Cho, Kim, Kim, arXiv 2602.04909"
 _OF_STEP = {"beta": "beta", "gamma": "gamma"}
@@ -78,3 +80,29 @@ def margin_target(logps: LogProbs, *, beta: float = 2.5, gamma: float | Array = 
     """
     targets = gamma * (1 + strength * logps.zscore(logps.margins))
     return pair_losses(logps.margins, beta, targets, "sigmoid", 0.0, logps.xp)
+
+
+@objective(
+    paper="after Cao et al., arXiv 2509.24159",
+    needs_reference=True,
+    needs_anchor=True,
+    batch_statistics=True,
+    lengths=SIDES,
+    evaluated_as=OBJECTIVES["re_po"],
+)
+def gapo_re_po(
+    logps: LogProbs, *, beta: float = 0.1, reliability: float = 0.9, rate: float = 0.1, kappa: float = 1.0
+) -> Array:
+    """RE-PO with the anchor gap as a second witness against a label.
+
+    As `re_po`, with `logit(eta) + beta * z - kappa * zscore(Gamma)` for the logit of w.
+
+    Args:
+        beta: as in `dpo`.
+        reliability: as in `re_po`.
+        rate: as in `re_po`.
+        kappa: how much a gap of one deviation above the mean counts against the label, in nats, >= 0; at 0 it is RE-PO.
+
+    Source: arXiv 2509.24159, with the gap of arXiv 2602.04909.
+    """
+    return label_likelihood(logps, beta, reliability, rate, doubt=kappa * logps.zscore(logps.anchor_gaps))

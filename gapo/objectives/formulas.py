@@ -24,9 +24,9 @@ def objective(**about: Any) -> Callable[[Callable[..., Array]], Callable[..., Ar
     in DPO's order: the policy's two, then the reference's or the anchor's.
 
     Args:
-        about: fields of `Objective`; `lengths=True` when the function of arrays takes `chosen_lengths` too.
+        about: fields of `Objective`; `lengths`, the sides whose number of tokens the function of arrays takes too.
     """
-    lengths = about.pop("lengths", False)
+    lengths = tuple(f"{side}_lengths" for side in about.pop("lengths", ()))
 
     def register(formula: Callable[..., Array]) -> Callable[..., Array]:
         entry = Objective(name=formula.__name__, function=formula, **about)
@@ -36,11 +36,11 @@ def objective(**about: Any) -> Callable[[Callable[..., Array]], Callable[..., Ar
     return register
 
 
-def _of_arrays(entry: Objective, lengths: bool) -> Callable[..., Array]:
+def _of_arrays(entry: Objective, lengths: tuple[str, ...]) -> Callable[..., Array]:
     """The public function of an objective: checks, namespace and reduction around its formula."""
     prefixes = ["", *(["ref_"] if entry.needs_reference else []), *(["anchor_"] if entry.needs_anchor else [])]
     sides = [prefix + side for prefix in prefixes for side in ("chosen", "rejected")]
-    names = [f"{side}_logps" for side in sides] + (["chosen_lengths"] if lengths else [])
+    names = [f"{side}_logps" for side in sides] + list(lengths)
 
     @functools.wraps(entry.function)
     def function(*args: Any, reduction: str = "mean", backend: str | None = None, **options: Any) -> Array:
@@ -48,14 +48,15 @@ def _of_arrays(entry: Objective, lengths: bool) -> Callable[..., Array]:
         settings = {**entry.defaults, **options}
         check_settings(**settings)
         require_choice("reduction", reduction, REDUCTIONS)
-        counts = {name: arrays.pop(name) for name in ("chosen_lengths",) if name in arrays}
+        counts = {name: arrays.pop(name) for name in lengths}
         xp = namespace(backend, **arrays, **counts)
         check_batches(arrays | {name: xp.astype(x, arrays[names[0]].dtype) for name, x in counts.items()}, xp)
         if "gamma" in settings:
             check_objective(settings["beta"], settings["gamma"], "sigmoid", 0.0, n=arrays[names[0]].shape[0])
         by_side = dict(zip(sides, arrays.values(), strict=True))
         sums, averages = ({}, by_side) if entry.average else (by_side, {})
-        logps = LogProbs.of_arrays(sums, averages, {"chosen": counts.get("chosen_lengths")})
+        by_length = {name.removesuffix("_lengths"): x for name, x in counts.items()}
+        logps = LogProbs.of_arrays(sums, averages, by_length)
         return reduce(entry.losses(logps, **settings), reduction, xp)
 
     P = inspect.Parameter
@@ -93,6 +94,7 @@ _MEANING = {
     "anchor_chosen_logps": "(N,) the same of each chosen response under the anchor. Carries no gradient, ever.",
     "anchor_rejected_logps": "(N,) the same of each rejected response under the anchor.",
     "chosen_lengths": "(N,) number of tokens of each chosen response, >= 1, integers or floats.",
+    "rejected_lengths": "(N,) the same of each rejected response.",
 }
 
 
@@ -111,6 +113,7 @@ def _documented(entry: Objective, names: list[str]) -> str:
         "    TypeError: an argument is not an array, not floating point, or not of the library of the others.",
         "    ValueError: shapes differ or are not (N,) with N >= 1, or a setting is out of its range.",
     ]
-    head, _, rest = inspect.cleandoc(entry.function.__doc__ or "").partition("Args:\n")
-    settings, _, source = rest.partition("\n\n")
-    return "\n".join([head + "Args:", *arrays, settings, *shared, "", source])
+    before, _, source = inspect.cleandoc(entry.function.__doc__ or "").partition("Source:")
+    head, _, settings = before.rstrip("\n").partition("Args:\n")
+    own = [settings] if settings else []
+    return "\n".join([f"{head.rstrip()}\n\nArgs:", *arrays, *own, *shared, "", f"Source:{source}"])

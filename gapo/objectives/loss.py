@@ -120,7 +120,7 @@ def resolve(
 def require_own_settings(loss: Loss, config: GAPOConfig, settings: Mapping[str, Any], where: str) -> None:
     """Raise ValueError where `config`, one flat set of fields, holds a setting that the objective takes elsewhere.
 
-    A `beta` of the step beside DPO's own `beta` would be ignored without a word.
+    A `beta` of the step beside DPO's own `beta` would be ignored.
 
     Args:
         loss: what the settings resolved to.

@@ -57,12 +57,17 @@ _ACCEPTED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "alpha": ("> 0", lambda v: v > 0),
     "eta": (">= 0", lambda v: v >= 0),
     "clip": ("> 0", lambda v: v > 0),
+    "epsilon": ("in (0, 0.5)", lambda v: 0 < v < 0.5),
+    "reliability": ("in (0, 1)", lambda v: 0 < v < 1),
+    "rate": ("in (0, 1]", lambda v: 0 < v <= 1),
+    "keep": ("in (0, 1]", lambda v: 0 < v <= 1),
     "label_smoothing": ("in [0, 0.5)", lambda v: 0 <= v < 0.5),
     "gap_beta": (">= 0", lambda v: v >= 0),
     "gap_gamma": ("", lambda v: True),
     "gap_drop": ("in [0, 1)", lambda v: 0 <= v < 1),
     "strength": (">= 0", lambda v: v >= 0),
     "cap": ("", lambda v: True),
+    "kappa": (">= 0", lambda v: v >= 0),
 }
 
 
@@ -173,12 +178,22 @@ def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
         return []
 
 
+# Names of TRL that other libraries and papers use for other losses too: an answer, but no second name.
+_NAMES_IN_TRL = {
+    "sigmoid": "TRL's 'sigmoid' is 'dpo' here; the symmetric sigmoid loss is 'sigmoid_loss'",
+    "robust": "TRL's 'robust' is 'rdpo' here",
+    "sft": "TRL's 'sft' is no objective on pairs: sft_weight adds it to any objective",
+}
+
+
 def find(name: str) -> Objective:
     """The objective called `name`, or ValueError that names them all.
 
     >>> find("gapo+dpo").needs_anchor, find("dpo").needs_anchor
     (True, False)
     """
+    if isinstance(name, str) and name in _NAMES_IN_TRL:
+        raise ValueError(f"there is no objective {name!r}: {_NAMES_IN_TRL[name]}")
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {name!r}. {prefixes()}")
     return OBJECTIVES[name]

@@ -27,7 +27,7 @@ def by_sigmoid(witness: Array, logps: LogProbs, *, gap_beta: float = 2.5, gap_ga
 def by_rank(witness: Array, logps: LogProbs, *, gap_drop: float = 0.2) -> Array:
     """0 for the pairs that stay, (N,); the share `gap_drop` of this rank's pairs with the largest witness goes."""
     xp, n = logps.xp, witness.shape[0]
-    last = xp.sort(witness)[n - 1 - int(gap_drop * n)]
+    last = xp.sort(witness)[n - 1 - int(gap_drop * n + 1e-9)]
     return xp.where(witness <= last, xp.zeros_like(witness), _LEFT_OUT * xp.ones_like(witness))
 
 

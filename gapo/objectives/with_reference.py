@@ -58,7 +58,7 @@ def hypo(logps: LogProbs, *, beta: float = 0.1) -> Array:
     return logistic(beta * ((logps.chosen - logps.rejected) - counted), xp)
 
 
-@objective(paper="Liu et al., arXiv 2405.16436", needs_reference=True, lengths=True)
+@objective(paper="Liu et al., arXiv 2405.16436", needs_reference=True, lengths=("chosen",))
 def rpo(logps: LogProbs, *, beta: float = 0.5, eta: float = 0.2) -> Array:
     """Regularised DPO: `-log sigmoid(beta * z) + eta * -logp(chosen) / |chosen|`, DPO with an SFT term.
 
@@ -67,6 +67,41 @@ def rpo(logps: LogProbs, *, beta: float = 0.5, eta: float = 0.2) -> Array:
         eta: weight of the SFT term, >= 0. The SFT term is the cross-entropy per token.
 
     Source: Liu et al., arXiv 2405.16436; the SFT term per token as in Pang et al., arXiv 2404.19733. The defaults are
-    a place to start from.
+    those of the appendix of Liu et al., whose SFT term is per token too. Its main runs take beta 0.01 to 0.05 and
+    weight the SUMMED log-probability by `0.005 * beta`.
     """
     return logistic(beta * logps.z, logps.xp) - eta * logps.chosen_per_token
+
+
+@objective(paper="Park et al., arXiv 2403.19159", needs_reference=True, lengths=("chosen", "rejected"))
+def r_dpo(logps: LogProbs, *, beta: float = 0.1, alpha: float = 0.05) -> Array:
+    """Length-regularised DPO: `-log sigmoid(beta * z + alpha * (|chosen| - |rejected|))`, lengths in tokens.
+
+    DPO for rewards from which `alpha` is taken for each token. A chosen response that is the longer one is pulled less.
+
+    Args:
+        beta: as in `dpo`.
+        alpha: price of a token, > 0.
+
+    Source: Park et al., arXiv 2403.19159; alpha 0.05 is the least of those that Meng, Xia and Chen, arXiv 2405.14734,
+    try.
+    """
+    xp, z = logps.xp, logps.z
+    longer = xp.astype(logps.chosen_lengths, z.dtype) - xp.astype(logps.rejected_lengths, z.dtype)
+    return logistic(beta * z + alpha * longer, xp)
+
+
+@objective(paper="Xiao et al., arXiv 2412.14516", needs_reference=True)
+def cal_dpo(logps: LogProbs, *, beta: float = 0.001) -> Array:
+    """Calibrated DPO: `-log sigmoid(z) + ((r+ - 1 / (2 beta))^2 + (r- + 1 / (2 beta))^2) / 2`.
+
+    r is a response's log-ratio log p - log p_ref. DPO's term alone would let both fall together.
+
+    Args:
+        beta: > 0; `1 / (2 beta)` is the log-ratio that each response aims at.
+
+    Source: Xiao et al., arXiv 2412.14516, and its authors' code, whose beta is 0.001 to 0.002.
+    """
+    chosen, rejected = logps.chosen - logps.ref_chosen, logps.rejected - logps.ref_rejected
+    calibration = (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+    return logistic(logps.z, logps.xp) + calibration / 2

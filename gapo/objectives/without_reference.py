@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from gapo._namespace import Array, Namespace, stop_gradient
+from gapo._namespace import Array
 from gapo.objective import pair_losses
 from gapo.objectives.formulas import objective
 from gapo.pairs import LogProbs
-
-_LARGEST_EXPONENT = 60.0
 
 
 @objective(
@@ -61,34 +59,16 @@ def simpo(logps: LogProbs, *, beta: float = 2.5, gamma: float | Array = 0.25) ->
     return pair_losses(logps.margins, beta, gamma, "sigmoid", 0.0, logps.xp)
 
 
-@objective(paper="Deng, Feng, Lei, arXiv 2511.09385", average=True, of_margins=True, batch_statistics=True)
-def amapo(logps: LogProbs, *, beta: float = 2.0) -> Array:
-    """AMaPO: SimPO with a target of each pair's own, larger the further the pair lags behind its batch.
+@objective(paper="Xiao et al., arXiv 2502.00883", average=True)
+def simper(logps: LogProbs) -> Array:
+    """SimPER: `-exp(logp(chosen)) + exp(logp(rejected))`, inverse perplexities, on length-normalised log-probabilities.
 
-    `-log sigmoid(beta * M - m)`, with the constant `m = beta * [M < mu] * exp((mu - M) / s * mu)`, where mu and s are
-    the mean and the sample standard deviation of M over the batch. A pair at or above the mean has the target 0. The
-    target carries no gradient.
+    It has no settings. A response that is unlikely per token has next to no gradient.
 
-    Args:
-        beta: logistic temperature, > 0.
-
-    Source: Deng, Feng, Lei, arXiv 2511.09385; beta 2 is its recipe for Mistral-7B, of 2 to 3 overall.
+    Source: Xiao et al., arXiv 2502.00883.
 
     >>> import numpy as np
-    >>> round(float(amapo(np.array([-1.0]), np.array([-1.0]))), 4)
-    0.6931
+    >>> round(float(simper(np.array([-1.0]), np.array([-2.0]))), 4)
+    -0.2325
     """
-    gamma = beta * _adaptive_targets(stop_gradient(logps.margins), logps.xp)
-    return pair_losses(logps.margins, beta, gamma, "sigmoid", 0.0, logps.xp)
-
-
-def _adaptive_targets(margins: Array, xp: Namespace) -> Array:
-    """[M < mu] * exp((mu - M) / s * mu), (N,). It is 0 where all pairs are equal, and for one pair alone."""
-    mean = xp.mean(margins)
-    squares = xp.sum((margins - mean) ** 2) / max(1, margins.shape[0] - 1)
-    below = (margins < mean) & (squares > 0)
-    spread = xp.sqrt(xp.where(squares > 0, squares, xp.ones_like(squares)))
-    exponent = xp.where(below, (mean - margins) / spread * mean, xp.zeros_like(margins))
-    # exp overflows float32 at 88; the gradient of such a pair is saturated long before
-    exponent = xp.where(exponent > _LARGEST_EXPONENT, _LARGEST_EXPONENT * xp.ones_like(exponent), exponent)
-    return xp.where(below, xp.exp(exponent), xp.zeros_like(margins))
+    return logps.xp.exp(logps.rejected_per_token) - logps.xp.exp(logps.chosen_per_token)

@@ -16,6 +16,7 @@ from typing import Any
 import hf_models
 import pytest
 import torch
+from drifting import by_hand, drifting
 from trainers import CONFIG, arguments, callback_of, make_trainer
 from transformers import Trainer, TrainerCallback
 
@@ -267,6 +268,65 @@ def test_resuming_gives_the_same_trajectory(tmp_path: Path) -> None:
         for trainer in (whole, resumed)
     ]
     assert histories[0] == histories[1]
+
+
+RUNNING: dict[str, Any] = {
+    "callback": {"objective": drifting},
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "logging_steps": 1,
+    "learning_rate": 0.1,
+}
+
+
+def test_running_statistics_go_on_from_batch_to_batch(tmp_path: Path) -> None:
+    trainer, results = make_trainer(tmp_path, **RUNNING, max_steps=2), []
+    callback_of(trainer).on_step = lambda result, batch: results.append(result)
+    for _ in range(2):  # a second training begins anew
+        results.clear()
+        trainer.train()
+        expected = by_hand([result.margins for result in results])
+        assert len(results) == 4
+        for result, row in zip(results, expected, strict=True):
+            assert float(result.loss) == pytest.approx(row["loss"], rel=1e-5)
+            assert result.weights.tolist() == pytest.approx(row["weights"].tolist(), rel=1e-5)
+        logged = [row["gapo/running/mean"] for row in trainer.state.log_history if "gapo/running/mean" in row]
+        assert logged == pytest.approx([expected[1]["mean"], expected[3]["mean"]], rel=1e-5)
+        assert abs(expected[1]["mean"] - expected[3]["mean"]) > 1e-3
+
+
+def test_running_statistics_are_resumed_bit_for_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole, resumed = (make_trainer(tmp_path / name, **RUNNING, max_steps=3) for name in ("whole", "resumed"))
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert "begin anew" not in caplog.text
+    rows = [
+        [(row["loss"], row["gapo/running/mean"]) for row in trainer.state.log_history if "loss" in row]
+        for trainer in (whole, resumed)
+    ]
+    assert rows[0] == rows[1]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert state["stateful_callbacks"]["gapo"].pop("running") == {"mean": rows[0][0][1]}
+    path.write_text(json.dumps(state))
+    make_trainer(tmp_path / "lost", **RUNNING, max_steps=3).train(resume_from_checkpoint=str(checkpoint))
+    assert "after step 1, from where nothing is known of the running statistics 'mean': they begin anew" in caplog.text
+
+
+def test_running_statistics_of_another_objective_are_left(tmp_path: Path) -> None:
+    def other(logps: LogProbs) -> torch.Tensor:
+        return drifting(logps)
+
+    make_trainer(tmp_path, **RUNNING, max_steps=1).train()
+    resumed, results = make_trainer(tmp_path, **{**RUNNING, "callback": {"objective": other}}, max_steps=2), []
+    callback_of(resumed).on_step = lambda result, batch: results.append(result)
+    resumed.train(resume_from_checkpoint=True)
+    assert float(results[0].loss) == pytest.approx(by_hand([results[0].margins])[0]["loss"], rel=1e-5)
 
 
 def test_resuming_with_other_settings_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

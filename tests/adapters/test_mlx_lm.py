@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ import mlx_models
 import numpy as np
 import pytest
 import token_pairs
+from drifting import by_hand, drifting
 from frameworks import require
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
@@ -254,7 +254,7 @@ def test_checkpointing_with_dropout_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("anchor", ["exact", "first_order"])
-def test_compiled_equals_eager(folder: Path, tmp_path: Path, anchor: str) -> None:
+def test_compiled_equals_eager(folder: Path, tmp_path: Path, anchor: str, mlx_compiles: dict[str, str]) -> None:
     """The one test with mx.compile on: mlx-lm's compiled step, in a process where it is not disabled."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(mlx_lm_runs.__file__).parent)!r})
@@ -264,8 +264,7 @@ model = t.load(Path({str(folder)!r}))
 reports = t.run(model, Path({str(tmp_path)!r}), iters=3, config=t.gapo.GAPOConfig(rho=0.3, anchor={anchor!r})).train
 import json; print(json.dumps([[r["train_loss"], r["gapo/weight_min"]] for r in reports]))
 """
-    environment = {name: value for name, value in os.environ.items() if name != "MLX_DISABLE_COMPILE"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=mlx_compiles)
     config = gapo.GAPOConfig(rho=0.3, anchor=anchor)
     plain = [
         [report["train_loss"], report["gapo/weight_min"]]
@@ -348,7 +347,7 @@ def test_a_tied_model_has_pytorchs_gaps(tmp_path: Path) -> None:
     assert np.abs(gaps["all"] - gaps["backbone"]).max() > 0.005
 
 
-def held(objective: str, steps: int = 3) -> float:
+def held(objective: Any, steps: int = 3) -> float:
     """Bytes that stay allocated by steps whose caller evaluates what it trains, in weights."""
     model, batch = mlx_models.make("llama"), mlx_models.batch(4, 48)
     optimizer, loss = optim.SGD(1e-3), adapter.make_loss(CONFIG, objective=objective)
@@ -376,6 +375,7 @@ def test_metrics_hold_no_graph(compiled: bool, monkeypatch: pytest.MonkeyPatch) 
         if compiled:
             mx.enable_compile()
         assert held("gapo") <= held("simpo") + 0.5
+        assert held(drifting) <= held("simpo") + 0.5
     finally:
         mx.disable_compile()
 
@@ -427,6 +427,52 @@ def test_an_objective_of_ones_own(sft_weight: float) -> None:
     if sft_weight:
         with pytest.raises(ValueError, match=r"in evaluation mode, .* no SFT term"):
             nn.value_and_grad(model, loss)(model, *mlx_models.batch(4))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_running_statistics_go_on_from_batch_to_batch(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also within a compiled step, also over the same model after another loss, and from where a training stopped."""
+    monkeypatch.setenv("PATH", "")  # without a C++ compiler, mx.compile fuses nothing and is quick
+    model = mlx_models.make("llama").train()
+    last = 0.0
+
+    def train(running: Any, before: float) -> float:
+        optimizer, loss = optim.SGD(0.1), adapter.make_loss(objective=drifting, running=running)
+        value_and_grad, state = nn.value_and_grad(model, loss), [model.state, optimizer.state]
+
+        @partial(mx.compile, inputs=state, outputs=state)
+        def step(*batch: mx.array) -> mx.array:
+            (value, _), grads = value_and_grad(model, *batch)
+            optimizer.update(model, grads)
+            return value
+
+        for batch in (mlx_models.batch(4),) * 4:
+            chosen, rejected = adapter.pair_logps(model, batch)
+            row = by_hand([(chosen - rejected).tolist()], before=before)[0]
+            value = step(*batch)
+            mx.eval(value, state)
+            found, before = adapter.last_metrics(model), row["mean"]
+            assert float(value) == pytest.approx(row["loss"], rel=1e-5)
+            assert found["gapo/weight_mean"] == pytest.approx(row["weights"].mean(), rel=1e-5)
+            assert found["gapo/running/mean"] == pytest.approx(before, rel=1e-5, abs=1e-6)
+        return found["gapo/running/mean"]
+
+    try:
+        if compiled:
+            mx.enable_compile()
+        for _ in range(2):  # a new loss begins anew
+            last = train(None, 0.0)
+        train({"mean": last}, last)
+    finally:
+        mx.disable_compile()
+
+
+def test_running_statistics_of_another_objective_are_refused() -> None:
+    loss = adapter.make_loss(objective=drifting, running={"gapo/running/mean": 1.0})
+    with pytest.raises(ValueError, match=r"running names 'gapo/running/mean'; the .* of this objective are 'mean'"):
+        loss(mlx_models.make("llama").train(), *mlx_models.batch())
+    with pytest.raises(ValueError, match="running names 'mean'; the running statistics of this objective are none"):
+        adapter.make_loss(running={"mean": 1.0})(mlx_models.make("llama").train(), *mlx_models.batch())
 
 
 def tiny_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:

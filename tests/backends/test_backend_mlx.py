@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 from itertools import groupby
@@ -151,7 +150,7 @@ def test_params_must_be_a_module() -> None:
         gapo.value_and_grad(margin_fn, backend="mlx")({}, BATCH)
 
 
-def test_compiled_equals_eager() -> None:
+def test_compiled_equals_eager(mlx_compiles: dict[str, str]) -> None:
     """mx.compile for real, in a process where it is not disabled; no value is read while it traces."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(mlx_problem.__file__).parent)!r})
@@ -176,9 +175,7 @@ for _ in range(2):
 assert traces == [1]
 print("compiled equals eager")
 """
-    environment = {**os.environ, "MLX_DISABLE_COMPILE": ""}
-    del environment["MLX_DISABLE_COMPILE"]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=mlx_compiles)
     assert "compiled equals eager" in done.stdout, done.stderr
 
 

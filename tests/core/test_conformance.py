@@ -6,6 +6,7 @@ through the mean of the objective's public function of arrays, with an anchor co
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -93,9 +94,11 @@ def public_loss(objective: Objective) -> Callable[..., torch.Tensor]:
     def loss_of(chosen: torch.Tensor, rejected: torch.Tensor, anchor: list[torch.Tensor]) -> torch.Tensor:
         sums = [chosen * lengths[0], rejected * lengths[1], *(reference if objective.needs_reference else [])]
         sides = [x / n for x, n in zip(sums, [*lengths, *lengths], strict=False)] if objective.average else sums
-        options = {"chosen_lengths": lengths[0]} if objective.name == "rpo" else {}
         function = gapo.loss if objective.name == "gapo" else getattr(gapo.objectives, objective.name)
-        return function(*sides, *anchor, **options)
+        counts = {f"{side}_lengths": n for side, n in zip(SIDES, lengths, strict=True)}
+        options = {name: counts[name] for name in inspect.signature(function).parameters if name in counts}
+        at_anchor = anchor if objective.average else [x * n for x, n in zip(anchor, lengths, strict=False)]
+        return function(*sides, *at_anchor, **options)
 
     return loss_of
 
@@ -135,13 +138,48 @@ def closed_form(name: str, logps: list[np.ndarray], s: dict[str, Any]) -> np.nda
     if name == "ropo":
         share = 1 + s["alpha"] * sigmoid(beta * z)
         return tokens * losing * 4 * s["alpha"] / (1 + s["alpha"]) ** 2 * share
+    chosen_ratios, ratios = chosen * LENGTHS[0] - REFERENCE[0], rejected * tokens - REFERENCE[1]
+    if name == "discopop":
+        x, share = beta * z, sigmoid(beta * z / s["tau"])
+        by_share = (np.exp(-x) + np.log(sigmoid(x))) * share * (1 - share) / s["tau"]
+        return tokens * beta * ((1 - share) * sigmoid(-x) + share * np.exp(-x) - by_share)
+    if name == "exo_pair":
+        log_odds = beta * z - np.log((1 - s["epsilon"]) / s["epsilon"])
+        return -tokens * beta * sigmoid(beta * z) * sigmoid(-beta * z) * log_odds
+    if name in ("aot", "aot_unpaired"):
+        x, y = (policy, references) if name == "aot" else (ratios, chosen_ratios)
+        distances = x - np.sort(y)[[int((x < value).sum()) for value in x]]
+        return tokens * beta * sigmoid(-beta * distances * (1 if name == "aot" else -1))
+    per_token = margins - (REFERENCE[0] / LENGTHS[0] - REFERENCE[1] / LENGTHS[1])
+    if name == "alpha_dpo":
+        scores = (per_token - per_token.mean()) / per_token.std(ddof=1)
+        return beta * sigmoid(s["gamma"] + beta * (s["alpha"] * scores - margins))
+    if name == "gapo_re_po":
+        gaps = margins - anchor_margins
+        scores = (gaps - gaps.mean()) / gaps.std(ddof=1)
+        return tokens * beta * (sigmoid(np.log(9) + beta * z - s["kappa"] * scores) - sigmoid(beta * z))
+    if name == "beta_dpo":
+        nearest = np.argsort(np.abs(z - z.mean()))[:3]  # 80 % of 4 pairs
+        scaled = beta * (1 + s["alpha"] * (z[nearest].mean() - z.mean()))
+        return tokens * scaled * sigmoid(-scaled * z) * np.isin(np.arange(4), nearest) * 4 / 3
     return {
+        "re_po": tokens * beta * (sigmoid(beta * z + np.log(9)) - sigmoid(beta * z)),
+        "simper": np.exp(rejected),
+        "sigmoid_norm": beta * sigmoid(-beta * per_token),
+        "r_dpo": tokens * beta * sigmoid(-beta * z - s.get("alpha", np.nan) * (LENGTHS[0] - LENGTHS[1])),
+        "cal_dpo": tokens * (sigmoid(-z) + ratios + 0.5 / beta),
+        "sppo_hard": tokens * 2 * (ratios + 0.5 / beta),
+        "hinge": tokens * beta * (beta * z < 1),
+        "nca_pair": tokens * beta * sigmoid(beta * ratios) / 2,
+        "bco_pair": tokens * beta * sigmoid(beta * ratios),
+        "apo_zero": tokens * beta * sigmoid(beta * ratios) * sigmoid(-beta * ratios),
+        "apo_down": tokens * beta * sigmoid(beta * z) * sigmoid(-beta * z),
         "dpo": tokens * losing,
         "rpo": tokens * losing,  # its other term is the chosen response's alone
         "cdpo": tokens * ((1 - e) * losing - e * winning),
         "rdpo": tokens * ((1 - e) * losing + e * winning) / (1 - 2 * e),
         "hypo": tokens * beta * sigmoid(-beta * (policy - np.maximum(references, 0))),
-        "ipo": 1 / s.get("tau", np.nan) - 2 * (margins - (REFERENCE[0] / LENGTHS[0] - REFERENCE[1] / LENGTHS[1])),
+        "ipo": 1 / s.get("tau", np.nan) - 2 * per_token,
         "sigmoid_loss": tokens * winning * sigmoid(-beta * z),
         "ramp": tokens * beta / 2 * (np.abs(beta * z) < 1),
         "unhinged": tokens * beta,
@@ -204,6 +242,8 @@ def test_the_step_of_a_users_own(backend: Library) -> None:
 NEEDS = {
     **dict.fromkeys((name for name in NAMES if OBJECTIVES[name].of_margins), ()),
     **dict.fromkeys((name for name in NAMES if OBJECTIVES[name].needs_reference), ("logps", "lengths", "reference")),
+    "simper": ("logps",),
+    **dict.fromkeys(("sigmoid_norm", "alpha_dpo"), ("lengths", "reference")),
     "ipo": ("lengths", "reference"),  # margins per token, and the reference's sums over lengths
 }
 REFUSED = {

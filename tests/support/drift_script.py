@@ -1,4 +1,4 @@
-"""Run by test_drift.py, alone and under torchrun: two steps with drift measured; rank 0 saves what it logged."""
+"""Run by test_drift.py, alone and in two ranks: two steps with drift measured; rank 0 saves what it logged."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import hf_models
 import torch
+from devices_script import launch
 from transformers import TrainingArguments
 
 from gapo import GAPOConfig
@@ -48,4 +49,4 @@ def main(folder: str, batch_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    sys.exit(launch(main, sys.argv[1], 2) != [0, 0])

@@ -39,9 +39,11 @@ class TrainConfig(TrainingConfig):
         lora_r: rank of LoRA adapters (peft); 0 trains all weights.
         lora_alpha: scale of the adapters.
         lora_targets: names of the modules that get them, comma separated; none for peft's default.
-        loss: "gapo", or "simpo" for the control without an anchor, or another objective to compare with: amapo, dpo,
-            cdpo, rdpo, dr_dpo, ipo, ropo, hypo, rpo, sigmoid_loss, ramp, unhinged. Or MODULE:FUNCTION for one of your
-            own, a function of gapo.objectives.LogProbs that returns (N,) losses.
+        loss: "gapo", or "simpo" for the control without an anchor, or another objective to compare with: simper, amapo,
+            alpha_dpo, dpo, ipo, sigmoid_norm, hypo, rpo, r_dpo, cal_dpo, cdpo, rdpo, dr_dpo, ropo, re_po, beta_dpo,
+            sigmoid_loss, ramp, unhinged, hinge, discopop, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down,
+            aot, aot_unpaired. Or MODULE:FUNCTION for one of your own, a function of gapo.objectives.LogProbs that
+            returns (N,) losses.
         loss_settings: settings of the other objectives, such as {beta: 0.1}; those left out keep their defaults. "gapo"
             and "simpo" take theirs from the fields of GAPOConfig.
         trust_code: let a YAML file name a loss of its own code. It is accepted on the command line alone.
