@@ -23,7 +23,8 @@ BELOW = {
     "core": {"objectives"},
     "objectives": {"core"},
     "data": {"core", "objectives"},
-    "backends": {"core", "objectives"},
+    "engines": set(),
+    "backends": {"core", "objectives", "engines"},
     "adapters": {"core", "objectives", "data", "backends"},
     "runs": {"core", "objectives", "data", "adapters"},
     "study": {"core", "objectives", "data", "adapters", "runs"},
@@ -75,6 +76,8 @@ def room_of(path: str) -> str:
         return "core"
     if len(parts) == 2:
         return "commands" if parts[1] in ("cli.py", "__main__.py") else "core"
+    if parts[1] == "backends" and {"pairgrads", "jaxrows"} & set(parts):  # gradients by group: they know no preferences
+        return "engines"
     if parts[1] == "experiments":  # until it is gone, and for what stays importable from there
         return "study" if parts[2] == "study" else "runs"
     return parts[1]

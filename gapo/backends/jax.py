@@ -20,8 +20,8 @@ from jax.extend.core import ClosedJaxpr
 
 from gapo import geometry
 from gapo._namespace import is_concrete
-from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of, require_real
 from gapo.backends import jax_onepass
+from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of, require_real
 from gapo.backends.jax_head import Reading, Readings, read, signature
 from gapo.config import GAPOConfig
 from gapo.result import StepResult

@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 _Rule = Callable[[Mapping[str, Any], Sequence[Shape], Shape, Sequence[Labels | None]], Labels]
 
 
-class Mixes(Exception):  # noqa: N818 - an answer, which the caller acts on
+class Mixes(Exception):
     """An operation adds up entries of several groups, or may do so."""
 
 
@@ -154,7 +154,9 @@ def _aligned(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     """The finest groups of consecutive axes of `old` and of `new` with as many entries each."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
-        before, after, entries, wanted = [], [], 1, 1
+        before: list[int] = []
+        after: list[int] = []
+        entries = wanted = 1
         while True:
             if entries <= wanted and i < len(old) and not (before and entries == wanted):
                 before.append(i)
@@ -242,13 +244,6 @@ def _concatenate(params: Any, shapes: Sequence[Shape], result: Shape, labels: Se
     return np.concatenate([np.broadcast_to(x, size) for x, size in zip(parts, sizes, strict=True)], axis)
 
 
-def _dynamic_slice(params: Any, shapes: Sequence[Shape], result: Shape, labels: Sequence[Labels | None]) -> Labels:
-    x = _only(labels, 0)
-    if any(n > 1 and m != result[axis] for axis, (n, m) in enumerate(zip(x.shape, shapes[0], strict=True))):
-        raise Mixes("takes groups by their position")
-    return x
-
-
 def _cumulative(params: Any, shapes: Any, result: Any, labels: Sequence[Labels | None]) -> Labels:
     x = _only(labels, 0)
     if x.shape[params["axis"]] > 1:
@@ -309,7 +304,6 @@ _RULES: dict[str, _Rule] = {
     "slice": _slice,
     "rev": _reverse,
     "concatenate": _concatenate,
-    "dynamic_slice": _dynamic_slice,
     "gather": _gather,
     "scatter-add": _scatter_add,
 }

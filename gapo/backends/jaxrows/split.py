@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import numpy as np
 
-from gapo.backends.jaxrows.labels import Labels, Mixes, Shape, carry, compressed, joined
-from gapo.backends.jaxrows.program import Cell, Operation, Program, jaxprs_of
+from gapo.backends.jaxrows.labels import Labels, Mixes, carry, compressed, joined
+from gapo.backends.jaxrows.program import Cell, Operation, Program
 
 
 class _Mark:
@@ -33,7 +32,6 @@ MIXED = _Mark("a sum over groups")
 State = Any  # None for a value, ZERO, Labels, or MIXED
 
 _ZERO_STAYS = {"broadcast_in_dim", "convert_element_type", "reshape", "transpose", "squeeze", "neg", "copy", "slice"}
-_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 
 
 @dataclass(eq=False)
@@ -72,7 +70,7 @@ class Split:
         after: operations on sums.
         cuts: of this program, without those in its scans.
         scans: the split of each scan's body.
-        reason: the operation that first passed on a sum of groups to a product, in words; None without one.
+        causes: in words, the operation that first summed over groups, by the cells behind it.
     """
 
     program: Program
@@ -103,7 +101,7 @@ def split(program: Program, states: Sequence[State], groups: int) -> Split:
     """
     reading = _read(program, states, groups)
     for cell in program.results:
-        _sum_up(reading, cell, "leaves the function")
+        _sum_up(reading, cell)
     return reading
 
 
@@ -126,7 +124,8 @@ def _place(reading: Split, operation: Operation) -> None:
     why = "takes a sum over the groups"
     if operation.body is not None:
         try:
-            return _place_scan(reading, operation, states)
+            _place_scan(reading, operation, states)
+            return
         except Mixes as mixes:
             why = str(mixes)
     elif not any(state is MIXED for state in states):
@@ -145,13 +144,13 @@ def _place(reading: Split, operation: Operation) -> None:
     inherited = [reading.causes[cell] for cell in operation.operands if cell in reading.causes]
     cause = inherited[0] if inherited else f"{operation.name} {why}"
     for cell in operation.operands:
-        _sum_up(reading, cell, cause)
+        _sum_up(reading, cell)
     reading.states.update(dict.fromkeys(operation.results, MIXED))
     reading.causes.update(dict.fromkeys(operation.results, cause))
     reading.after.append(operation)
 
 
-def _sum_up(reading: Split, cell: Cell, cause: str) -> None:
+def _sum_up(reading: Split, cell: Cell) -> None:
     """Cut at `cell` if it is an array by group."""
     if isinstance(reading.state(cell), np.ndarray) and all(cut.cell is not cell for cut in reading.cuts):
         reading.cuts.append(Cut(cell, reading.states[cell]))
@@ -195,10 +194,10 @@ def _place_scan(reading: Split, operation: Operation, states: Sequence[State]) -
         carried = joint
     for cell, state in zip(body.program.results, joint, strict=False):
         if state is MIXED:
-            _sum_up(body, cell, "")
+            _sum_up(body, cell)
     for cell, state in zip(operation.operands[fixed:start], joint, strict=True):
         if state is MIXED:
-            _sum_up(reading, cell, "")
+            _sum_up(reading, cell)
     reading.scans[operation] = body
     stacked = [state[None] if isinstance(state, np.ndarray) else state for state in results[carries:]]
     reading.states.update(zip(operation.results, [*joint, *stacked], strict=True))
@@ -270,48 +269,3 @@ def _layout(labels: Labels) -> tuple[int, tuple[int, int, int] | None]:
     a, rest = divmod(len(labels), n * b)
     expected = np.broadcast_to(first + np.arange(n)[:, None], (max(a, 1), n, b)).ravel()
     return first, (a, n, b) if first >= 0 and not rest and np.array_equal(labels, expected) else None
-
-
-def products_after(reading: Split, times: int = 1) -> tuple[int, dict[str, int]]:
-    """Multiplications of matrices that are done for each group once, and those behind sums, by the sum's cause.
-
-    A product whose operand is cut at once is the gradient of a weight: it counts for neither.
-    """
-    once, behind = 0, {}
-    direct = {cut.cell for cut in reading.cuts if cut.operation is None}
-    for operation in reading.before:
-        if operation in reading.scans:
-            inner, causes = products_after(reading.scans[operation], times * int(operation.params["length"]))
-            once += inner
-            for cause, n in causes.items():
-                behind[cause] = behind.get(cause, 0) + n
-        elif any(isinstance(reading.state(cell), np.ndarray) for cell in operation.results):
-            once += times * _of(operation)
-    for operation in reading.after:
-        if operation in reading.scans:
-            continue
-        mixed = [cell for cell in operation.operands if reading.state(cell) is MIXED]
-        if operation.name in _PRODUCTS and not mixed and any(cell in direct for cell in operation.operands):
-            continue
-        cause = reading.causes[operation.results[0]]
-        behind[cause] = behind.get(cause, 0) + times * _of(operation)
-    return once, behind
-
-
-def _multiplications(name: str, params: dict[str, Any], operands: Sequence[Shape], result: Shape) -> int:
-    """Of one operation and those within it."""
-    if name == "dot_general":
-        return prod(result) * prod(operands[0][axis] for axis in params["dimension_numbers"][0][0])
-    if name in _PRODUCTS:
-        return prod(result) * prod(operands[1]) // max(1, operands[1][0])
-    inner = 0
-    for jaxpr in jaxprs_of(params):
-        for eqn in jaxpr.eqns:
-            shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in (*eqn.invars, *eqn.outvars[:1])]
-            inner += _multiplications(eqn.primitive.name, eqn.params, shapes[: len(eqn.invars)], shapes[-1])
-    return int(params.get("length", 1)) * inner if inner else 0
-
-
-def _of(operation: Operation) -> int:
-    shapes = [cell.shape for cell in operation.operands]
-    return _multiplications(operation.name, operation.params, shapes, operation.results[0].shape)
