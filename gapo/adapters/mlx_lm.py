@@ -43,6 +43,7 @@ from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Objective, resolve
 from gapo.pairs import REFERENCE, BatchConstants, LogProbs, halves, require_reference
 from gapo.result import StepResult
+from gapo.reweighting import Watch
 from gapo.step import run
 
 
@@ -97,7 +98,7 @@ def make_loss(
     """
     config = step_settings(config, getattr(objective, "name", objective), objective_settings)
     target = resolve(objective, config, objective_settings)
-    backend = MlxBackend()
+    backend, watch = MlxBackend(), Watch(config, target)
     statistics = RunningStatistics(running)
 
     def loss(
@@ -122,7 +123,7 @@ def make_loss(
         if target.needs_anchor:  # the step has read values; without an anchor it stays lazy, and so does its result
             result = detached(result)
         statistics.keep(model, result.running)
-        metrics = keep_training(model, step_metrics(result, config))
+        metrics = keep_training(model, step_metrics(result, config), watch)
         # A figure that nobody evaluates would keep the batch's graph alive. `depends` evaluates it with the gradient.
         figures = [*metrics, *(x for _, x in tree_flatten(vars(result)) if x is not None)]
         cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], figures)
