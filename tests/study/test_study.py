@@ -159,7 +159,8 @@ def test_given_settings_are_not_tuned(config: StudyConfig, tmp_path: Path) -> No
     """An arm with settings runs with them alone, beside one that has its tries; a table compares them."""
     study = run_study(
         replace(
-            config, arms="dpo,gapo+dpo,margin+dpo", settings={"gapo+dpo": {"learning_rate": 1e-3, "beta": 0.2}, "margin+dpo": {"learning_rate": 1e-3}},
+            config, arms="dpo,gapo+dpo,margin+dpo",
+            settings={"gapo+dpo": {"learning_rate": 1e-3, "beta": 0.2}, "margin+dpo": {"learning_rate": 1e-3}},
             baseline="dpo", seeds=2, flip_rates=(0.0, 0.25), flip_modes="random", control_flip_rates=(0.25,),
             valuation_rates=(), curve_rhos=(), curve_anchor_pairs=(), output_dir=str(tmp_path),
         )
