@@ -34,7 +34,7 @@ class Step:
     """A step that is ready to run, and what its preparation tells."""
 
     run: Callable[[], Any]
-    compile_seconds: float
+    compile_seconds: float | None  # where it is compiled
     temporary: int  # bytes at the peak, beside weights and batch
     flops: float | None  # where the framework counts them
 
@@ -135,7 +135,8 @@ def mlx_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Names
         start = options.clock()
         run()
         # The first run traces, compiles and computes; the second only computes.
-        return Step(run, max(0.0, first - (options.clock() - start)), mx.get_peak_memory() - before, None)
+        seconds = None if options.eager else max(0.0, first - (options.clock() - start))
+        return Step(run, seconds, mx.get_peak_memory() - before, None)
 
     return {name: prepared(loss) for name, loss in losses.items()}
 
@@ -191,15 +192,25 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "ratio_25": round(low, 3),
             "ratio_75": round(high, 3),
             "seconds": round(median(seconds[name]), 4),
-            "flop_ratio": "" if steps[name].flops is None else round(steps[name].flops / simpo.flops, 3),
+            "flop_ratio": ratio(steps[name].flops, simpo.flops),
             "temporary_mib": round(steps[name].temporary / 2**20, 1),
-            "temporary_ratio": round(steps[name].temporary / simpo.temporary, 3),
-            "compile_seconds": round(steps[name].compile_seconds, 2),
-            "compile_ratio": round(steps[name].compile_seconds / simpo.compile_seconds, 2),
+            "temporary_ratio": ratio(steps[name].temporary, simpo.temporary),
+            "compile_seconds": rounded(steps[name].compile_seconds),
+            "compile_ratio": ratio(steps[name].compile_seconds, simpo.compile_seconds),
             **conditions,
         }
         for name, (low, middle, high) in shared.ratios_to_simpo(seconds).items()
     ]
+
+
+def rounded(value: float | None) -> float | str:
+    """A value of the table; empty where it was not measured."""
+    return "" if value is None else round(value, 3)
+
+
+def ratio(value: float | None, simpo: float | None) -> float | str:
+    """A value of the table over SimPO's; empty where there is none."""
+    return rounded(value / simpo) if value is not None and simpo else ""
 
 
 def device(framework: str) -> str:
@@ -231,10 +242,12 @@ def main() -> None:
     rows = measure(options)
     for row in rows:
         flops = f"flops {row['flop_ratio']:.3f} x, " if row["flop_ratio"] else ""
+        compiled = (
+            f", compiled in {row['compile_seconds']:.1f} s ({row['compile_ratio']} x)" if row["compile_seconds"] else ""
+        )
         print(
             f"{row['way']:<18} {row['ratio']:.2f} x SimPO ({row['ratio_25']:.2f} to {row['ratio_75']:.2f}), {flops}"
-            f"temporary memory {row['temporary_ratio']:.2f} x ({row['temporary_mib']:.0f} MiB), "
-            f"compiled in {row['compile_seconds']:.1f} s ({row['compile_ratio']:.1f} x)"
+            f"temporary memory {row['temporary_ratio']:.2f} x ({row['temporary_mib']:.0f} MiB){compiled}"
         )
     first = rows[0]
     print(

@@ -7,6 +7,7 @@ of the model, `JaxForward` linearises it, `gapo.step.run` makes the cotangents, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 from gapo._extras import missing
@@ -17,6 +18,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing("gapo.adapters.flax", "flax", error) from error
 
+from gapo._namespace import is_concrete
 from gapo.adapters.flax_inputs import (
     LogitsFn,
     arrays,
@@ -27,18 +29,20 @@ from gapo.adapters.flax_inputs import (
     trained,
 )
 from gapo.adapters.flax_loss import make_loss
-from gapo.adapters.flax_pairs import AnObjective, Metrics, PairStep, nnx_margin_fn, nnx_pair_logps, pair_logps
+from gapo.adapters.flax_pairs import Metrics, ObjectiveLike, PairStep, nnx_margin_fn, nnx_pair_logps, pair_logps
 from gapo.config import GAPOConfig
 from gapo.result import StepResult
+from gapo.reweighting import Watch
 
 _NOT_GIVEN: Any = object()
+_LOOKS = tuple(8**k for k in range(1, 9))  # calls of a train step after which its weights are looked at
 
 
 def make_train_step(
     logits_fn: LogitsFn | None = None,
     config: GAPOConfig | None = None,
     *,
-    objective: AnObjective = "gapo",
+    objective: ObjectiveLike = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
     wrt: Any = None,
     axis_name: str | None = None,
@@ -111,19 +115,19 @@ def make_train_step(
     step = PairStep.of(config, objective, objective_settings, axis_name)
 
     def nnx_step(
-        model: Any, optimizer: Any, batch: Any, inputs: Any, running_given: bool
+        model: Any, optimizer: Any, batch: Any, inputs: Any, running_passed: bool
     ) -> tuple[Metrics, StepResult]:
         require_same_variables(model, wrt, optimizer.wrt)
         graph, params, rest = nnx.split(model, optimizer.wrt, ...)
         trainable = trained(optimizer.tx, nnx.as_pure(optimizer.opt_state), nnx.as_pure(params))
         margin_fn = nnx_margin_fn(logits_fn, graph, rest, changed=nnx.Not(optimizer.wrt))
         result, metrics, grads, state = step.gradients(margin_fn, params, batch, trainable, has_aux=True, **inputs)
-        _require_running(step.loss.name, result, running_given)
+        _require_running(step.loss.name, result, running_passed)
         nnx.update(model, state)
         optimizer.update(*(() if isinstance(optimizer, nnx.ModelAndOptimizer) else (model,)), grads)
         return metrics, result
 
-    def linen_step(state: Any, batch: Any, inputs: Any, running_given: bool) -> tuple[Any, Metrics, StepResult]:
+    def linen_step(state: Any, batch: Any, inputs: Any, running_passed: bool) -> tuple[Any, Metrics, StepResult]:
         fn = linen_logits(state, logits_fn, inputs["rng"], elsewhere=step.config.direction == "gaussian")
         trainable = trained(state.tx, state.opt_state, state.params)
         with named_dropout("call train_step(state, batch, rng=key), with a new key each step"):
@@ -135,15 +139,23 @@ def make_train_step(
                 has_aux=False,
                 **inputs,
             )
-        _require_running(step.loss.name, result, running_given)
+        _require_running(step.loss.name, result, running_passed)
         return state.apply_gradients(grads=grads), metrics, result
 
+    watch, calls = Watch(step.config, step.loss), count(1)
     nnx_jitted = nnx.jit(nnx_step, static_argnums=4, donate_argnums=(0, 1) if donate else ())
     linen_jitted = jax.jit(linen_step, static_argnums=3, donate_argnums=0 if donate else ())
 
     def train_step(*args: Any, gamma: Any = None, rng: Any = None, running: Any = _NOT_GIVEN) -> Any:
-        running_given = running is not _NOT_GIVEN
-        inputs = {"rng": rng, "running": running or None if running_given else None}
+        returned = dispatched(*args, gamma=gamma, rng=rng, running=running)
+        # A look waits for the step, so there are few: at calls 8, 64, 512, ...
+        if next(calls) in _LOOKS and is_concrete(returned[-1].loss):
+            watch.see(returned[-2])
+        return returned
+
+    def dispatched(*args: Any, gamma: Any, rng: Any, running: Any) -> Any:
+        running_passed = running is not _NOT_GIVEN
+        inputs = {"rng": rng, "running": running or None if running_passed else None}
         if len(args) == 2 and isinstance(args[0], nnx.ModelAndOptimizer):
             args = (args[0].model, *args)
         if len(args) == 3 and isinstance(args[0], nnx.Module) and isinstance(args[1], nnx.Optimizer):
@@ -152,10 +164,10 @@ def make_train_step(
                     "the nnx.ModelAndOptimizer holds another model than the one given: give the same, or none"
                 )
             batch = arrays(args[2], ids_alone=logits_fn is None)
-            return nnx_jitted(args[0], args[1], batch, {**inputs, "gamma": by_pair(gamma, batch)}, running_given)
+            return nnx_jitted(args[0], args[1], batch, {**inputs, "gamma": by_pair(gamma, batch)}, running_passed)
         if len(args) == 2 and hasattr(args[0], "apply_gradients"):
             batch = arrays(args[1], ids_alone=logits_fn is None)
-            return linen_jitted(args[0], batch, {**inputs, "gamma": by_pair(gamma, batch)}, running_given)
+            return linen_jitted(args[0], batch, {**inputs, "gamma": by_pair(gamma, batch)}, running_passed)
         kinds = ", ".join(type(x).__name__ for x in args)
         raise TypeError(
             f"train_step takes (nnx.Module, nnx.Optimizer, batch), or (TrainState, batch) with Linen; got ({kinds})"
@@ -168,7 +180,7 @@ def make_eval_step(
     logits_fn: LogitsFn | None = None,
     config: GAPOConfig | None = None,
     *,
-    objective: AnObjective = "gapo",
+    objective: ObjectiveLike = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
 ) -> Callable[..., Metrics]:
     """A jitted evaluation: `eval_step(model_or_state, batch) -> metrics`, without an anchor and without dropout.
@@ -207,9 +219,9 @@ def make_eval_step(
     return eval_step
 
 
-def _require_running(name: str, result: StepResult, given: bool) -> None:
+def _require_running(name: str, result: StepResult, passed: bool) -> None:
     """Raise ValueError if running statistics would start anew at each step, because the caller forgets them."""
-    if result.running is not None and not given:
+    if result.running is not None and not passed:
         raise ValueError(
             f"objective {name!r} has running statistics ({', '.join(sorted(result.running))}), and train_step keeps "
             "none: pass running=None at the first step, then running=result.running of the step before"

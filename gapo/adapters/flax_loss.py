@@ -11,7 +11,7 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
 from gapo.adapters.flax_inputs import LogitsFn, arrays, by_pair, linen_logits, named_dropout
-from gapo.adapters.flax_pairs import AnObjective, MarginFn, Metrics, PairStep, nnx_margin_fn, pair_logps
+from gapo.adapters.flax_pairs import MarginFn, Metrics, ObjectiveLike, PairStep, nnx_margin_fn, pair_logps
 from gapo.config import GAPOConfig
 
 
@@ -19,7 +19,7 @@ def make_loss(
     logits_fn: LogitsFn | None = None,
     config: GAPOConfig | None = None,
     *,
-    objective: AnObjective = "gapo",
+    objective: ObjectiveLike = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
     wrt: Any = None,
     axis_name: str | None = None,
@@ -102,7 +102,7 @@ def _differentiable(step: PairStep, margin_fn_of: Callable[[Any], MarginFn], tre
     The derivative is ready when the value is: the step computes both. `symbolic_zeros` tells which leaves the trainer
     differentiates, also through a `jit` in between.
     """
-    structure = jax.tree.structure(tree)
+    structure: Any = jax.tree.structure(tree)
     names, wanted = _selected(tree, wrt)
 
     def take(leaves: list[Any], trains: Sequence[bool], batch: Any, gamma: Any, rng: Any) -> tuple[Any, list[Any]]:

@@ -21,7 +21,7 @@ from gapo.result import StepResult
 from gapo.step import run
 
 Metrics = dict[str, jax.Array]
-AnObjective = str | Objective | Callable[[LogProbs], jax.Array]
+ObjectiveLike = str | Objective | Callable[[LogProbs], jax.Array]
 MarginFn = Callable[[Any, Any], Any]
 
 
@@ -93,7 +93,7 @@ class PairStep:
     def of(
         cls,
         config: GAPOConfig | None,
-        objective: AnObjective,
+        objective: ObjectiveLike,
         objective_settings: Mapping[str, Any] | None,
         axis_name: str | None = None,
     ) -> PairStep:
@@ -125,16 +125,16 @@ class PairStep:
         metrics = {"loss": result.loss, **step_metrics(result, self.config)}
         return result, metrics, forward.pack(grads), forward.aux
 
-    def evaluate(self, logps: tuple[jax.Array, jax.Array], batch: Mapping[str, jax.Array]) -> Metrics:
+    def evaluate(self, outputs: tuple[jax.Array, jax.Array], batch: Mapping[str, jax.Array]) -> Metrics:
         """Means over the pairs, without an anchor (method document, step 6)."""
         if self.loss.evaluated.needs_reference:
             require_reference(self.loss.name, batch)
-        logps = LogProbs.of_step(logps, BatchConstants.of(batch))
+        logps = LogProbs.of_step(outputs, BatchConstants.of(batch))
         return evaluation_metrics(evaluation_columns(self.loss, logps), self.config)
 
 
 def _require_own_statistics(name: str, running: Mapping[str, Any] | None, result: StepResult) -> None:
-    """Raise ValueError if `running` is not of the objective `name`: it would start anew without a word."""
+    """Raise ValueError if `running` is not of the objective `name`: its own would silently start anew."""
     own = sorted(result.running or ())
     if running and sorted(running) != own:
         raise ValueError(
