@@ -1,7 +1,7 @@
 """Weighted objectives, "gapo+NAME" and its kin, for every NAME: losses, gradients and steps.
 
-The weights are worked out pair by pair in Python floats. The objective behind the "+" has its own tests, and stands here
-as it is: a weighted loss or gradient is the pair's weight times its own.
+The weights are worked out pair by pair in Python floats. The objective behind the "+" has its own tests, and stands
+here as it is: a weighted loss or gradient is the pair's weight times its own.
 """
 
 from __future__ import annotations
