@@ -42,12 +42,12 @@ def verdict(gap_mean: float, gap_std: float, config: GAPOConfig) -> str | None:
     if not config.moves or config.loss_type != "sigmoid" or not math.isfinite(gap_mean + gap_std):
         return None
     if _share(gap_mean - _DEVIATIONS * gap_std, config) < _NOTHING:
-        found = f"the gaps are {gap_mean:.3g} +- {gap_std:.3g} nats per token"
+        gaps = f"the gaps are {gap_mean:.3g} +- {gap_std:.3g} nats per token"
         way = (
             f"{'rho' if config.target_gap is None else 'target_gap'} or beta is too large, or the policy has run away "
             "(its margins are large, and a small step loses them)"
         )
-        return f"the weights of nearly all pairs are 0, so that most of the data is thrown away: {found}; {way}"
+        return f"the weights of nearly all pairs are 0, so that most of the data is thrown away: {gaps}; {way}"
     if config.beta * gap_std * (1 - _share(gap_mean, config)) < _EQUAL:
         if config.target_gap is None:
             way = f"rho={config.rho} is too small for this model: set target_gap=0.3 in its place, or raise rho"
@@ -58,6 +58,11 @@ def verdict(gap_mean: float, gap_std: float, config: GAPOConfig) -> str | None:
             f"nats per token; {way}"
         )
     return None
+
+
+def weighs_by_gap(loss: Loss) -> bool:
+    """Whether the weights have this form: those of "gapo", on a logit of the gap, and of "gapo+NAME"."""
+    return loss.needs_anchor and ("gap_beta" in loss.settings or "loss_type" in loss.settings)
 
 
 class Watch:
@@ -71,18 +76,16 @@ class Watch:
 
     def __init__(self, config: GAPOConfig, loss: Loss, log: Callable[[str], None] = logger.warning) -> None:
         self._config, self._log = config, log
-        self._applies = loss.needs_anchor and (loss.name == "gapo" or "gap_beta" in loss.settings)
+        self._applies = weighs_by_gap(loss)
         self._said: set[str] = set()
 
     def see(self, metrics: Mapping[str, Any]) -> None:
         """Judge a window's metrics; those without an anchor, or with a radius of 0, say nothing."""
-        if (
-            not self._applies
-            or not all(name in metrics for name in (*FIGURES, "gapo/radius"))
-            or float(metrics["gapo/radius"]) == 0
-        ):
+        there = all(name in metrics for name in (*FIGURES, "gapo/radius"))
+        if not self._applies or not there or float(metrics["gapo/radius"]) == 0:
             return
-        text = verdict(*(float(metrics[name]) for name in FIGURES), self._config)
+        gap_mean, gap_std = (float(metrics[name]) for name in FIGURES)
+        text = verdict(gap_mean, gap_std, self._config)
         cause = None if text is None else text.partition(",")[0]
         if text is not None and cause not in self._said:
             self._said.add(str(cause))

@@ -12,6 +12,7 @@ from gapo._extras import named_extra
 from gapo.config import GAPOConfig
 from gapo.data import warmup_text
 from gapo.files import require_writable, write_text
+from gapo.reweighting import weighs_by_gap
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.held_out import fingerprint
@@ -56,9 +57,11 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
         model = str(tiny_model(config, _warmup_answers(config, data.train))) if config.model == "tiny" else config.model
     began = time.monotonic()
     before, after = loop.run(config, step_config, data, model, folder)
+    loss = loss_of(config.loss, step_config, config.loss_settings)
     summary = {
         "loss": config.loss,
-        "needs_anchor": loss_of(config.loss, step_config, config.loss_settings).needs_anchor,
+        "needs_anchor": loss.needs_anchor,
+        "weighs_by_gap": weighs_by_gap(loss),
         "before": before,
         "after": after,
         "train_pairs": len(data.train),
