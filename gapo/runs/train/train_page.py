@@ -12,7 +12,6 @@ from markupsafe import Markup
 
 from gapo.config import GAPOConfig
 from gapo.files import read_lines, write_text
-from gapo.objectives import OBJECTIVES, find
 from gapo.reweighting import verdict
 from gapo.runs.output import plots
 from gapo.runs.output.noise import pair_columns, weight_diagnostics
