@@ -6,6 +6,7 @@ These are steps 2 to 4 of the method document, written once over the `Backend` p
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from gapo import geometry, objective, rounding
@@ -120,29 +121,39 @@ class _Perturbation:
 
     def __init__(self, forward: AnchorForward, g: dict[str, Array], config: GAPOConfig, backend: Backend) -> None:
         self._g, self._config, self._backend, self._xp = g, config, backend, backend.xp
-        norms = [backend.norm(self._scaled(forward.parameters[name], x)) for name, x in g.items() if _numel(x)]
-        self.scaled_norm = _tree_norm(norms, self._xp)
+        self.scaled_norm = _tree_norm(list(self._scaled_norms(forward.parameters)), self._xp)
         self._step_size = geometry.step_size(config.rho, self.scaled_norm, self._xp)
         self._applied: list[tuple[int, Array, Array]] = []  # entries, norm of delta / T, share of changed entries
 
-    def _scaled(self, theta: Array, g: Array) -> Array:
-        theta = at_least_float32(stop_gradient(theta), self._xp)
-        return geometry.scaled_gradient(theta, at_least_float32(g, self._xp), self._config.adaptive)
+    def _scaled_norms(self, parameters: dict[str, Array]) -> Iterator[Array]:
+        """Norms of T g, block by block."""
+        for name, whole in self._g.items():
+            if _numel(whole):
+                for theta, g in self._blocks(stop_gradient(parameters[name]), whole):
+                    yield self._backend.norm(geometry.scaled_gradient(theta, g, self._config.adaptive))
 
-    def delta(self, name: str, theta: Array) -> Array:
-        """delta of one parameter, float32 or wider whatever the dtype of theta."""
+    def _blocks(self, theta: Array, g: Array) -> Iterator[tuple[Array, Array]]:
+        """Blocks of theta and g, float32 or wider."""
+        for theta_block, g_block in self._backend.blocks(theta, g):
+            yield at_least_float32(theta_block, self._xp), at_least_float32(g_block, self._xp)
+
+    def delta(self, name: str, theta: Array, lift: float = 1.0) -> Array:
+        """`lift` times delta of one parameter, float32 or wider whatever the dtype of theta."""
         theta, g = at_least_float32(theta, self._xp), at_least_float32(self._g[name], self._xp)
-        return geometry.delta(theta, g, self._step_size, self._config.adaptive)
+        return geometry.delta(theta, g, lift * self._step_size, self._config.adaptive)
 
     def move(self, name: str, theta: Array) -> Array:
         """theta + delta, rounded to the dtype of theta."""
-        xp = self._xp
-        wide = at_least_float32(theta, xp)
-        moved = xp.astype(wide + self.delta(name, theta), theta.dtype)
+        moved = [self._moved(wide, g, theta.dtype) for wide, g in self._blocks(theta, self._g[name])]
+        return moved[0] if len(moved) == 1 else self._xp.reshape(self._xp.concat(moved), theta.shape)
+
+    def _moved(self, theta: Array, g: Array, dtype: Any) -> Array:
+        moved = theta + geometry.delta(theta, g, self._step_size, self._config.adaptive)
+        moved = moved if moved.dtype == dtype else self._xp.astype(moved, dtype)
         if _numel(theta):
-            applied = at_least_float32(moved, xp) - wide
-            unscaled = geometry.unscaled_delta(wide, applied, self._config.adaptive, xp)
-            changed = self._backend.mean(xp.astype(applied != 0, wide.dtype))
+            applied = at_least_float32(moved, self._xp) - theta
+            unscaled = geometry.unscaled_delta(theta, applied, self._config.adaptive, self._xp)
+            changed = self._backend.share_nonzero(applied)
             self._applied.append((_numel(theta), self._backend.norm(unscaled), changed))
         return moved
 
@@ -175,7 +186,7 @@ class _Perturbation:
         lift = (
             2.0 ** min(100, round(math.log2(max(entries, 1) ** 0.25 / self._config.rho))) if self._config.rho else 1.0
         )
-        along = forward.directional(lambda name, theta: lift * self.delta(name, theta), names)
+        along = forward.directional(lambda name, theta: self.delta(name, theta, lift), names)
         return at_least_float32(along, self._xp) / lift
 
     def require_moved(self, changed: Array, names: list[str]) -> None:
