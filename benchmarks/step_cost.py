@@ -7,9 +7,7 @@ table shows their median and quartiles. Rows carry device, versions, commit and 
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from itertools import accumulate
@@ -140,7 +138,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "gapo": gapo.__version__,
-        "commit": commit(),
+        "commit": shared.commit(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "family": options.family,
@@ -227,14 +225,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     shared.write_picture(path, plots.figure("Cost of a step", "", "ratio to SimPO's", bars))
 
 
-def commit() -> str:
-    """The commit measured, with a "+" if files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    return head + ("+" if changed else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shared.add_size_arguments(parser, pairs=4, tokens=256, width=256, depth=8, vocab=8192)
@@ -259,12 +249,7 @@ def main() -> None:
     if options.plot is not None:
         draw(rows, options.plot)
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
+        shared.append_rows(options.output, rows)
 
 
 if __name__ == "__main__":

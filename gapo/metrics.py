@@ -13,6 +13,8 @@ from gapo.objectives import Loss
 from gapo.pairs import LogProbs
 from gapo.result import StepResult
 
+RUNNING = "gapo/running/"  # before the name of each running statistic
+
 
 def reward_metrics(chosen_logps: Array, rejected_logps: Array, config: GAPOConfig) -> dict[str, Array]:
     """TRL's metrics of a batch of pairs: the implicit rewards are beta times the length-normalised log-probabilities.
@@ -58,8 +60,9 @@ def reference_metrics(log_ratio_margins: Array) -> dict[str, Array]:
 def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:
     """Scalars of one step of any objective.
 
-    The weights and the anchor's figures stand under "gapo/"; the latter only where the objective has an anchor.
-    `reward_metrics` needs a `margin_fn` that returns log-probabilities, `reference_metrics` a reference in the batch.
+    The weights and the anchor's figures stand under "gapo/"; the latter only where the objective has an anchor. Running
+    statistics stand under `RUNNING`, as they are after the step. `reward_metrics` needs a `margin_fn` that returns
+    log-probabilities, `reference_metrics` a reference in the batch.
     """
     xp = array_api_compat.array_namespace(result.margins)
     metrics: dict[str, Array] = {}
@@ -77,10 +80,10 @@ def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:
             "gapo/anchor_gap_mean": xp.mean(result.anchor_gaps),
             "gapo/anchor_gap_std": xp.std(result.anchor_gaps),
         }
-    for name in ("radius", "changed_fraction", "grad_norm", "first_order_ratio"):
+    for name in ("rho", "radius", "changed_fraction", "grad_norm", "first_order_ratio"):
         if (value := getattr(result, name)) is not None:
             metrics[f"gapo/{name}"] = value
-    return metrics
+    return metrics | {f"{RUNNING}{name}": value for name, value in (result.running or {}).items()}
 
 
 def evaluation_columns(loss: Loss, logps: LogProbs) -> dict[str, Array]:
@@ -111,7 +114,9 @@ def evaluation_metrics(columns: Mapping[str, Array], config: GAPOConfig) -> dict
 
 
 def combine(name: str, values: Iterable[float], pairs: Iterable[float] | None = None) -> Any:
-    """One value of the metric `name` for a window of steps: least of a "_min", greatest of a "_max", else the mean.
+    """One value of the metric `name` for a window of steps: the mean; least of a "_min", greatest of a "_max".
+
+    A running statistic stands as the last step left it.
 
     Args:
         name: of the metric.
@@ -119,6 +124,8 @@ def combine(name: str, values: Iterable[float], pairs: Iterable[float] | None = 
         pairs: the number of pairs of each, so that the mean is one over pairs; None for micro-batches of one size.
     """
     values = list(values)
+    if name.startswith(RUNNING):
+        return values[-1]
     if name.endswith("_min"):
         return min(values)
     if name.endswith("_max"):

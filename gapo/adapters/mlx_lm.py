@@ -2,9 +2,9 @@
 
 `train(model, optimizer, pairs, valid, args, loss=make_loss(config), iterate_batches=iterate_batches)`
 
-mlx-lm differentiates the loss itself. The loss therefore runs the step on the clean forward, and returns a scalar that
-is linear in that forward's outputs, with the step's cotangents for coefficients. mlx-lm's own backward through it is
-the update's pullback, whatever the objective.
+mlx-lm differentiates the loss itself. The loss therefore runs the step on the clean forward, and returns its value as a
+scalar with the step's gradient behind it: one that the step has computed already, or, where it propagates anew, a
+scalar that is linear in the forward's outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ try:
     from mlx import nn
     from mlx.utils import tree_flatten
 
-    from gapo.adapters.mlx_metrics import MetricsCallback, detached, keep_evaluation, keep_training, last_metrics
+    from gapo.adapters.mlx_metrics import (
+        MetricsCallback,
+        RunningStatistics,
+        detached,
+        keep_evaluation,
+        keep_training,
+        last_metrics,
+    )
     from gapo.adapters.mlx_pairs import as_arrays, iterate_batches, load_pairs, require_pairs, require_right_padding
 except ModuleNotFoundError as error:
     raise missing("gapo.adapters.mlx_lm", "mlx-lm", error) from error
@@ -36,6 +43,7 @@ from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Objective, resolve
 from gapo.pairs import REFERENCE, BatchConstants, LogProbs, halves, require_reference
 from gapo.result import StepResult
+from gapo.reweighting import Watch
 from gapo.step import run
 
 
@@ -45,6 +53,7 @@ def make_loss(
     objective: str | Objective | Callable[[LogProbs], mx.array] = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
     on_step: Callable[[StepResult], None] | None = None,
+    running: Mapping[str, float] | None = None,
 ) -> Callable[..., tuple[mx.array, mx.array]]:
     """A loss for `mlx_lm.tuner.trainer.train` and `evaluate`: `loss(model, *batch) -> (scalar, count)`.
 
@@ -61,12 +70,16 @@ def make_loss(
             take theirs from `config`.
         on_step: called with the `StepResult` of each training batch; its fields of the anchor are None for an objective
             without one. Under `mx.compile` it would be called once, while the step is traced: leave it out there.
+        running: running statistics to go on from, by name, where a training is continued: the "gapo/running/" figures
+            that it reported last. None begins anew, as each new loss does. From then on the loss keeps them in the
+            model, for each model its own; under `mx.compile` `model.state` must be among the inputs and outputs, as
+            in mlx-lm's `train`, or they stay where they began.
 
     Raises:
         TypeError, ValueError: an unknown objective, or settings that it does not have. From the loss: no reference
-            where one is needed; a batch that is not `iterate_batches`'; padding on the left; a gradient in evaluation
-            mode of a loss that differs there; dropout together with mlx-lm's `grad_checkpoint`, whose recomputed
-            forward draws other masks, so that its gradients are wrong for any loss.
+            where one is needed; `running` of another objective; a batch that is not `iterate_batches`'; padding on the
+            left; a gradient in evaluation mode of a loss that differs there; dropout together with mlx-lm's
+            `grad_checkpoint`, whose recomputed forward draws other masks, so that its gradients are wrong for any loss.
 
     Source: method document, "The step".
 
@@ -85,7 +98,8 @@ def make_loss(
     """
     config = step_settings(config, getattr(objective, "name", objective), objective_settings)
     target = resolve(objective, config, objective_settings)
-    backend = MlxBackend()
+    backend, watch = MlxBackend(), Watch(config, target)
+    statistics = RunningStatistics(running)
 
     def loss(
         model: nn.Module, ids: mx.array, labels: mx.array, reference: mx.array | None = None
@@ -101,22 +115,21 @@ def make_loss(
     ) -> tuple[mx.array, mx.array]:
         _refuse_checkpointed_dropout(model)
         _warn_of_a_bare_quantised_base(model)
-        # The module's parameters are the tracers of mlx-lm's gradient here: it goes through `forward.outputs`.
+        # The module's parameters are the tracers of mlx-lm's gradient here, which `as_loss` answers.
         forward = backend.forward(pair_logps, model, batch, config, anchor=target.needs_anchor, by_side=target.by_side)
-        result, cotangents = run(forward, config, backend, loss=target, constants=constants)
+        before = statistics.of(model)
+        result, cotangents = run(forward, config, backend, loss=target, constants=constants, running=before)
         forward.require_repeatable()
         if target.needs_anchor:  # the step has read values; without an anchor it stays lazy, and so does its result
             result = detached(result)
-        metrics = keep_training(model, step_metrics(result, config))
+        statistics.keep(model, result.running)
+        metrics = keep_training(model, step_metrics(result, config), watch)
         # A figure that nobody evaluates would keep the batch's graph alive. `depends` evaluates it with the gradient.
-        figures = [*metrics, *(x for x in vars(result).values() if x is not None)]
+        figures = [*metrics, *(x for _, x in tree_flatten(vars(result)) if x is not None)]
         cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], figures)
-        pulls = [mx.sum(c * y) for c, y in zip(cotangents, forward.outputs, strict=True)]
-        pull = pulls[0] + pulls[1]
         if on_step is not None:
             on_step(result)
-        value = mx.stop_gradient(result.loss) + (pull - mx.stop_gradient(pull))
-        return value, mx.sum(batch[1] != IGNORE_INDEX)
+        return forward.as_loss(result.loss, cotangents), mx.sum(batch[1] != IGNORE_INDEX)
 
     def evaluation_loss(
         model: nn.Module, batch: tuple[mx.array, mx.array], constants: BatchConstants

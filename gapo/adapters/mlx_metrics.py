@@ -6,6 +6,7 @@ module: a compiled step's outputs are its module's state, and a callback reads t
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from collections.abc import Mapping
@@ -19,11 +20,12 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 
 from gapo._namespace import is_concrete, settled
 from gapo.result import StepResult
+from gapo.reweighting import Watch
 from gapo.rounding import LEAST, MOST, far_from_linear
 
 # The "_" keeps an entry of a module out of its parameters. Training and evaluation have an entry each: a compiled step
 # writes the module's state back by position, so that its entries must not change in between.
-_TRAIN, _VALID = "_gapo_train", "_gapo_valid"
+_TRAIN, _VALID, _WATCH = "_gapo_train", "_gapo_valid", "_gapo_watch"
 
 
 def detached(result: StepResult) -> StepResult:
@@ -31,11 +33,53 @@ def detached(result: StepResult) -> StepResult:
 
     An array that is evaluated while MLX differentiates keeps its whole graph alive, several times the weights.
     """
-    return replace(result, **{name: settled(x) for name, x in vars(result).items() if x is not None})
+    figures = {name: settled(x) for name, x in vars(result).items() if x is not None and name != "running"}
+    running = result.running and {name: settled(x) for name, x in result.running.items()}
+    return replace(result, **figures, running=running)
 
 
-def keep_training(model: nn.Module, metrics: Mapping[str, mx.array]) -> list[mx.array]:
-    """Store a batch's metrics for `last_metrics`, also from a compiled step, and return the stored arrays."""
+class RunningStatistics:
+    """Where a loss keeps its objective's running statistics from step to step: in the model that it trains.
+
+    Each loss has an entry of its own, since another objective may use the same names, and an entry that has once been
+    made stays: a compiled step tells the states of a module apart by their number of arrays.
+
+    Args:
+        begin: the statistics to go on from.
+    """
+
+    _count = itertools.count()
+
+    def __init__(self, begin: Mapping[str, float] | None) -> None:
+        self._begin = {name: float(value) for name, value in (begin or {}).items()}
+        self._place = f"_gapo_running_{next(self._count)}"
+
+    def of(self, model: nn.Module) -> Mapping[str, Any]:
+        """The statistics as they stand before a step."""
+        running: Mapping[str, Any] = model.get(self._place, self._begin)
+        return running
+
+    def keep(self, model: nn.Module, running: Mapping[str, mx.array] | None) -> None:
+        """Store the statistics after a step, also of a compiled one.
+
+        Raises:
+            ValueError: those to go on from are not the objective's.
+        """
+        if unknown := sorted(self._begin.keys() - (running or {}).keys()):
+            raise ValueError(
+                f"running names {', '.join(map(repr, unknown))}; the running statistics of this objective are "
+                f"{', '.join(map(repr, running or ())) or 'none'}"
+            )
+        if running:
+            model[self._place] = {name: mx.stop_gradient(value) for name, value in running.items()}
+
+
+def keep_training(model: nn.Module, metrics: Mapping[str, mx.array], watch: Watch) -> list[mx.array]:
+    """Store a batch's metrics for `last_metrics`, also from a compiled step, and return the stored arrays.
+
+    `watch` judges the weights in the reports of `MetricsCallback`.
+    """
+    vars(model)[_WATCH] = watch
     model[_TRAIN] = {name: mx.stop_gradient(value) for name, value in metrics.items()}
     return list(model[_TRAIN].values())
 
@@ -140,6 +184,8 @@ class MetricsCallback(TrainingCallback):
         if "ratio" not in self._warned and not LEAST <= ratio <= MOST:
             self._warned.add("ratio")  # a compiled step cannot warn of it itself
             warnings.warn(far_from_linear(ratio), RuntimeWarning, stacklevel=2)
+        if (watch := vars(self._model).get(_WATCH)) is not None:
+            watch.see(train_info)
         self.train.append(train_info)
         if self._then is not None:
             self._then.on_train_loss_report(train_info)

@@ -427,7 +427,7 @@ def test_dpo_takes_its_own_gradient() -> None:
     assert_close(nnx.state(model, nnx.Param), expected)
     with pytest.raises(ValueError, match=r"objective 'dpo' needs ref_chosen_logps and ref_rejected_logps"):
         train_step(model, optimizer, plain)
-    with pytest.raises(ValueError, match=r"gamma is of objectives 'gapo' and 'simpo'; 'dpo' takes beta"):
+    with pytest.raises(ValueError, match=r"gamma is of objectives 'gapo' and 'simpo'.*; 'dpo' takes beta"):
         train_step(model, optimizer, data, gamma=0.1)
     with pytest.raises(ValueError, match="objective must be one of 'gapo', 'simpo'"):
         make_train_step(objective="orpo")

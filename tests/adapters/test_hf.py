@@ -16,6 +16,7 @@ from typing import Any
 import hf_models
 import pytest
 import torch
+from drifting import by_hand, drifting
 from trainers import CONFIG, arguments, callback_of, make_trainer
 from transformers import Trainer, TrainerCallback
 
@@ -269,6 +270,65 @@ def test_resuming_gives_the_same_trajectory(tmp_path: Path) -> None:
     assert histories[0] == histories[1]
 
 
+RUNNING: dict[str, Any] = {
+    "callback": {"objective": drifting},
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "logging_steps": 1,
+    "learning_rate": 0.1,
+}
+
+
+def test_running_statistics_go_on_from_batch_to_batch(tmp_path: Path) -> None:
+    trainer, results = make_trainer(tmp_path, **RUNNING, max_steps=2), []
+    callback_of(trainer).on_step = lambda result, batch: results.append(result)
+    for _ in range(2):  # a second training begins anew
+        results.clear()
+        trainer.train()
+        expected = by_hand([result.margins for result in results])
+        assert len(results) == 4
+        for result, row in zip(results, expected, strict=True):
+            assert float(result.loss) == pytest.approx(row["loss"], rel=1e-5)
+            assert result.weights.tolist() == pytest.approx(row["weights"].tolist(), rel=1e-5)
+        logged = [row["gapo/running/mean"] for row in trainer.state.log_history if "gapo/running/mean" in row]
+        assert logged == pytest.approx([expected[1]["mean"], expected[3]["mean"]], rel=1e-5)
+        assert abs(expected[1]["mean"] - expected[3]["mean"]) > 1e-3
+
+
+def test_running_statistics_are_resumed_bit_for_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole, resumed = (make_trainer(tmp_path / name, **RUNNING, max_steps=3) for name in ("whole", "resumed"))
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert "begin anew" not in caplog.text
+    rows = [
+        [(row["loss"], row["gapo/running/mean"]) for row in trainer.state.log_history if "loss" in row]
+        for trainer in (whole, resumed)
+    ]
+    assert rows[0] == rows[1]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert state["stateful_callbacks"]["gapo"].pop("running") == {"mean": rows[0][0][1]}
+    path.write_text(json.dumps(state))
+    make_trainer(tmp_path / "lost", **RUNNING, max_steps=3).train(resume_from_checkpoint=str(checkpoint))
+    assert "after step 1, from where nothing is known of the running statistics 'mean': they begin anew" in caplog.text
+
+
+def test_running_statistics_of_another_objective_are_left(tmp_path: Path) -> None:
+    def other(logps: LogProbs) -> torch.Tensor:
+        return drifting(logps)
+
+    make_trainer(tmp_path, **RUNNING, max_steps=1).train()
+    resumed, results = make_trainer(tmp_path, **{**RUNNING, "callback": {"objective": other}}, max_steps=2), []
+    callback_of(resumed).on_step = lambda result, batch: results.append(result)
+    resumed.train(resume_from_checkpoint=True)
+    assert float(results[0].loss) == pytest.approx(by_hand([results[0].margins])[0]["loss"], rel=1e-5)
+
+
 def test_resuming_with_other_settings_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path / "first", config=GAPOConfig(rho=0.3), **options).train()
@@ -415,8 +475,10 @@ def test_every_objectives_gradient_and_evaluation_are_its_functions(tmp_path: Pa
     model = hf_models.make("pythia").double()
     before = copy.deepcopy(model)
     rows = with_reference_logps(model, hf_models.pairs(8), progress=None)
-    for i, row in enumerate(rows):  # a reference that the policy departs from
-        row["ref_chosen_logps"] += 0.25 * (i % 3 - 1)
+    for i, row in enumerate(rows):  # a reference that the policy departs from, by another amount in each response
+        row["ref_chosen_logps"] += 0.25 * (i % 3 - 1) + 0.02 * i
+        row["ref_rejected_logps"] += 0.03 * i**2
+    steps = 1 if name in ("alpha_dpo", "re_po", "beta_dpo") else 2  # the second batch would look back at the first
     if name == "own":
         objective, function, average, settings = hinge_of_z, hinge_of_arrays, False, {"tau": 3.0}
     else:
@@ -425,7 +487,7 @@ def test_every_objectives_gradient_and_evaluation_are_its_functions(tmp_path: Pa
         objective, settings = name, None
     results: list[Any] = []
     trainer = make_trainer(
-        tmp_path, model, rows=rows, max_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=2,
+        tmp_path, model, rows=rows, max_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=steps,
         callback={
             "objective": objective, "objective_settings": settings, "on_step": lambda *seen: results.append(seen),
         },
@@ -440,9 +502,9 @@ def test_every_objectives_gradient_and_evaluation_are_its_functions(tmp_path: Pa
     gradient = first_gradient(trainer)
     losses, expected = zip(*(objective_gradient(before, batch, function, average=average) for _, batch in results),
                            strict=True)  # fmt: skip
-    assert len(losses) == 2
+    assert len(losses) == steps
     for key, value in gradient.items():
-        mean = sum(e[key] for e in expected) / 2
+        mean = sum(e[key] for e in expected) / steps
         assert float((value - mean).norm()) <= 1e-9 * float(mean.norm()), key
     assert evaluation == pytest.approx(
         float(objective_gradient(before, trainer.data_collator(rows[:3]), function, average=average)[0]), rel=1e-6

@@ -21,6 +21,7 @@ import mlx_models
 import numpy as np
 import pytest
 import token_pairs
+from drifting import by_hand, drifting
 from frameworks import require
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
@@ -346,7 +347,7 @@ def test_a_tied_model_has_pytorchs_gaps(tmp_path: Path) -> None:
     assert np.abs(gaps["all"] - gaps["backbone"]).max() > 0.005
 
 
-def held(objective: str, steps: int = 3) -> float:
+def held(objective: Any, steps: int = 3) -> float:
     """Bytes that stay allocated by steps whose caller evaluates what it trains, in weights."""
     model, batch = mlx_models.make("llama"), mlx_models.batch(4, 48)
     optimizer, loss = optim.SGD(1e-3), adapter.make_loss(CONFIG, objective=objective)
@@ -374,6 +375,7 @@ def test_metrics_hold_no_graph(compiled: bool, monkeypatch: pytest.MonkeyPatch) 
         if compiled:
             mx.enable_compile()
         assert held("gapo") <= held("simpo") + 0.5
+        assert held(drifting) <= held("simpo") + 0.5
     finally:
         mx.disable_compile()
 
@@ -425,6 +427,52 @@ def test_an_objective_of_ones_own(sft_weight: float) -> None:
     if sft_weight:
         with pytest.raises(ValueError, match=r"in evaluation mode, .* no SFT term"):
             nn.value_and_grad(model, loss)(model, *mlx_models.batch(4))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_running_statistics_go_on_from_batch_to_batch(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also within a compiled step, also over the same model after another loss, and from where a training stopped."""
+    monkeypatch.setenv("PATH", "")  # without a C++ compiler, mx.compile fuses nothing and is quick
+    model = mlx_models.make("llama").train()
+    last = 0.0
+
+    def train(running: Any, before: float) -> float:
+        optimizer, loss = optim.SGD(0.1), adapter.make_loss(objective=drifting, running=running)
+        value_and_grad, state = nn.value_and_grad(model, loss), [model.state, optimizer.state]
+
+        @partial(mx.compile, inputs=state, outputs=state)
+        def step(*batch: mx.array) -> mx.array:
+            (value, _), grads = value_and_grad(model, *batch)
+            optimizer.update(model, grads)
+            return value
+
+        for batch in (mlx_models.batch(4),) * 4:
+            chosen, rejected = adapter.pair_logps(model, batch)
+            row = by_hand([(chosen - rejected).tolist()], before=before)[0]
+            value = step(*batch)
+            mx.eval(value, state)
+            found, before = adapter.last_metrics(model), row["mean"]
+            assert float(value) == pytest.approx(row["loss"], rel=1e-5)
+            assert found["gapo/weight_mean"] == pytest.approx(row["weights"].mean(), rel=1e-5)
+            assert found["gapo/running/mean"] == pytest.approx(before, rel=1e-5, abs=1e-6)
+        return found["gapo/running/mean"]
+
+    try:
+        if compiled:
+            mx.enable_compile()
+        for _ in range(2):  # a new loss begins anew
+            last = train(None, 0.0)
+        train({"mean": last}, last)
+    finally:
+        mx.disable_compile()
+
+
+def test_running_statistics_of_another_objective_are_refused() -> None:
+    loss = adapter.make_loss(objective=drifting, running={"gapo/running/mean": 1.0})
+    with pytest.raises(ValueError, match=r"running names 'gapo/running/mean'; the .* of this objective are 'mean'"):
+        loss(mlx_models.make("llama").train(), *mlx_models.batch())
+    with pytest.raises(ValueError, match="running names 'mean'; the running statistics of this objective are none"):
+        adapter.make_loss(running={"mean": 1.0})(mlx_models.make("llama").train(), *mlx_models.batch())
 
 
 def tiny_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
+from drifting import drifting
 from transformers import Trainer, TrainingArguments
 
 import gapo
@@ -45,6 +46,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "lora": {"model": "lora", "adaptive": False, "perturb": "all"},
     "tied": {"model": "gpt2", "sft_weight": 0.1},
     "simpo": {"model": "pythia", "objective": "simpo"},  # without an anchor
+    "running": {"model": "pythia", "objective": drifting},
 }
 PAIRS = 4  # share an anchor
 ZERO3 = {

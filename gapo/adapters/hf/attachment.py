@@ -11,8 +11,9 @@ The life of one batch of training:
    derivative by each log-probability.
 5. `forward.as_loss` makes a scalar whose value is the loss, and whose backward gives the gradient of the step. The
    Trainer divides it by the number of accumulated batches, propagates it, and clips, steps and zeroes as always.
-6. The batch's metrics join a window. When the Trainer logs, `log` closes the window: one value of each metric over its
-   batches and all ranks joins the Trainer's own figures.
+6. Running statistics of the objective go on to the next batch, and the batch's metrics join a window. When the Trainer
+   logs, `log` closes the window: one value of each metric over its batches and all ranks joins the Trainer's own
+   figures.
 
 An evaluation takes no anchor: `prediction_step` gives the loss and the log-probabilities of a batch, and
 `evaluation_loop` the metrics over all pairs.
@@ -41,7 +42,8 @@ from gapo.config import GAPOConfig
 from gapo.metrics import combine, evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Loss
 from gapo.pairs import LogProbs, require_reference
-from gapo.step import StepResult, run
+from gapo.reweighting import Watch
+from gapo.step import Running, StepResult, run
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +84,11 @@ class Attachment:
         self._prepared.prepare(trainer.model)
         self._warnings: set[str] = set()
         self._warn_of_what_is_left_out()
+        self._watch = Watch(settings.config, settings.loss, self._warn)
         self._rounded = False  # whether an evaluation in 16 bits has rounded the weights
         self._causal: nn.Module | None = None  # the model that has shown that it is causal
         self._gave_loss = False
+        self.running: Running = {}  # statistics of the objective, as they stand after the last micro-batch
         self._flags = {
             name: getattr(trainer, name)
             for name in ("loss_is_scaled_for_ga", "model_accepts_loss_kwargs")
@@ -166,9 +170,11 @@ class Attachment:
         forward = self._backend.forward(
             rows_logps, bare, rows, config, anchor=loss.needs_anchor, by_side=loss.by_side, wrapper=model
         )
-        result, cotangents = run(forward, config, self._backend, loss=loss, constants=constants_of(inputs, rows))
+        constants = constants_of(inputs, rows)
+        result, cotangents = run(forward, config, self._backend, loss=loss, constants=constants, running=self.running)
         scalar = forward.as_loss(result.loss, cotangents)
         self._require_causal(model, rows)
+        self.running = result.running or {}
         metrics = step_metrics(result, config)
         metrics[_PAIRS] = torch.tensor(float(len(result.margins)))
         if result.radius is not None:
@@ -180,7 +186,7 @@ class Attachment:
         return (scalar, {}) if return_outputs else scalar
 
     def _warn_of_no_perturbation(self, result: StepResult) -> None:
-        if float(result.radius) == 0 and self._config.rho > 0:
+        if float(result.radius) == 0 and self._config.moves:
             self._warn(
                 "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is "
                 "0); it ends with the first update. With adaptive=False it does not happen"
@@ -267,7 +273,9 @@ class Attachment:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own log, with the metrics of the training window added where it reports one."""
         if self._window and "loss" in logs:
-            logs.update(self._close_window())
+            metrics = self._close_window()
+            self._watch.see(metrics)
+            logs.update(metrics)
         self._replaced["log"](logs, *args, **kwargs)
 
     def _close_window(self) -> dict[str, float]:

@@ -31,7 +31,9 @@ class GAPOCallback(TrainerCallback):
     `Trainer(model, args, ..., data_collator=PreferenceCollator(tokenizer), callbacks=[GAPOCallback(config)])`. While
     attached, the trainer's `compute_loss` is the step of GAPO or of another objective. Its evaluation gives
     `eval_rewards/accuracies` and `eval_loss`, GAPO's probe loss or the other objective's own loss. Its logs carry TRL's
-    keys and GAPO's. The model's `forward` and its weights between steps are not touched. `detach()` undoes everything.
+    keys and GAPO's. Running statistics of an objective go from micro-batch to micro-batch, are in each checkpoint, and
+    begin anew with a training that does not resume one. The model's `forward` and its weights between steps are not
+    touched. `detach()` undoes everything.
 
     Select models on `eval_loss` or `eval_rewards/accuracies`, never on the training loss: GAPO's stays flat while
     margins grow.
@@ -71,6 +73,7 @@ class GAPOCallback(TrainerCallback):
         self.disable_dropout = disable_dropout
         self._attachment: Attachment | None = None
         self._left: weakref.ref[Trainer] | None = None  # the trainer that it was detached from
+        self._began_at = 0  # the step that the training began after
 
     def attach(self, trainer: Trainer) -> GAPOCallback:
         """Turn `trainer` into a GAPO trainer; harmless if it is already this callback's. Returns self."""
@@ -104,7 +107,7 @@ class GAPOCallback(TrainerCallback):
         self._attach_to_caller()  # add_callback() after construction never fires on_init_end
         if self._attachment is not None:
             self._attachment.begin()
-            self._compare_settings(state)
+            self._take_up(self._attachment, state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._attachment is None and self._left is None:  # add_callback() while training fires neither
@@ -113,6 +116,7 @@ class GAPOCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._attachment is not None:
             self._attachment.require_a_loss()
+            self._keep_running(self._attachment, state)
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
@@ -124,15 +128,37 @@ class GAPOCallback(TrainerCallback):
         if self.on_step is not None:
             self.on_step(result, batch)
 
-    def _compare_settings(self, state: TrainerState) -> None:
-        """Warn of settings that differ from the resumed checkpoint's; write the present ones to later checkpoints."""
-        of_objective = {name: _plain(value) for name, value in self.loss.settings.items()}
-        settings = {"objective": self.objective, **of_objective, **asdict(self.config)}
-        old = state.stateful_callbacks.get(_STATE, {}).get("attributes", settings)
+    def _take_up(self, attachment: Attachment, state: TrainerState) -> None:
+        """Take the running statistics of the resumed checkpoint, if there is one, and warn of settings that differ.
+
+        The present settings go into later checkpoints. Another objective's statistics are not taken.
+        """
+        settings = self._settings()
+        entry = state.stateful_callbacks.get(_STATE, {})
+        old = entry.get("attributes", settings)
         changes = [f"{name}: {old.get(name)!r} -> {new!r}" for name, new in settings.items() if old.get(name) != new]
         if changes:
             logger.warning("the checkpoint was trained with other settings of GAPO: %s", ", ".join(changes))
-        state.stateful_callbacks[_STATE] = {"args": {}, "attributes": settings}
+        same = old.get("objective") == self.objective
+        attachment.running, self._began_at = entry.get("running", {}) if same else {}, state.global_step
+        state.stateful_callbacks[_STATE] = {"args": {}, "attributes": settings, "running": attachment.running}
+
+    def _keep_running(self, attachment: Attachment, state: TrainerState) -> None:
+        """Put the running statistics where the step's checkpoint takes them: as floats, which JSON keeps exactly."""
+        entry = state.stateful_callbacks.setdefault(_STATE, {"args": {}, "attributes": self._settings()})
+        new = sorted(attachment.running.keys() - entry.get("running", {}).keys())
+        if new and 0 < self._began_at == state.global_step - 1:
+            logger.warning(
+                "the training goes on after step %d, from where nothing is known of the running statistics %s: they "
+                "begin anew. Resume from a checkpoint that was saved with the same objective",
+                self._began_at,
+                ", ".join(map(repr, new)),
+            )
+        entry["running"] = {name: float(value) for name, value in attachment.running.items()}
+
+    def _settings(self) -> dict[str, Any]:
+        of_objective = {name: _plain(value) for name, value in self.loss.settings.items()}
+        return {"objective": self.objective, **of_objective, **asdict(self.config)}
 
     def _attach_to_caller(self) -> None:
         trainer = calling_trainer(self)
