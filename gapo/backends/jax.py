@@ -204,8 +204,11 @@ class JaxBackend:
     def norm(self, x: Array) -> Array:
         return geometry.norm(x, jnp)
 
-    def mean(self, x: Array) -> Array:
-        return jnp.mean(x)
+    def share_nonzero(self, x: Array) -> Array:
+        return jnp.mean((x != 0).astype(x.dtype))
+
+    def blocks(self, *arrays: Array) -> list[tuple[Array, ...]]:
+        return [arrays]
 
     def all_reduce(self, x: Array, op: str) -> Array:
         if self._axis_name is None:
