@@ -7,6 +7,7 @@ of the model, `JaxForward` linearises it, `gapo.step.run` makes the cotangents, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 from gapo._extras import missing
@@ -17,6 +18,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing("gapo.adapters.flax", "flax", error) from error
 
+from gapo._namespace import is_concrete
 from gapo.adapters.flax_inputs import (
     LogitsFn,
     arrays,
@@ -30,8 +32,10 @@ from gapo.adapters.flax_loss import make_loss
 from gapo.adapters.flax_pairs import Metrics, ObjectiveLike, PairStep, nnx_margin_fn, nnx_pair_logps, pair_logps
 from gapo.config import GAPOConfig
 from gapo.result import StepResult
+from gapo.reweighting import Watch
 
 _NOT_GIVEN: Any = object()
+_LOOKS = tuple(8**k for k in range(1, 9))  # calls of a train step after which its weights are looked at
 
 
 def make_train_step(
@@ -138,10 +142,18 @@ def make_train_step(
         _require_running(step.loss.name, result, running_passed)
         return state.apply_gradients(grads=grads), metrics, result
 
+    watch, calls = Watch(step.config, step.loss), count(1)
     nnx_jitted = nnx.jit(nnx_step, static_argnums=4, donate_argnums=(0, 1) if donate else ())
     linen_jitted = jax.jit(linen_step, static_argnums=3, donate_argnums=0 if donate else ())
 
     def train_step(*args: Any, gamma: Any = None, rng: Any = None, running: Any = _NOT_GIVEN) -> Any:
+        returned = dispatched(*args, gamma=gamma, rng=rng, running=running)
+        # A look waits for the step, so there are few: at calls 8, 64, 512, ...
+        if next(calls) in _LOOKS and is_concrete(returned[-1].loss):
+            watch.see(returned[-2])
+        return returned
+
+    def dispatched(*args: Any, gamma: Any, rng: Any, running: Any) -> Any:
         running_passed = running is not _NOT_GIVEN
         inputs = {"rng": rng, "running": running or None if running_passed else None}
         if len(args) == 2 and isinstance(args[0], nnx.ModelAndOptimizer):

@@ -155,9 +155,9 @@ def arm_of(name: str) -> Arm:
     objective_name = f"{weighting}+{base}" if weighting else base
     if objective_name not in OBJECTIVES:
         raise ValueError(
-            f"arms must be among {', '.join(ARMS)}, or any of {', '.join(OBJECTIVES)} behind one of "
-            f"{', '.join(f'{weighting}+' for weighting in OBJECTIVES.weightings)}, those with an anchor also before "
-            f"one of {', '.join(f'-{variant}' for variant in _VARIANTS)}; got {name!r}"
+            f"arms has {name!r}; arms must be among {', '.join(OBJECTIVES)}, any of them behind one of "
+            f"{', '.join(f'{weighting}+' for weighting in OBJECTIVES.weightings)}, and before one of "
+            f"{', '.join(f'-{variant}' for variant in _VARIANTS)} if it has an anchor"
         )
     needs_anchor = OBJECTIVES[objective_name].needs_anchor
     if variant and not needs_anchor:

@@ -67,11 +67,11 @@ def difference_table(runs: pd.DataFrame, baseline: str, value: str = "accuracy")
     for arm in dict.fromkeys(runs["arm"]):
         if arm == baseline:
             continue
-        found: dict[tuple[str, float], Error] = {}
+        by_noise: dict[tuple[str, float], Error] = {}
         for (mode, rate), of_noise in runs.groupby(["mode", "rate"], sort=False):
             both = of_noise[of_noise["arm"].isin([arm, baseline])].dropna(subset=[value])
             seeds = both.groupby("seed")["arm"].nunique()
             if (seeds == 2).any():
-                found[(mode, rate)] = standard_error(differences(both, arm, baseline, value))
-        rows.append({"name": shown(arm), "at": found})
+                by_noise[(mode, rate)] = standard_error(differences(both, arm, baseline, value))
+        rows.append({"name": shown(arm), "at": by_noise})
     return rows

@@ -132,11 +132,11 @@ def _differences(done: pd.DataFrame, baseline: str, modes: list[str]) -> dict[st
     return {"title": f"Minus {shown(baseline)}, paired", "head": head, "rows": body}
 
 
-def _points(found: Error | None) -> str:
+def _points(difference: Error | None) -> str:
     """A difference of shares in points with its standard error, such as "+3.6 ± 1.1"."""
-    if found is None:
+    if difference is None:
         return ""
-    return f"{100 * found.mean:+.1f}" + (f" ± {100 * found.error:.1f}" if found.n > 1 else "")
+    return f"{100 * difference.mean:+.1f}" + (f" ± {100 * difference.error:.1f}" if difference.n > 1 else "")
 
 
 def _diagnostics(noisy: pd.DataFrame) -> dict[str, Any]:
@@ -273,12 +273,12 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, rate: float
 
 def _families(arms: Sequence[str]) -> dict[str, list[str]]:
     """By the name of their figure, arms that belong together: GAPO and its controls, an objective and its weighted."""
-    found = {"controls": ["gapo", *(arm for arm in arms if arm.startswith("gapo-") and "+" not in arm)]}
+    families = {"controls": ["gapo", *(arm for arm in arms if arm.startswith("gapo-") and "+" not in arm)]}
     for arm in arms:
         weighting, base, _ = parts_of(arm)
         if weighting:
-            found.setdefault(f"weighted_{base}", [base]).append(arm)
-    return {name: members for name, members in found.items() if len(members) > 1 and set(members) <= set(arms)}
+            families.setdefault(f"weighted_{base}", [base]).append(arm)
+    return {name: members for name, members in families.items() if len(members) > 1 and set(members) <= set(arms)}
 
 
 def _measured(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:

@@ -93,8 +93,7 @@ def differences(
     difference = (wide[arm] - wide[other]).dropna()
     if difference.empty:
         raise ValueError(f"there is no run of {arm!r} and {other!r} on the same seed and flips")
-    found: np.ndarray = difference.groupby("seed").mean().to_numpy()
-    return found
+    return np.asarray(difference.groupby("seed").mean())
 
 
 def _by_seed(group: pd.DataFrame, value: str) -> np.ndarray:

@@ -24,8 +24,8 @@ def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dic
         FloatingPointError: no try of an arm stayed finite.
     """
     rates = list(config.learning_rates)
-    given = {name: ARMS[name].given(settings) for name, settings in config.settings.items()}
-    scores: dict[str, dict[Any, float]] = {name: {} for name in config.arm_names if name not in given}
+    fixed = {name: ARMS[name].given(settings) for name, settings in config.settings.items()}
+    scores: dict[str, dict[Any, float]] = {name: {} for name in config.arm_names if name not in fixed}
 
     def attempt(wanted: dict[str, list[Settings]], title: str) -> None:
         if not wanted:
@@ -49,7 +49,7 @@ def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dic
         "choosing learning rates again",
     )
     best = {name: _best(name, accuracies) for name, accuracies in scores.items()}
-    chosen = {name: given[name] if name in given else best[name] for name in config.arm_names}
+    chosen = {name: fixed[name] if name in fixed else best[name] for name in config.arm_names}
     tries = [
         {"arm": name, **dict(key), "accuracy": accuracy, "chosen": dict(key) == chosen[name]}
         for name, accuracies in scores.items()
