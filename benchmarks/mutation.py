@@ -63,7 +63,10 @@ TESTS = {
     "gapo/backends/base.py": ("step onepass", "(torch and (errors or alone or identity)) or fit or declaration"),
     "gapo/backends/numpy.py": ("step", "numpy"),
     "gapo/backends/jax.py": ("backend_jax step", "jax and not mesh and not flops and not third"),
-    "gapo/backends/mlx.py": ("backend_mlx step mlx_lm devices", "(mlx or ring) and not compiled"),
+    **dict.fromkeys(
+        (f"gapo/backends/mlx/mlx_{part}.py" for part in ("backend", "forward", "onepass")),
+        ("backend_mlx mlx_onepass step mlx_lm devices", "(mlx or ring) and not compiled"),
+    ),
     f"{TORCH}/backend.py": (
         "backend_torch onepass step devices",
         "(torch or onepass or ddp or fsdp2 or refused) and not log_probs and not compiles",

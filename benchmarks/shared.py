@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -38,9 +40,12 @@ def random_batch(options: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def time_rounds(
-    steps: Mapping[str, Callable[[], Any]], budget: float, synchronise: Callable[[], Any] = lambda: None
+    steps: Mapping[str, Callable[[], Any]],
+    budget: float,
+    synchronise: Callable[[], Any] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each step, round by round, for `budget` seconds and at least five rounds.
+    """Seconds of each step by `clock`, round by round, for `budget` seconds and at least five rounds.
 
     Each round takes every step once, so that a noisy machine disturbs all alike. `synchronise` waits for the device.
     """
@@ -52,10 +57,10 @@ def time_rounds(
         rounds += 1
         for name, step in steps.items():
             synchronise()
-            start = time.perf_counter()
+            start = clock()
             step()
             synchronise()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -65,6 +70,24 @@ def ratios_to_simpo(seconds: Mapping[str, list[float]]) -> dict[str, list[float]
         name: quantiles([a / b for a, b in zip(times, seconds["simpo"], strict=True)], n=4)
         for name, times in seconds.items()
     }
+
+
+def commit() -> str:
+    """The commit measured, with a "+" if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    return head + ("+" if changed else "")
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows of equal columns to a CSV file, with a header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_picture(path: Path, svg: str) -> None:

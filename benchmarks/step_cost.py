@@ -7,9 +7,7 @@ table shows their median and quartiles. Rows carry device, versions, commit and 
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from itertools import accumulate
@@ -70,6 +68,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", {"new_decoder_architecture": True}),
     "opt": ("OPTConfig", {"dropout": 0.0}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 8}),
+    "smollm2": (
+        "LlamaConfig",
+        {
+            "hidden_size": 576,
+            "num_hidden_layers": 30,
+            "vocab_size": 49152,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "tie_word_embeddings": True,
+        },
+    ),  # SmolLM2-135M: its sizes are its own, whatever the options say
     "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}),
 }
 
@@ -84,17 +94,16 @@ def make_model(options: argparse.Namespace) -> torch.nn.Module:
         sizes = {"num_kv_heads": heads, "ffn_hidden_size": inner}
     if options.family == "opt":
         sizes = {"ffn_dim": inner, "word_embed_proj_dim": options.width}
-    config = getattr(transformers, name)(
-        vocab_size=options.vocab,
-        hidden_size=options.width,
-        num_hidden_layers=options.depth,
-        num_attention_heads=heads,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **sizes,
-        **special,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": options.vocab,
+        "hidden_size": options.width,
+        "num_hidden_layers": options.depth,
+        "num_attention_heads": heads,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = getattr(transformers, name)(**settings | sizes | special)
     model: Any = transformers.AutoModelForCausalLM.from_config(config)
     if options.lora:
         from peft import LoraConfig, get_peft_model
@@ -129,7 +138,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "gapo": gapo.__version__,
-        "commit": commit(),
+        "commit": shared.commit(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "family": options.family,
@@ -216,14 +225,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     shared.write_picture(path, plots.figure("Cost of a step", "", "ratio to SimPO's", bars))
 
 
-def commit() -> str:
-    """The commit measured, with a "+" if files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    return head + ("+" if changed else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shared.add_size_arguments(parser, pairs=4, tokens=256, width=256, depth=8, vocab=8192)
@@ -248,12 +249,7 @@ def main() -> None:
     if options.plot is not None:
         draw(rows, options.plot)
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
+        shared.append_rows(options.output, rows)
 
 
 if __name__ == "__main__":

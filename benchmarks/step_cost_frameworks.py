@@ -1,14 +1,21 @@
-"""Cost of a GAPO step against SimPO's in JAX and in MLX: the same small Llama, compiled, in interleaved rounds."""
+"""Cost of a GAPO step against SimPO's in JAX and in MLX, on one Llama and one batch: flops, time, memory, compile time.
+
+The steps take turns in one process, so that a noisy machine disturbs all alike. Ratios are taken within each round; the
+table shows their median and quartiles. Rows carry device, versions, commit and time.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -18,92 +25,237 @@ import gapo
 from gapo import objectives
 
 ANCHORS = ("exact", "first_order")
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")  # with --lora
+RANK = 16
 
 
-def jax_steps(folder: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+@dataclass
+class Step:
+    """A step that is ready to run, and what its preparation tells."""
+
+    run: Callable[[], Any]
+    compile_seconds: float | None  # where it is compiled
+    temporary: int  # bytes at the peak, beside weights and batch
+    flops: float | None  # where the framework counts them
+
+
+class LowRank:
+    """The weight of a layer with a LoRA adapter, as far as `x @ weight.T` uses it."""
+
+    def __init__(self, weight: Any, adapter: tuple[Any, Any]) -> None:
+        self.T = self
+        self._weight, (self._down, self._up) = weight, adapter
+
+    def __rmatmul__(self, x: Any) -> Any:
+        return x @ self._weight.T + (x @ self._down.T) @ self._up.T
+
+
+def jax_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Step]:
     import jax
     import jax.numpy as jnp
 
     from gapo.adapters.flax import pair_logps
     from gapo.runs.models import llama
 
-    settings, params = llama.load(folder)
+    settings, weights = llama.load(folder)
+    params: Any = weights
     data = {name: jnp.asarray(x) for name, x in batch.items()}
+    if options.lora:
+        data["weights"] = weights
+        params = {}
+        for i, name in enumerate(sorted(name for name in weights if any(part in name for part in ADAPTED))):
+            down, up = (jax.random.fold_in(jax.random.key(part), i) for part in (0, 1))
+            out, into = weights[name].shape
+            params[name] = (
+                0.02 * jax.random.normal(down, (RANK, into), jnp.float32),
+                0.02 * jax.random.normal(up, (out, RANK), jnp.float32),
+            )
 
     def margin_fn(p: Any, b: Any) -> Any:
+        if options.lora:
+            p = {**b["weights"], **{name: LowRank(b["weights"][name], adapter) for name, adapter in p.items()}}
         return pair_logps(lambda ids, _: llama.logits(p, ids, settings), b)
 
     def simpo(p: Any, b: Any) -> Any:
-        def loss(q: Any) -> Any:
-            return objectives.simpo(*margin_fn(q, b))
+        return jax.value_and_grad(lambda q: objectives.simpo(*margin_fn(q, b)))(p)
 
-        return jax.value_and_grad(loss)(p)
+    def prepared(function: Any) -> Step:
+        start = options.clock()
+        compiled = jax.jit(function).lower(params, data).compile()
+        seconds = options.clock() - start
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        flops = compiled.cost_analysis()["flops"]
+        return Step(lambda: jax.block_until_ready(compiled(params, data)), seconds, temporary, flops)
 
-    steps = {"simpo": simpo}
-    steps |= {f"gapo {a}": gapo.value_and_grad(margin_fn, gapo.GAPOConfig(anchor=a), backend="jax") for a in ANCHORS}
-    jitted = {name: jax.jit(step) for name, step in steps.items()}
-    return {name: lambda step=step: jax.block_until_ready(step(params, data)) for name, step in jitted.items()}  # type: ignore[misc]
+    functions = {"simpo": simpo}
+    functions |= {
+        f"gapo {a}": gapo.value_and_grad(margin_fn, gapo.GAPOConfig(anchor=a), backend="jax") for a in ANCHORS
+    }
+    return {name: prepared(function) for name, function in functions.items()}
 
 
-def mlx_steps(folder: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+def mlx_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Step]:
     import mlx.core as mx
     from mlx import nn
+    from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
     from gapo.adapters.mlx_lm import make_loss
+    from gapo.adapters.mlx_pairs import as_arrays
 
-    data = [
-        mx.array(np.concatenate([batch[f"{side}_{part}"] for side in ("chosen", "rejected")]))
-        for part in ("input_ids", "labels")
-    ]
+    data = as_arrays(batch)
     losses = {"simpo": make_loss(objective="simpo")}
     losses |= {f"gapo {a}": make_loss(gapo.GAPOConfig(anchor=a)) for a in ANCHORS}
 
-    def compiled(loss: Any) -> Callable[[], Any]:
+    def prepared(loss: Any) -> Step:
         model, _ = load_model(Path(folder))
+        if options.lora:
+            model.freeze()
+            keys = [f"self_attn.{part}" for part in ADAPTED]
+            linear_to_lora_layers(model, options.depth, {"rank": RANK, "scale": 1.0, "dropout": 0.0, "keys": keys})
+            for name, module in model.named_modules():
+                if name.endswith(ADAPTED):
+                    module.lora_b = 0.02 * mx.random.normal(module.lora_b.shape, key=mx.random.key(len(name)))
         model.train()
         state = [model.state, mx.random.state]
         grad = nn.value_and_grad(model, loss)
-        step = mx.compile(lambda ids, labels: grad(model, ids, labels), inputs=state, outputs=state)
-        return lambda: mx.eval(step(*data))
+        step = lambda *arrays: grad(model, *arrays)  # noqa: E731
+        if not options.eager:
+            step = mx.compile(step, inputs=state, outputs=state)
+        mx.eval(state, data)
 
-    return {name: compiled(loss) for name, loss in losses.items()}
+        def run() -> None:
+            mx.eval(step(*data), state)
+
+        start = options.clock()
+        run()
+        first = options.clock() - start
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        start = options.clock()
+        run()
+        # The first run traces, compiles and computes; the second only computes.
+        seconds = None if options.eager else max(0.0, first - (options.clock() - start))
+        return Step(run, seconds, mx.get_peak_memory() - before, None)
+
+    return {name: prepared(loss) for name, loss in losses.items()}
 
 
-def save_model(options: argparse.Namespace, folder: str) -> None:
-    """Save a Llama of random weights, as `save_pretrained` leaves it."""
+def save_model(options: argparse.Namespace, folder: str) -> int:
+    """Save a Llama of random weights, as `save_pretrained` leaves it; the number of its parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=options.vocab,
         hidden_size=options.width,
-        intermediate_size=3 * options.width,
+        intermediate_size=round(8 / 3 * options.width / 32) * 32,
         num_hidden_layers=options.depth,
         num_attention_heads=max(1, options.width // 64),
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the table, one for each step."""
+    options.clock = time.process_time if options.cpu_time else time.perf_counter
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TMPDIR"] = folder  # MLX keeps compiled kernels there: none is left over from another run
+        parameters = save_model(options, folder)
+        steps = {"jax": jax_steps, "mlx": mlx_steps}[options.framework](folder, shared.random_batch(options), options)
+        seconds = shared.time_rounds(
+            {name: step.run for name, step in steps.items()}, options.seconds, clock=options.clock
+        )
+    simpo = steps["simpo"]
+    conditions = {
+        "device": device(options.framework),
+        "threads": os.cpu_count(),
+        "clock": "cpu" if options.cpu_time else "wall",
+        "version": importlib.metadata.version(options.framework),
+        "gapo": gapo.__version__,
+        "commit": shared.commit(),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "parameters": parameters,
+        "pairs": options.pairs,
+        "tokens": options.tokens,
+        "lora": options.lora,
+        "eager": options.eager,
+        "rounds": len(seconds["simpo"]),
+    }
+    return [
+        {
+            "framework": options.framework,
+            "way": name,
+            "ratio": round(middle, 3),
+            "ratio_25": round(low, 3),
+            "ratio_75": round(high, 3),
+            "seconds": round(median(seconds[name]), 4),
+            "flop_ratio": ratio(steps[name].flops, simpo.flops),
+            "temporary_mib": round(steps[name].temporary / 2**20, 1),
+            "temporary_ratio": ratio(steps[name].temporary, simpo.temporary),
+            "compile_seconds": rounded(steps[name].compile_seconds),
+            "compile_ratio": ratio(steps[name].compile_seconds, simpo.compile_seconds),
+            **conditions,
+        }
+        for name, (low, middle, high) in shared.ratios_to_simpo(seconds).items()
+    ]
+
+
+def rounded(value: float | None) -> float | str:
+    """A value of the table; empty where it was not measured."""
+    return "" if value is None else round(value, 3)
+
+
+def ratio(value: float | None, simpo: float | None) -> float | str:
+    """A value of the table over SimPO's; empty where there is none."""
+    return rounded(value / simpo) if value is not None and simpo else ""
+
+
+def device(framework: str) -> str:
+    """What the framework computes on."""
+    if framework == "jax":
+        import jax
+
+        found = jax.devices()[0]
+        return f"{platform.machine()} CPU" if found.platform == "cpu" else found.device_kind
+    import mlx.core as mx
+
+    return f"{platform.machine()} CPU" if mx.default_device() == mx.Device(mx.cpu) else f"{platform.machine()} GPU"
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--framework", choices=("jax", "mlx"), required=True, help="the framework to time")
+    shared.add_size_arguments(parser, pairs=4, tokens=256, width=256, depth=8, vocab=8192)
+    parser.add_argument("--lora", action="store_true", help=f"train LoRA adapters of rank {RANK} on attention only")
+    parser.add_argument("--eager", action="store_true", help="MLX without mx.compile; JAX always compiles")
+    parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where other programs run too")
+    parser.add_argument("--seconds", type=float, default=120, help="duration of the measurement, at least five rounds")
+    parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--framework", choices=("jax", "mlx"), required=True, help="the framework to time")
-    shared.add_size_arguments(parser, pairs=4, tokens=128, width=128, depth=4, vocab=2048)
-    parser.add_argument("--seconds", type=float, default=30, help="duration of the measurement")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(options, folder)
-        make_steps = {"jax": jax_steps, "mlx": mlx_steps}[options.framework]
-        steps = make_steps(folder, shared.random_batch(options))
-    for step in steps.values():
-        step()  # compiles
-    seconds = shared.time_rounds(steps, options.seconds)
+    options = arguments().parse_args()
+    rows = measure(options)
+    for row in rows:
+        flops = f"flops {row['flop_ratio']:.3f} x, " if row["flop_ratio"] else ""
+        compiled = (
+            f", compiled in {row['compile_seconds']:.1f} s ({row['compile_ratio']} x)" if row["compile_seconds"] else ""
+        )
+        print(
+            f"{row['way']:<18} {row['ratio']:.2f} x SimPO ({row['ratio_25']:.2f} to {row['ratio_75']:.2f}), {flops}"
+            f"temporary memory {row['temporary_ratio']:.2f} x ({row['temporary_mib']:.0f} MiB){compiled}"
+        )
+    first = rows[0]
     print(
-        f"{options.framework} {importlib.metadata.version(options.framework)}, {platform.machine()} CPU, "
-        f"{len(seconds['simpo'])} rounds, {time.strftime('%Y-%m-%d')}"
+        f"{first['framework']} {first['version']}, {first['device']}, {first['parameters'] / 1e6:.1f} M parameters, "
+        f"{first['rounds']} rounds, {first['clock']} time, {first['time']}"
     )
-    for name, (low, middle, high) in shared.ratios_to_simpo(seconds).items():
-        print(f"{name:<18} {middle:.2f} x SimPO ({low:.2f} to {high:.2f})")
+    if options.output is not None:
+        shared.append_rows(options.output, rows)
 
 
 if __name__ == "__main__":

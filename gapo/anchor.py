@@ -5,13 +5,16 @@ These are steps 2 to 4 of the method document, written once over the `Backend` p
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from gapo import geometry, objective, rounding
 from gapo._namespace import Array, Namespace, at_least_float32, is_concrete, settled, stop_gradient
 from gapo.backends.base import AnchorForward, Backend, margins_of, on_outputs
 from gapo.config import GAPOConfig
+from gapo.radius import Spread
 from gapo.selection import select
 
 
@@ -52,16 +55,24 @@ def measure_anchor(
     # 3. The perturbation, one parameter at a time.
     direction = g if config.direction == "pessimistic" else backend.normal(names, forward.parameters, rng)
     perturbation = _Perturbation(forward, direction, config, backend)
+    target, unit_gaps = config.target_gap, None
+    if target is not None:
+        unit_gaps = -perturbation.of_radius(1.0).along(forward, names)
+        perturbation = perturbation.of_radius(Spread(backend).first_order_rho(unit_gaps, target))
 
     # 4. The margins at the anchor.
     moved: tuple[Array, ...] | None = None
     if choice.anchor == "first_order":
-        gaps = -perturbation.along(forward, names)
+        gaps = -perturbation.along(forward, names) if unit_gaps is None else perturbation.rho * unit_gaps
         anchor_margins = margins - gaps
         radius = perturbation.ideal_radius()
         changed = 0 * grad_norm + 1  # 1.0, but no constant: `mx.compile` loses one that ends up in its state
     else:
-        moved = tuple(stop_gradient(at_least_float32(y, xp)) for y in forward.at(perturbation.move, names))
+        moved = perturbation.outputs(forward, names)
+        if target is not None:
+            gaps = margins - margins_of(moved)
+            perturbation = perturbation.of_radius(Spread(backend).corrected_rho(perturbation.rho, gaps, target))
+            moved = perturbation.outputs(forward, names)
         anchor_margins = margins_of(moved)
         radius, changed = perturbation.applied()
         gaps = margins - anchor_margins
@@ -70,16 +81,18 @@ def measure_anchor(
     concrete = is_concrete(drop)
     if concrete:  # the first look at a value: a lazy framework has been lazy so far
         _require_finite(margins, grad_norm, g, forward.parameters, xp)
-        hint = f"rho={config.rho} moves the weights too far"
+        hint = f"{rounding.asked(config, perturbation.rho)} moves the weights too far"
         _require_finite_margins(anchor_margins, "the anchor forward", hint, forward.parameters, xp, over_ranks=drop)
         if choice.anchor == "exact":
             perturbation.require_moved(changed, names)
+    rho = 0 * perturbation.scaled_norm + perturbation.rho
     ratio = perturbation.first_order_ratio(drop)
     rounding.check_gaps(
         forward,
         choice,
         config,
         backend,
+        rho=rho,
         scaled_norm=perturbation.scaled_norm,
         radius=radius,
         changed=changed,
@@ -92,6 +105,7 @@ def measure_anchor(
         "anchor_margins": anchor_margins,
         "anchor_gaps": gaps,
         "grad_norm": grad_norm,
+        "rho": rho,
         "radius": radius,
         "changed_fraction": changed,
         "first_order_ratio": ratio,
@@ -120,31 +134,55 @@ class _Perturbation:
 
     def __init__(self, forward: AnchorForward, g: dict[str, Array], config: GAPOConfig, backend: Backend) -> None:
         self._g, self._config, self._backend, self._xp = g, config, backend, backend.xp
-        norms = [backend.norm(self._scaled(forward.parameters[name], x)) for name, x in g.items() if _numel(x)]
-        self.scaled_norm = _tree_norm(norms, self._xp)
-        self._step_size = geometry.step_size(config.rho, self.scaled_norm, self._xp)
+        self.scaled_norm = _tree_norm(list(self._scaled_norms(forward.parameters)), self._xp)
+        self._set_radius(config.rho)
+
+    def _set_radius(self, rho: float | Array) -> None:
+        self.rho = rho
+        self._step_size = geometry.step_size(rho, self.scaled_norm, self._xp)
         self._applied: list[tuple[int, Array, Array]] = []  # entries, norm of delta / T, share of changed entries
 
-    def _scaled(self, theta: Array, g: Array) -> Array:
-        theta = at_least_float32(stop_gradient(theta), self._xp)
-        return geometry.scaled_gradient(theta, at_least_float32(g, self._xp), self._config.adaptive)
+    def of_radius(self, rho: float | Array) -> _Perturbation:
+        """The perturbation along the same direction, of another radius."""
+        other = copy.copy(self)
+        other._set_radius(rho)
+        return other
 
-    def delta(self, name: str, theta: Array) -> Array:
-        """delta of one parameter, float32 or wider whatever the dtype of theta."""
+    def _scaled_norms(self, parameters: dict[str, Array]) -> Iterator[Array]:
+        """Norms of T g, block by block."""
+        for name, whole in self._g.items():
+            if _numel(whole):
+                for theta, g in self._blocks(stop_gradient(parameters[name]), whole):
+                    yield self._backend.norm(geometry.scaled_gradient(theta, g, self._config.adaptive))
+
+    def _blocks(self, theta: Array, g: Array) -> Iterator[tuple[Array, Array]]:
+        """Blocks of theta and g, float32 or wider."""
+        for theta_block, g_block in self._backend.blocks(theta, g):
+            yield at_least_float32(theta_block, self._xp), at_least_float32(g_block, self._xp)
+
+    def delta(self, name: str, theta: Array, lift: float = 1.0) -> Array:
+        """`lift` times delta of one parameter, float32 or wider whatever the dtype of theta."""
         theta, g = at_least_float32(theta, self._xp), at_least_float32(self._g[name], self._xp)
-        return geometry.delta(theta, g, self._step_size, self._config.adaptive)
+        return geometry.delta(theta, g, lift * self._step_size, self._config.adaptive)
 
     def move(self, name: str, theta: Array) -> Array:
         """theta + delta, rounded to the dtype of theta."""
-        xp = self._xp
-        wide = at_least_float32(theta, xp)
-        moved = xp.astype(wide + self.delta(name, theta), theta.dtype)
+        moved = [self._moved(wide, g, theta.dtype) for wide, g in self._blocks(theta, self._g[name])]
+        return moved[0] if len(moved) == 1 else self._xp.reshape(self._xp.concat(moved), theta.shape)
+
+    def _moved(self, theta: Array, g: Array, dtype: Any) -> Array:
+        moved = theta + geometry.delta(theta, g, self._step_size, self._config.adaptive)
+        moved = moved if moved.dtype == dtype else self._xp.astype(moved, dtype)
         if _numel(theta):
-            applied = at_least_float32(moved, xp) - wide
-            unscaled = geometry.unscaled_delta(wide, applied, self._config.adaptive, xp)
-            changed = self._backend.mean(xp.astype(applied != 0, wide.dtype))
+            applied = at_least_float32(moved, self._xp) - theta
+            unscaled = geometry.unscaled_delta(theta, applied, self._config.adaptive, self._xp)
+            changed = self._backend.share_nonzero(applied)
             self._applied.append((_numel(theta), self._backend.norm(unscaled), changed))
         return moved
+
+    def outputs(self, forward: AnchorForward, names: list[str]) -> tuple[Array, ...]:
+        """The forward's outputs at theta + delta, float32 or wider, without gradient."""
+        return tuple(stop_gradient(at_least_float32(y, self._xp)) for y in forward.at(self.move, names))
 
     def applied(self) -> tuple[Array, Array]:
         """Radius of what `move` applied, and the share of weights that it changed."""
@@ -162,29 +200,27 @@ class _Perturbation:
         if self._config.direction == "gaussian":
             return None
         xp = self._xp
-        predicted = self._config.rho * self.scaled_norm
+        predicted = self.rho * self.scaled_norm
         none = predicted == 0
         return xp.where(none, xp.ones_like(drop), drop / xp.where(none, xp.ones_like(drop), predicted))
 
     def along(self, forward: AnchorForward, names: list[str]) -> Array:
-        """Derivative of each pair's margin along delta, (N,), float32 or wider.
+        """Derivative of each pair's margin along delta, (N,), float32 or wider, at a radius that is a plain number.
 
         It is linear in delta, so that a power of 2 can lift delta's tiny entries into float16's range and leave again.
         """
         entries = sum(_numel(forward.parameters[name]) for name in names)
-        lift = (
-            2.0 ** min(100, round(math.log2(max(entries, 1) ** 0.25 / self._config.rho))) if self._config.rho else 1.0
-        )
-        along = forward.directional(lambda name, theta: lift * self.delta(name, theta), names)
+        lift = 2.0 ** min(100, round(math.log2(max(entries, 1) ** 0.25 / self.rho))) if self.rho else 1.0
+        along = forward.directional(lambda name, theta: self.delta(name, theta, lift), names)
         return at_least_float32(along, self._xp) / lift
 
     def require_moved(self, changed: Array, names: list[str]) -> None:
         """Raise when the perturbation was lost to rounding altogether."""
-        if self._config.rho == 0 or float(changed) != 0 or float(self.scaled_norm) == 0:
+        if float(self.rho) == 0 or float(changed) != 0 or float(self.scaled_norm) == 0:
             return
         raise ValueError(
-            f"rho={self._config.rho} changed none of the {len(names)} selected parameters: theta + delta rounds to "
-            'theta. Use anchor="first_order", which rounds nothing, or keep the weights in float32'
+            f"{rounding.asked(self._config, self.rho)} changed none of the {len(names)} selected parameters: theta + "
+            'delta rounds to theta. Use anchor="first_order", which rounds nothing, or keep the weights in float32'
         )
 
 

@@ -1,4 +1,4 @@
-"""The names of a batch's columns, and what the columns tell of its pairs besides the policy's log-probabilities."""
+"""The names of a batch's columns, its rows stacked, and what else the columns tell of its pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gapo._namespace import Array, library
+from gapo._namespace import Array, library, namespace
 from gapo.logps import response_lengths
 
 SIDES = ("chosen", "rejected")
@@ -17,6 +17,24 @@ REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 # Log-probabilities at an anchor of the caller's own, in nats per token, as `gapo.loss` takes them.
 ANCHOR = ("anchor_chosen_logps", "anchor_rejected_logps")
 LENGTHS = ("chosen_lengths", "rejected_lengths")
+
+
+def stacked(batch: Mapping[str, Array], *parts: str) -> list[Array]:
+    """The named parts of both sides, each (2N, ...): chosen rows first.
+
+    Args:
+        batch: columns `{side}_{part}`, (N, ...) each, equally long on both sides.
+        parts: among `PARTS`, or another part that the batch holds for both sides.
+    """
+    xp = namespace(**{parts[0]: batch[f"{SIDES[0]}_{parts[0]}"]})
+    concat = getattr(xp, "concat", None) or xp.concatenate
+    return [concat([batch[f"{side}_{part}"] for side in SIDES]) for part in parts]
+
+
+def halves(rows: Array) -> tuple[Array, Array]:
+    """(chosen, rejected), each (N, ...), of rows (2N, ...) that `stacked` made."""
+    pairs = rows.shape[0] // 2
+    return rows[:pairs], rows[pairs:]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,6 +19,8 @@ class GAPOConfig:
         beta: logistic temperature, > 0.
         gamma: target gap times beta, the papers' gamma. SimPO's code takes `gamma / beta`.
         rho: radius of the perturbation, >= 0. At 0 every gap is 0 and all weights are equal.
+        target_gap: in place of rho, > 0: each batch's radius is the one at which its gaps spread by so many nats per
+            token (standard deviation over the pairs of all ranks). None for rho.
         adaptive: True for the ASAM geometry, `rho * theta^2 * g / ||abs(theta) * g||`; False for the L2 ball,
             `rho * g / ||g||`.
         probe: "loss" takes g from the SimPO loss (the authors' code), "margin" from the mean margin (paper v3).
@@ -47,6 +49,7 @@ class GAPOConfig:
     beta: float = 2.5
     gamma: float = 0.25
     rho: float = 0.025
+    target_gap: float | None = None
     adaptive: bool = True
     probe: str = choice("loss", "margin")
     direction: str = choice("pessimistic", "gaussian")
@@ -61,6 +64,13 @@ class GAPOConfig:
         require_number("gamma", self.gamma, "", lambda v: True)
         check_objective(self.beta, self.gamma, self.loss_type, self.label_smoothing)
         require_number("rho", self.rho, ">= 0", lambda v: v >= 0)
+        if self.target_gap is not None:
+            require_number("target_gap", self.target_gap, "> 0", lambda v: v > 0)
+            if self.rho != GAPOConfig.rho:
+                raise ValueError(
+                    f"target_gap={self.target_gap!r} sets the radius itself, and rho={self.rho!r} was given too: "
+                    "give one of them"
+                )
         require_number("sft_weight", self.sft_weight, ">= 0", lambda v: v >= 0)
         if not isinstance(self.adaptive, bool):
             raise ValueError(f"adaptive must be True or False, got {self.adaptive!r}")
@@ -80,6 +90,11 @@ class GAPOConfig:
             raise ValueError(
                 f"perturb must be 'backbone', 'all' or a regular expression, got {self.perturb!r}: {error}"
             ) from None
+
+    @property
+    def moves(self) -> bool:
+        """Whether there is a radius other than 0, set or to be found."""
+        return self.target_gap is not None or self.rho > 0
 
 
 def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any = None) -> GAPOConfig:

@@ -25,6 +25,7 @@ def sequence_logps(
     *,
     ignore_index: int = -100,
     average: bool = True,
+    token_weights: Array | None = None,
     backend: str | None = None,
 ) -> Array:
     """Log-probability of each labelled response: the mean (or sum) over its tokens of log p(token | what precedes it).
@@ -37,6 +38,8 @@ def sequence_logps(
         labels: (batch, seq) integer token ids, or `ignore_index`.
         ignore_index: the label that does not count.
         average: True for the mean over counted tokens (nats per token), False for their sum (nats).
+        token_weights: (batch, seq) factor of each label's log-probability in the sum; None for 1. The mean divides by
+            the number of counted tokens all the same.
         backend: "numpy", "torch", "jax" or "mlx" to state the library; None finds it from the arrays.
 
     Returns:
@@ -54,7 +57,8 @@ def sequence_logps(
     >>> round(float(sequence_logps(logits, np.array([[-100, 1, 2]]))[0]), 4)
     -1.3863
     """
-    xp = namespace(backend, logits=logits, labels=labels)
+    others = {} if token_weights is None else {"token_weights": token_weights}
+    xp = namespace(backend, logits=logits, labels=labels, **others)
     require_floating(logits, "logits", xp)
     if not xp.isdtype(labels.dtype, "integral"):
         raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
@@ -68,6 +72,12 @@ def sequence_logps(
     if is_concrete(counted):  # under jit even what is made of constants is traced
         _check_labels(targets, counted, int(logits.shape[2]), ignore_index, xp)
     token_logps = _token_logps(logits[:, :-1, :], xp.where(counted, targets, 0 * targets), xp)
+    if token_weights is not None:
+        if tuple(token_weights.shape) != tuple(labels.shape):
+            raise ValueError(
+                f"token_weights must be (batch, seq) as labels, {tuple(labels.shape)}; got {tuple(token_weights.shape)}"
+            )
+        token_logps = token_logps * xp.astype(token_weights, token_logps.dtype)[:, 1:]
     total = xp.sum(xp.where(counted, token_logps, xp.zeros_like(token_logps)), axis=-1)
     tokens = xp.sum(xp.astype(counted, total.dtype), axis=-1)
     # 0 / 0 under tracing: an empty response is NaN whether averaged or not, never a silent 0

@@ -80,7 +80,7 @@ def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:
             "gapo/anchor_gap_mean": xp.mean(result.anchor_gaps),
             "gapo/anchor_gap_std": xp.std(result.anchor_gaps),
         }
-    for name in ("radius", "changed_fraction", "grad_norm", "first_order_ratio"):
+    for name in ("rho", "radius", "changed_fraction", "grad_norm", "first_order_ratio"):
         if (value := getattr(result, name)) is not None:
             metrics[f"gapo/{name}"] = value
     return metrics | {f"{RUNNING}{name}": value for name, value in (result.running or {}).items()}

@@ -11,43 +11,42 @@ from typing import Any
 
 from gapo._namespace import Array, at_least_float32, like, namespace, stop_gradient
 from gapo.batch_statistics import BatchStatistics, Reduce
-from gapo.columns import ANCHOR, COLUMNS, LENGTHS, PARTS, REFERENCE, SIDES, BatchConstants, require_reference
+from gapo.columns import (
+    ANCHOR,
+    COLUMNS,
+    LENGTHS,
+    PARTS,
+    REFERENCE,
+    SIDES,
+    BatchConstants,
+    halves,
+    require_reference,
+    stacked,
+)
 from gapo.logps import sequence_logps
 from gapo.objective import check_batches
+from gapo.token_weights import ld_weights
 
 _Arrays = Mapping[str, Array | None]
 
 
-def stacked(batch: Mapping[str, Array], *parts: str) -> list[Array]:
-    """The named parts of both sides, each (2N, ...): chosen rows first.
-
-    Args:
-        batch: columns `{side}_{part}`, (N, ...) each, equally long on both sides.
-        parts: among `PARTS`, or another part that the batch holds for both sides.
-    """
-    xp = namespace(**{parts[0]: batch[f"{SIDES[0]}_{parts[0]}"]})
-    concat = getattr(xp, "concat", None) or xp.concatenate
-    return [concat([batch[f"{side}_{part}"] for side in SIDES]) for part in parts]
-
-
-def halves(rows: Array) -> tuple[Array, Array]:
-    """(chosen, rejected), each (N, ...), of rows (2N, ...) that `stacked` made."""
-    pairs = rows.shape[0] // 2
-    return rows[:pairs], rows[pairs:]
-
-
-def pair_logps(logits_fn: Callable[..., Array], batch: Mapping[str, Array]) -> tuple[Array, Array]:
+def pair_logps(
+    logits_fn: Callable[..., Array], batch: Mapping[str, Array], *, ld_alpha: float | None = None
+) -> tuple[Array, Array]:
     """(chosen_logps, rejected_logps), each (N,), nats per token, from one call of a model on both sides.
 
     Args:
         logits_fn: `logits_fn(input_ids, attention_mask)`, (2N, seq) each, gives logits (2N, seq, vocab).
         batch: the columns `COLUMNS`.
+        ld_alpha: LD-DPO's alpha in [0, 1], as in `gapo.token_weights.ld_weights`; None for 1. The sums still divide by
+            the whole response's number of tokens. Measure the reference with the same.
 
     Raises:
-        TypeError, ValueError: as `gapo.sequence_logps`.
+        TypeError, ValueError: as `gapo.sequence_logps` and `gapo.token_weights.ld_weights`.
     """
     ids, mask, labels = stacked(batch, *PARTS)
-    return halves(sequence_logps(logits_fn(ids, mask), labels))
+    weights = None if ld_alpha is None else ld_weights(labels, ld_alpha)
+    return halves(sequence_logps(logits_fn(ids, mask), labels, token_weights=weights))
 
 
 class LogProbs(BatchStatistics):
@@ -225,7 +224,7 @@ class LogProbs(BatchStatistics):
 
     @property
     def rejected_per_token(self) -> Any:
-        """The same of each rejected response (N,)."""
+        """The same of each rejected response."""
         return self._average("rejected")
 
     @property

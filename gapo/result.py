@@ -22,6 +22,7 @@ class StepResult:
         anchor_margins: (N,) M_i at the anchor; for a first-order anchor their first-order estimate.
         anchor_gaps: (N,) margins minus anchor margins.
         grad_norm: scalar, L2 norm of the probe's gradient over the perturbed parameters.
+        rho: scalar, the radius that was asked for: the config's, or the one found for its `target_gap`.
         radius: scalar, norm of the applied delta in the chosen geometry: `rho` up to rounding, 0 for a gradient of 0.
         changed_fraction: scalar, share of the selected weights that the perturbation really changed; 1.0 for a
             first-order anchor.
@@ -42,6 +43,7 @@ class StepResult:
     anchor_margins: Array = None
     anchor_gaps: Array = None
     grad_norm: Array = None
+    rho: Array = None
     radius: Array = None
     changed_fraction: Array = None
     first_order_ratio: Array = None

@@ -49,7 +49,7 @@ def choose_anchor(forward: AnchorForward, names: Iterable[str], config: GAPOConf
     weights = any(is_half(forward.parameters[name].dtype, backend.xp) for name in names)
     if config.anchor != "auto":
         # To warn of, one step of a backend is looked at, since the look costs a little.
-        look = config.anchor == "exact" and not weights and config.rho > 0 and "looked" not in _warned.get(backend, ())
+        look = config.anchor == "exact" and not weights and config.moves and "looked" not in _warned.get(backend, ())
         return Choice(config.anchor, weights, look and forward.half_compute())
     compute = not weights and forward.half_compute()
     anchor = "first_order" if weights or compute else "exact"
@@ -71,6 +71,7 @@ def check_gaps(
     config: GAPOConfig,
     backend: Backend,
     *,
+    rho: Array,
     scaled_norm: Array,
     radius: Array,
     changed: Array,
@@ -85,13 +86,18 @@ def check_gaps(
     Args:
         forward, config, backend: of the step.
         choice: what `choose_anchor` said.
+        rho: scalar, the radius that was asked for, set or found.
         scaled_norm: scalar, ||T g||.
         radius, changed, ratio: as in `StepResult`.
         concrete: whether their values can be read now.
     """
-    if config.rho == 0:
+    if not config.moves:
         return
-    measurable = scaled_norm > _NOISE * (2.0**-52 if scaled_norm.dtype == backend.xp.float64 else 2.0**-23)
+    if config.target_gap is not None:
+        _tell_of_no_spread(rho, config.target_gap, backend, concrete)
+    measurable = (rho > 0) & (
+        scaled_norm > _NOISE * (2.0**-52 if scaled_norm.dtype == backend.xp.float64 else 2.0**-23)
+    )
     if choice.anchor == "first_order":
         if ratio is not None and concrete and bool(measurable):
             _check_first_order(
@@ -100,23 +106,23 @@ def check_gaps(
         return
     ratio = scaled_norm * 0 + 1 if ratio is None else ratio  # direction="gaussian" predicts no drop
 
-    def lost(radius: Any, ratio: Any) -> Any:
+    def lost(rho: Any, radius: Any, ratio: Any) -> Any:
         far = (ratio < LEAST) | (ratio > MOST)
-        return far | (abs(radius / config.rho - 1) > 0.1) if choice.weights else far
+        return far | (abs(radius - rho) > 0.1 * rho) if choice.weights else far
 
-    def tell(radius: Any, changed: Any, ratio: Any) -> None:
+    def tell(rho: Any, radius: Any, changed: Any, ratio: Any) -> None:
         # Asked again: under jax.vmap a branch runs either way.
-        if (choice.compute or lost(float(radius), float(ratio))) and _first_time(backend, "lost"):
-            text = _text(config, choice, float(radius), float(changed), float(ratio))
+        if (choice.compute or lost(float(rho), float(radius), float(ratio))) and _first_time(backend, "lost"):
+            text = _text(config, choice, float(rho), float(radius), float(changed), float(ratio))
             warnings.warn(text, RuntimeWarning, stacklevel=6)
 
     if concrete:
         if bool(measurable):  # a fresh LoRA's first step has no gradient, and shows nothing
             _first_time(backend, "looked")
-            if choice.compute or bool(lost(radius, ratio)):
-                tell(radius, changed, ratio)
+            if choice.compute or bool(lost(rho, radius, ratio)):
+                tell(rho, radius, changed, ratio)
         return
-    can = backend.call_back(measurable & lost(radius, ratio), tell, radius, changed, ratio)
+    can = backend.call_back(measurable & lost(rho, radius, ratio), tell, rho, radius, changed, ratio)
     if (choice.compute or (choice.weights and not can)) and _first_time(backend, "lost"):
         what = "a forward in 16 bits rounds" if choice.compute else "16-bit weights round"
         warnings.warn(
@@ -127,11 +133,11 @@ def check_gaps(
         )
 
 
-def _text(config: GAPOConfig, choice: Choice, radius: float, changed: float, ratio: float) -> str:
+def _text(config: GAPOConfig, choice: Choice, rho: float, radius: float, changed: float, ratio: float) -> str:
     """The warning of an exact anchor whose gaps are not to be trusted, by cause."""
     if choice.weights:
         return (
-            f"16-bit weights round the perturbation away: its applied radius is {radius:.3g} for rho={config.rho}, "
+            f"16-bit weights round the perturbation away: its applied radius is {radius:.3g} for {asked(config, rho)}, "
             f"{changed:.2%} of the weights changed, and first_order_ratio is {ratio:.3g}; {_WAY_OUT}"
         )
     if choice.compute:
@@ -139,12 +145,19 @@ def _text(config: GAPOConfig, choice: Choice, radius: float, changed: float, rat
             "the forward computes in 16 bits (autocast, a cast, TF32), which round theta + delta at each use. So each "
             f"gap of an exact anchor is off in its own way (first_order_ratio is {ratio:.3g}); {_WAY_OUT}"
         )
-    return far_from_linear(ratio, config)
+    return far_from_linear(ratio, config, rho)
 
 
-def far_from_linear(ratio: float, config: GAPOConfig | None = None) -> str:
-    """The warning where a measured drop is far from the predicted one, with `config` where it is known."""
-    radius = "" if config is None else f" for rho={config.rho}"
+def asked(config: GAPOConfig, rho: Any) -> str:
+    """What set the radius, for a message: "rho=0.05", or "target_gap=0.3 (rho 0.12)"."""
+    return (
+        f"rho={config.rho}" if config.target_gap is None else f"target_gap={config.target_gap} (rho {float(rho):.3g})"
+    )
+
+
+def far_from_linear(ratio: float, config: GAPOConfig | None = None, rho: float = 0.0) -> str:
+    """The warning where a measured drop is far from the predicted one, with config and radius where they are known."""
+    radius = "" if config is None else f" for {asked(config, rho)}"
     seen = f"first_order_ratio is {ratio:.3g}: so many times the drop that the gradient predicts{radius}. "
     if config is not None and config.anchor == "auto":
         return (
@@ -157,6 +170,24 @@ def far_from_linear(ratio: float, config: GAPOConfig | None = None) -> str:
         'anchor="auto" or "first_order" is right, which rounds nothing. Or rho is too large for the drop to be linear: '
         "lower it where that is not meant"
     )
+
+
+def _tell_of_no_spread(rho: Array, target: float, backend: Backend, concrete: bool) -> None:
+    """Log once that the gaps of a batch do not spread, so that no radius makes them."""
+
+    def tell(rho: Any) -> None:
+        if float(rho) == 0 and _first_time(backend, "no spread"):
+            logger.warning(
+                "target_gap=%g cannot be reached: the gaps of this batch do not differ at any radius, so rho is 0 and "
+                "all its weights are equal. That is so with one pair, with answers that are alike, and at the first "
+                "step of a fresh LoRA (B is 0; with adaptive=False it does not happen)",
+                target,
+            )
+
+    if concrete:
+        tell(rho)
+    else:
+        backend.call_back(rho == 0, tell, rho)
 
 
 def _check_first_order(ratio: float, half: Callable[[], bool], backend: Backend) -> None:

@@ -23,7 +23,8 @@ BELOW = {
     "core": {"objectives"},
     "objectives": {"core"},
     "data": {"core", "objectives"},
-    "backends": {"core", "objectives"},
+    "pairgrads": set(),
+    "backends": {"core", "objectives", "pairgrads"},
     "adapters": {"core", "objectives", "data", "backends"},
     "runs": {"core", "objectives", "data", "adapters"},
     "study": {"core", "objectives", "data", "adapters", "runs"},
@@ -68,9 +69,11 @@ def room_of(path: str) -> str:
     """The room of a file.
 
     The protocol of a backend, and the lookup of a backend by its name, stand beside the backends but belong to the
-    core: the step and every backend are written against them.
+    core: the step and every backend are written against them. The engines of pairs' gradients know nothing of GAPO.
     """
     parts = path.split("/")
+    if "pairgrads" in parts or "jaxrows" in parts:
+        return "pairgrads"
     if path in ("gapo/backends/__init__.py", "gapo/backends/base.py"):
         return "core"
     if len(parts) == 2:

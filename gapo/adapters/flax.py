@@ -1,59 +1,59 @@
 """GAPO in Flax: a training step for NNX modules, and for Linen's `TrainState`. optax makes the update.
 
 One batch takes this way, whatever the objective: `pair_logps` gives the log-probabilities of both sides from one call
-of the model, `JaxForward` linearises it, `gapo.step.run` makes the cotangents, and one pullback gives the gradients.
+of the model, `JaxForward` linearises it, `gapo.step.run` makes the cotangents, and a pullback gives the gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 from gapo._extras import missing
 
 try:
     import jax
-    import jax.numpy as jnp
     from flax import nnx
 except ModuleNotFoundError as error:
     raise missing("gapo.adapters.flax", "flax", error) from error
 
-from gapo import pairs
+from gapo._namespace import is_concrete
 from gapo.adapters.flax_inputs import (
     LogitsFn,
     arrays,
     by_pair,
     linen_logits,
     named_dropout,
-    refused_batch_statistics,
     require_same_variables,
     trained,
 )
-from gapo.backends.jax import JaxBackend, JaxForward
-from gapo.config import GAPOConfig, step_settings
-from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
-from gapo.objectives import Objective, resolve
-from gapo.pairs import BatchConstants, LogProbs, require_reference
+from gapo.adapters.flax_loss import make_loss
+from gapo.adapters.flax_pairs import Metrics, ObjectiveLike, PairStep, nnx_margin_fn, nnx_pair_logps, pair_logps
+from gapo.config import GAPOConfig
 from gapo.result import StepResult
-from gapo.step import run
+from gapo.reweighting import Watch
 
-Metrics = dict[str, jax.Array]
+_NOT_GIVEN: Any = object()
+_LOOKS = tuple(8**k for k in range(1, 9))  # calls of a train step after which its weights are looked at
 
 
 def make_train_step(
     logits_fn: LogitsFn | None = None,
     config: GAPOConfig | None = None,
     *,
-    objective: str | Objective | Callable[[LogProbs], jax.Array] = "gapo",
+    objective: ObjectiveLike = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
     wrt: Any = None,
     axis_name: str | None = None,
+    donate: bool = False,
 ) -> Callable[..., Any]:
     """A jitted training step: GAPO's, or that of another objective.
 
     For NNX: `train_step(model, optimizer, batch, *, gamma=None, rng=None) -> (metrics, result)`, which updates `model`
     and `optimizer` in place. For Linen: `train_step(state, batch, *, gamma=None, rng=None) -> (state, metrics,
-    result)`. Accumulate gradients with `optax.MultiSteps`. Arrays on a mesh are taken as they are.
+    result)`. An objective with running statistics also needs `running`. Accumulate gradients with `optax.MultiSteps`.
+    Arrays on a mesh are taken as they are.
 
     A parameter that the optimizer never changes (`optax.multi_transform` with `optax.set_to_zero`) is neither perturbed
     nor differentiated.
@@ -74,6 +74,11 @@ def make_train_step(
             `nnx.Optimizer(..., wrt=nnx.LoRAParam)`. A filter that selects other variables is refused.
         axis_name: data axis of a surrounding `shard_map`, whose members share one anchor. The step averages the
             gradients over it; its caller averages nothing.
+        donate: whether the step may write its results into the memory of its inputs: weights, optimizer state and
+            random state, so that they exist once and not twice. Then no array that was taken out of the model, the
+            optimizer or the `TrainState` before a step may be read after it, by you or by another object that shares it
+            (JAX raises). In Linen go on with the returned state alone. A step that fails while it runs, as for lack of
+            memory, leaves nothing to go on with but a checkpoint. The batch is never donated.
 
     Returns:
         `train_step`. `batch` has the columns of `gapo.data.collate_pairs`, {chosen,rejected}_{input_ids,
@@ -81,12 +86,16 @@ def make_train_step(
         `metrics` are scalars: "loss", TRL's keys and "gapo/". `result` is the `gapo.StepResult`; its fields of the
         anchor are None for an objective without one. `gamma`, a number or (N,), overrides the objective's. `rng` draws
         the perturbation of direction="gaussian". In Linen it draws the dropout masks too, the same ones for the clean
-        forward and the anchor's: pass a new key each step. NNX modules draw from their own.
+        forward and the anchor's: pass a new key each step. NNX modules draw from their own. `running` is the last
+        step's `result.running`, and None at the first step. The step keeps none itself, since a checkpoint would miss
+        them; so an objective with running statistics is refused where `running` is left out. The step that first
+        has them compiles once more.
 
     Raises:
         TypeError, ValueError: an unknown objective, or settings that it does not have. From `train_step`: columns that
             are missing or do not fit; padding that the default call would not see; a `wrt` other than the optimizer's;
-            an `rng` that nothing takes; statistics of the batch in the forward (`nnx.BatchNorm` in training mode).
+            an `rng` that nothing takes; statistics of the batch in the forward (`nnx.BatchNorm` in training mode); no
+            `running`, or that of another objective.
 
     Source: method document, "The step".
 
@@ -103,50 +112,50 @@ def make_train_step(
     >>> bool(abs(metrics["loss"] - (1 - result.margins[0]) ** 2) < 1e-5)
     True
     """
-    config = step_settings(config, getattr(objective, "name", objective), objective_settings)
-    loss = resolve(objective, config, objective_settings)
-    backend = JaxBackend(axis_name)
-    of_anchor = config if loss.needs_anchor else None
+    step = PairStep.of(config, objective, objective_settings, axis_name)
 
-    def gradients(forward: JaxForward, batch: Any, gamma: Any, rng: Any) -> tuple[StepResult, Metrics, Any]:
-        constants = BatchConstants.of(batch)
-        result, cotangents = run(forward, config, backend, loss=loss, constants=constants, gamma=gamma, rng=rng)
-        grads = {name: backend.all_reduce(g, "mean") for name, g in forward.pullback(cotangents).items()}
-        return result, {"loss": result.loss, **step_metrics(result, config)}, forward.pack(grads)
-
-    @nnx.jit
-    def nnx_step(model: Any, optimizer: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Metrics, StepResult]:
+    def nnx_step(
+        model: Any, optimizer: Any, batch: Any, inputs: Any, running_passed: bool
+    ) -> tuple[Metrics, StepResult]:
         require_same_variables(model, wrt, optimizer.wrt)
         graph, params, rest = nnx.split(model, optimizer.wrt, ...)
-
-        def margin_fn(p: Any, b: Any) -> Any:
-            # A copy, so that each forward starts from the same random state, and draws the same dropout masks.
-            merged = nnx.merge(graph, p, rest, copy=True)
-            with refused_batch_statistics(merged):
-                logps = pair_logps(lambda ids, mask: (logits_fn or _call)(merged, ids, mask), b)
-            return logps, nnx.state(merged, nnx.Not(optimizer.wrt))
-
         trainable = trained(optimizer.tx, nnx.as_pure(optimizer.opt_state), nnx.as_pure(params))
-        forward = JaxForward(margin_fn, params, batch, axis_name, True, of_anchor, trainable=trainable)
-        result, metrics, grads = gradients(forward, batch, gamma, rng)
-        nnx.update(model, forward.aux)
+        margin_fn = nnx_margin_fn(logits_fn, graph, rest, changed=nnx.Not(optimizer.wrt))
+        result, metrics, grads, state = step.gradients(margin_fn, params, batch, trainable, has_aux=True, **inputs)
+        _require_running(step.loss.name, result, running_passed)
+        nnx.update(model, state)
         optimizer.update(*(() if isinstance(optimizer, nnx.ModelAndOptimizer) else (model,)), grads)
         return metrics, result
 
-    @jax.jit
-    def linen_step(state: Any, batch: Any, gamma: Any, rng: Any) -> tuple[Any, Metrics, StepResult]:
-        fn = linen_logits(state, logits_fn, rng, elsewhere=config.direction == "gaussian")
-
-        def margin_fn(p: Any, b: Any) -> Any:
-            return pair_logps(lambda ids, mask: fn(p, ids, mask), b)
-
+    def linen_step(state: Any, batch: Any, inputs: Any, running_passed: bool) -> tuple[Any, Metrics, StepResult]:
+        fn = linen_logits(state, logits_fn, inputs["rng"], elsewhere=step.config.direction == "gaussian")
         trainable = trained(state.tx, state.opt_state, state.params)
         with named_dropout("call train_step(state, batch, rng=key), with a new key each step"):
-            forward = JaxForward(margin_fn, state.params, batch, axis_name, config=of_anchor, trainable=trainable)
-        result, metrics, grads = gradients(forward, batch, gamma, rng)
+            result, metrics, grads, _ = step.gradients(
+                lambda p, b: pair_logps(lambda ids, mask: fn(p, ids, mask), b),
+                state.params,
+                batch,
+                trainable,
+                has_aux=False,
+                **inputs,
+            )
+        _require_running(step.loss.name, result, running_passed)
         return state.apply_gradients(grads=grads), metrics, result
 
-    def train_step(*args: Any, gamma: Any = None, rng: Any = None) -> Any:
+    watch, calls = Watch(step.config, step.loss), count(1)
+    nnx_jitted = nnx.jit(nnx_step, static_argnums=4, donate_argnums=(0, 1) if donate else ())
+    linen_jitted = jax.jit(linen_step, static_argnums=3, donate_argnums=0 if donate else ())
+
+    def train_step(*args: Any, gamma: Any = None, rng: Any = None, running: Any = _NOT_GIVEN) -> Any:
+        returned = dispatched(*args, gamma=gamma, rng=rng, running=running)
+        # A look waits for the step, so there are few: at calls 8, 64, 512, ...
+        if next(calls) in _LOOKS and is_concrete(returned[-1].loss):
+            watch.see(returned[-2])
+        return returned
+
+    def dispatched(*args: Any, gamma: Any, rng: Any, running: Any) -> Any:
+        running_passed = running is not _NOT_GIVEN
+        inputs = {"rng": rng, "running": running or None if running_passed else None}
         if len(args) == 2 and isinstance(args[0], nnx.ModelAndOptimizer):
             args = (args[0].model, *args)
         if len(args) == 3 and isinstance(args[0], nnx.Module) and isinstance(args[1], nnx.Optimizer):
@@ -155,10 +164,10 @@ def make_train_step(
                     "the nnx.ModelAndOptimizer holds another model than the one given: give the same, or none"
                 )
             batch = arrays(args[2], ids_alone=logits_fn is None)
-            return nnx_step(args[0], args[1], batch, by_pair(gamma, batch), rng)
+            return nnx_jitted(args[0], args[1], batch, {**inputs, "gamma": by_pair(gamma, batch)}, running_passed)
         if len(args) == 2 and hasattr(args[0], "apply_gradients"):
             batch = arrays(args[1], ids_alone=logits_fn is None)
-            return linen_step(args[0], batch, by_pair(gamma, batch), rng)
+            return linen_jitted(args[0], batch, {**inputs, "gamma": by_pair(gamma, batch)}, running_passed)
         kinds = ", ".join(type(x).__name__ for x in args)
         raise TypeError(
             f"train_step takes (nnx.Module, nnx.Optimizer, batch), or (TrainState, batch) with Linen; got ({kinds})"
@@ -171,7 +180,7 @@ def make_eval_step(
     logits_fn: LogitsFn | None = None,
     config: GAPOConfig | None = None,
     *,
-    objective: str | Objective | Callable[[LogProbs], jax.Array] = "gapo",
+    objective: ObjectiveLike = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
 ) -> Callable[..., Metrics]:
     """A jitted evaluation: `eval_step(model_or_state, batch) -> metrics`, without an anchor and without dropout.
@@ -188,60 +197,35 @@ def make_eval_step(
         `eval_step`. Its metrics are means over the pairs: the objective's loss under "loss", without an SFT term, and
         the rewards under TRL's keys. An objective with an anchor has the probe's loss (method document, step 6).
     """
-    config = step_settings(config, getattr(objective, "name", objective), objective_settings)
-    loss = resolve(objective, config, objective_settings)
-
-    def measure(outputs: tuple[jax.Array, jax.Array], batch: Mapping[str, jax.Array]) -> Metrics:
-        if loss.evaluated.needs_reference:
-            require_reference(loss.name, batch)
-        logps = LogProbs.of_step(outputs, BatchConstants.of(batch))
-        return evaluation_metrics(evaluation_columns(loss, logps), config)
+    step = PairStep.of(config, objective, objective_settings)
 
     @nnx.jit
     def nnx_step(model: Any, batch: Any) -> Metrics:
         model = nnx.clone(model)
         model.eval()
-        return measure(pair_logps(lambda ids, mask: (logits_fn or _call)(model, ids, mask), batch), batch)
+        return step.evaluate(nnx_pair_logps(logits_fn, model, batch), batch)
 
     @jax.jit
     def linen_step(state: Any, batch: Any) -> Metrics:
         fn = linen_logits(state, logits_fn, None)
         with named_dropout("give make_eval_step a logits_fn that applies the module with deterministic=True"):
-            return measure(pair_logps(lambda ids, mask: fn(state.params, ids, mask), batch), batch)
+            return step.evaluate(pair_logps(lambda ids, mask: fn(state.params, ids, mask), batch), batch)
 
     def eval_step(model: Any, batch: Any) -> Metrics:
         model = model.model if isinstance(model, nnx.ModelAndOptimizer) else model
-        step = nnx_step if isinstance(model, nnx.Module) else linen_step
-        return step(model, arrays(batch, ids_alone=logits_fn is None))
+        evaluate = nnx_step if isinstance(model, nnx.Module) else linen_step
+        return evaluate(model, arrays(batch, ids_alone=logits_fn is None))
 
     return eval_step
 
 
-def pair_logps(logits: Callable[..., jax.Array], batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """(chosen_logps, rejected_logps), each (N,), nats per token, from one call of `logits(input_ids, attention_mask)`.
-
-    Args:
-        logits: gives logits (2N, seq, vocab), chosen rows first.
-        batch: the columns of `gapo.data.collate_pairs`.
-
-    Raises:
-        TypeError: `logits` returns anything but an array.
-    """
-
-    def checked(ids: jax.Array, mask: jax.Array) -> jax.Array:
-        returned = logits(ids, mask)
-        if not isinstance(returned, jax.Array):
-            raise TypeError(
-                f"the model must return logits (batch, seq, vocab), got {type(returned).__name__}: give a logits_fn "
-                "that takes them out, such as lambda model, input_ids, attention_mask: model(input_ids).logits"
-            )
-        return returned
-
-    return pairs.pair_logps(checked, {name: jnp.asarray(batch[name]) for name in pairs.COLUMNS})
+def _require_running(name: str, result: StepResult, passed: bool) -> None:
+    """Raise ValueError if running statistics would start anew at each step, because the caller forgets them."""
+    if result.running is not None and not passed:
+        raise ValueError(
+            f"objective {name!r} has running statistics ({', '.join(sorted(result.running))}), and train_step keeps "
+            "none: pass running=None at the first step, then running=result.running of the step before"
+        )
 
 
-def _call(model: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    return model(input_ids)
-
-
-__all__ = ["make_eval_step", "make_train_step", "pair_logps"]
+__all__ = ["make_eval_step", "make_loss", "make_train_step", "pair_logps"]

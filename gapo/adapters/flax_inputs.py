@@ -16,7 +16,7 @@ from flax.errors import InvalidRngError
 from gapo.backends.jax_head import depends
 from gapo.data.tokenize import IGNORE_INDEX
 from gapo.objective import require_number
-from gapo.pairs import COLUMNS, REFERENCE, SIDES
+from gapo.pairs import ANCHOR, COLUMNS, REFERENCE, SIDES
 
 # `logits_fn(model, input_ids, attention_mask) -> (batch, seq, vocab)`. For Linen the model is the tree of parameters,
 # and a function with an argument `rngs` receives them.
@@ -109,11 +109,11 @@ def arrays(batch: Mapping[str, Any], ids_alone: bool) -> dict[str, jax.Array]:
     shape = shapes[COLUMNS[0]]
     if len(set(shapes.values())) > 1 or len(shape) != 2:
         raise ValueError(f"the columns of a batch of pairs must be (N, seq), of one shape; got {shapes}")
-    reference = [name for name in REFERENCE if name in batch]
-    for name in reference:
+    constants = [name for name in (*REFERENCE, *ANCHOR) if name in batch]
+    for name in constants:
         if np.shape(batch[name]) != shape[:1]:
             raise ValueError(f"{name} must be (N,) = {shape[:1]}, got {np.shape(batch[name])}")
-    columns = {name: jnp.asarray(batch[name]) for name in (*COLUMNS, *reference)}
+    columns = {name: jnp.asarray(batch[name]) for name in (*COLUMNS, *constants)}
     for side in SIDES if ids_alone else ():
         mask = batch[f"{side}_attention_mask"]
         if isinstance(mask, jax.core.Tracer):  # without a counted label, the margin of a row is NaN

@@ -2,9 +2,9 @@
 
 `train(model, optimizer, pairs, valid, args, loss=make_loss(config), iterate_batches=iterate_batches)`
 
-mlx-lm differentiates the loss itself. The loss therefore runs the step on the clean forward, and returns a scalar that
-is linear in that forward's outputs, with the step's cotangents for coefficients. mlx-lm's own backward through it is
-the update's pullback, whatever the objective.
+mlx-lm differentiates the loss itself. The loss therefore runs the step on the clean forward, and returns its value as a
+scalar with the step's gradient behind it: one that the step has computed already, or, where it propagates anew, a
+scalar that is linear in the forward's outputs.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Objective, resolve
 from gapo.pairs import REFERENCE, BatchConstants, LogProbs, halves, require_reference
 from gapo.result import StepResult
+from gapo.reweighting import Watch
 from gapo.step import run
 
 
@@ -97,7 +98,7 @@ def make_loss(
     """
     config = step_settings(config, getattr(objective, "name", objective), objective_settings)
     target = resolve(objective, config, objective_settings)
-    backend = MlxBackend()
+    backend, watch = MlxBackend(), Watch(config, target)
     statistics = RunningStatistics(running)
 
     def loss(
@@ -114,7 +115,7 @@ def make_loss(
     ) -> tuple[mx.array, mx.array]:
         _refuse_checkpointed_dropout(model)
         _warn_of_a_bare_quantised_base(model)
-        # The module's parameters are the tracers of mlx-lm's gradient here: it goes through `forward.outputs`.
+        # The module's parameters are the tracers of mlx-lm's gradient here, which `as_loss` answers.
         forward = backend.forward(pair_logps, model, batch, config, anchor=target.needs_anchor, by_side=target.by_side)
         before = statistics.of(model)
         result, cotangents = run(forward, config, backend, loss=target, constants=constants, running=before)
@@ -122,16 +123,13 @@ def make_loss(
         if target.needs_anchor:  # the step has read values; without an anchor it stays lazy, and so does its result
             result = detached(result)
         statistics.keep(model, result.running)
-        metrics = keep_training(model, step_metrics(result, config))
+        metrics = keep_training(model, step_metrics(result, config), watch)
         # A figure that nobody evaluates would keep the batch's graph alive. `depends` evaluates it with the gradient.
         figures = [*metrics, *(x for _, x in tree_flatten(vars(result)) if x is not None)]
         cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], figures)
-        pulls = [mx.sum(c * y) for c, y in zip(cotangents, forward.outputs, strict=True)]
-        pull = pulls[0] + pulls[1]
         if on_step is not None:
             on_step(result)
-        value = mx.stop_gradient(result.loss) + (pull - mx.stop_gradient(pull))
-        return value, mx.sum(batch[1] != IGNORE_INDEX)
+        return forward.as_loss(result.loss, cotangents), mx.sum(batch[1] != IGNORE_INDEX)
 
     def evaluation_loss(
         model: nn.Module, batch: tuple[mx.array, mx.array], constants: BatchConstants

@@ -20,11 +20,12 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 
 from gapo._namespace import is_concrete, settled
 from gapo.result import StepResult
+from gapo.reweighting import Watch
 from gapo.rounding import LEAST, MOST, far_from_linear
 
 # The "_" keeps an entry of a module out of its parameters. Training and evaluation have an entry each: a compiled step
 # writes the module's state back by position, so that its entries must not change in between.
-_TRAIN, _VALID = "_gapo_train", "_gapo_valid"
+_TRAIN, _VALID, _WATCH = "_gapo_train", "_gapo_valid", "_gapo_watch"
 
 
 def detached(result: StepResult) -> StepResult:
@@ -73,8 +74,12 @@ class RunningStatistics:
             model[self._place] = {name: mx.stop_gradient(value) for name, value in running.items()}
 
 
-def keep_training(model: nn.Module, metrics: Mapping[str, mx.array]) -> list[mx.array]:
-    """Store a batch's metrics for `last_metrics`, also from a compiled step, and return the stored arrays."""
+def keep_training(model: nn.Module, metrics: Mapping[str, mx.array], watch: Watch | None = None) -> list[mx.array]:
+    """Store a batch's metrics for `last_metrics`, also from a compiled step, and return the stored arrays.
+
+    `watch` judges the weights in the reports of `MetricsCallback`.
+    """
+    vars(model)[_WATCH] = watch
     model[_TRAIN] = {name: mx.stop_gradient(value) for name, value in metrics.items()}
     return list(model[_TRAIN].values())
 
@@ -179,6 +184,8 @@ class MetricsCallback(TrainingCallback):
         if "ratio" not in self._warned and not LEAST <= ratio <= MOST:
             self._warned.add("ratio")  # a compiled step cannot warn of it itself
             warnings.warn(far_from_linear(ratio), RuntimeWarning, stacklevel=2)
+        if (watch := vars(self._model).get(_WATCH)) is not None:
+            watch.see(train_info)
         self.train.append(train_info)
         if self._then is not None:
             self._then.on_train_loss_report(train_info)

@@ -16,8 +16,6 @@ from gapo.data.collate import TOKENIZED
 from gapo.data.tokenize import IGNORE_INDEX
 from gapo.pairs import REFERENCE, SIDES, stacked
 
-_PAD_TO = 32
-
 
 def load_pairs(
     folder: str | Path, tokenizer: Any, *, max_length: int = 2048, strict: bool = False
@@ -91,7 +89,6 @@ def iterate_batches(
         seed=seed or 0,
         epochs=None if loop else 1,
         drop_last=True,
-        pad_to_multiple_of=_PAD_TO,
     )
     for batch in padded:
         yield as_arrays({name: x[rank::size] for name, x in batch.items()})

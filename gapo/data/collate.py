@@ -13,7 +13,8 @@ from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
 from gapo.pairs import REFERENCE, SIDES
 
-_PAD_TO = 32  # few lengths, since JAX, MLX and `torch.compile` compile for each
+_LENGTHS = 16  # the most that `batches` pads to: JAX, MLX and `torch.compile` compile for each
+_PAD_TO = 32
 TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
 
@@ -156,8 +157,9 @@ def batches(
         epochs: passes over the rows; None for no end.
         drop_last: leave out an epoch's last batch if it has fewer than `batch_size` pairs.
         skip: leave out this many batches at the start, to resume.
-        pad_to_multiple_of: round seq up to a multiple of this; 1 for no rounding. None rounds up to 32, but never
-            beyond the longest of all rows: JAX, MLX and `torch.compile` compile for each seq.
+        pad_to_multiple_of: round seq up to a multiple of this; 1 for no rounding. None takes the least multiple of 32
+            that leaves at most 16 lengths, and never exceeds the longest of all rows: JAX, MLX and `torch.compile`
+            compile for each length.
 
     Raises:
         ValueError: `batch_size` is not positive, or exceeds the number of rows while `drop_last`; a row is not a
@@ -167,6 +169,7 @@ def batches(
         raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
     present = (row[name] for row in tokenized for name in TOKENIZED if row.get(name) is not None)
     longest = max(map(len, present), default=0)
+    multiple = pad_to_multiple_of or _PAD_TO * max(1, -(-longest // (_LENGTHS * _PAD_TO)))
     numbers = count()
     for epoch in count() if epochs is None else range(epochs):
         order = stream(seed, "batches", epoch).permutation(len(tokenized))
@@ -179,7 +182,7 @@ def batches(
             padded = collate_pairs(
                 [tokenized[i] for i in index],
                 pad_token_id=pad_token_id,
-                pad_to_multiple_of=pad_to_multiple_of or _PAD_TO,
+                pad_to_multiple_of=multiple,
                 numbers=index.tolist(),
             )
             if pad_to_multiple_of is None:  # a model may have no position beyond the longest row

@@ -102,10 +102,11 @@ def resolve(
     """
     config = GAPOConfig() if config is None else config
     entry, overrides = as_objective(objective), dict(settings or {})
-    if taken := [name for name in overrides if entry.step_settings.get(name) == name]:
+    of_step = [name for name, field in entry.step_settings.items() if name == field]
+    if any(name in of_step for name in overrides):
         raise ValueError(
-            f"objective {entry.name!r} takes {' and '.join(taken)} from gapo.GAPOConfig, not from settings of its own; "
-            f"got {overrides}"
+            f"objective {entry.name!r} takes {' and '.join(of_step[:2])} from gapo.GAPOConfig, not from settings of "
+            f"its own; got {overrides}"
         )
     own = entry.settings({name: getattr(config, field) for name, field in entry.step_settings.items()} | overrides)
     probe = None

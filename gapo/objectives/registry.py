@@ -91,6 +91,7 @@ class Objective:
         paper: where it comes from.
         needs_reference: whether it compares with a reference policy: `LogProbs.ref_chosen`, `ref_rejected`, `z`.
         needs_anchor: whether it compares with an anchor, which the step makes: `LogProbs.anchor_gaps`.
+        weighs_by_gap: whether a pair counts `sigmoid(gamma - beta * gap)` times, as GAPO's pairs do.
         average: whether the public function of arrays takes length-normalised log-probabilities; otherwise sums.
         of_margins: whether the policy enters by its margins alone. One backward then serves probe and update with half
             the memory.
@@ -110,6 +111,7 @@ class Objective:
     paper: str = ""
     needs_reference: bool = False
     needs_anchor: bool = False
+    weighs_by_gap: bool = False
     average: bool = False
     of_margins: bool = False
     batch_statistics: bool = False

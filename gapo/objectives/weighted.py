@@ -90,6 +90,7 @@ def weighted(name: str, weighting: Weighting, base: Objective) -> Objective:
         paper=base.paper,
         needs_reference=base.needs_reference,
         needs_anchor=base.needs_anchor or weighting.needs_anchor,
+        weighs_by_gap=weighting.needs_anchor and weighting.rule is by_sigmoid,
         average=base.average,
         of_margins=base.of_margins,
         batch_statistics=True,

@@ -11,6 +11,7 @@ from gapo.pairs import LogProbs
 @objective(
     paper="Cho, Kim, Kim, arXiv 2602.04909",
     needs_anchor=True,
+    weighs_by_gap=True,
     average=True,
     of_margins=True,
     step_settings={name: name for name in ("beta", "gamma", "loss_type", "label_smoothing")},

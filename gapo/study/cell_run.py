@@ -84,7 +84,7 @@ def train(
     """
     material.reset()
     model = material.model
-    objective, step = _step(arm, {name: value for name, value in settings.items() if name != "learning_rate"})
+    objective, step = _step(arm, settings)
     tokens = [
         flipped(material.tokens["pool"][row]) if swap else material.tokens["pool"][row]
         for row, swap in zip(drawn.rows, drawn.is_flipped, strict=True)
@@ -113,10 +113,9 @@ def train(
 
 
 def _step(arm: str, settings: Mapping[str, Any]) -> tuple[Objective, Callable[..., Any]]:
-    """The objective of an arm and its training step; the settings go to `GAPOConfig` where the objective reads them."""
+    """The objective of an arm and its training step."""
     objective = OBJECTIVES[ARMS[arm].objective]
-    own = {name: settings[name] for name in settings if name in objective.defaults.keys() - objective.step_settings}
-    config = gapo.GAPOConfig(**{name: value for name, value in settings.items() if name not in own})
+    config, own = ARMS[arm].divided(settings)
     return objective, gapo.value_and_grad(pair_logps, config, objective, backend="torch", objective_settings=own)
 
 

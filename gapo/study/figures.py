@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from gapo.runs.output.plots import BLUE, GREEN, ORANGE, figure
-from gapo.study.frames import NAMES
+from gapo.study.arms import ARMS
+from gapo.study.names import shown
 from gapo.study.statistics import intervals
 from gapo.study.weight_log import SPANS
 
@@ -25,24 +26,28 @@ _GREY = "#8a929b"
 def accuracy(runs: pd.DataFrame, mode: str, title: str, ylabel: str, value: str = "accuracy") -> str:
     """Accuracy against flip rate: GAPO and the best known in colour with bands, the others in grey."""
     table = intervals(runs[runs["mode"] == mode], ["arm", "rate"], value)
-    methods = [arm for arm in table["arm"].unique() if arm == "gapo" or not arm.startswith("gapo-")]
+    methods = [arm for arm in table["arm"].unique() if not ARMS[arm].control]
+    # Weighted by the gap, an objective has its own colour, dashed.
+    coloured = _COLOURS | {f"gapo+{arm}": colour for arm, colour in _COLOURS.items()}
 
     def draw(axes: Any) -> None:
-        for arm in sorted(methods, key=lambda arm: arm in _COLOURS):
-            _band(axes, table[table["arm"] == arm], NAMES.get(arm, arm), _COLOURS.get(arm))
-        others = [NAMES.get(arm, arm) for arm in methods if arm not in _COLOURS]
-        if others:
-            axes.plot([], [], color=_GREY, linewidth=0.8, label=f"{len(others)} others")
+        for arm in sorted(methods, key=lambda arm: arm in coloured):
+            _band(axes, table[table["arm"] == arm], shown(arm), coloured.get(arm), dashed="+" in arm)
+        if others := len(set(methods) - set(coloured)):
+            axes.plot([], [], color=_GREY, linewidth=0.8, label=f"{others} others")
 
     return figure(title, "flipped training labels, %", ylabel, draw)
 
 
-def controls(runs: pd.DataFrame, mode: str, title: str, ylabel: str) -> str:
-    """GAPO and its controls: accuracy against flip rate, at the rates where the controls were run."""
-    runs = runs[(runs["mode"] == mode) & runs["arm"].isin(list(_CONTROL_COLOURS))]
-    runs = runs[runs["rate"].isin(set(runs[runs["arm"] != "gapo"]["rate"]))]
+def family(runs: pd.DataFrame, mode: str, arms: list[str], title: str, ylabel: str) -> str:
+    """Accuracy of `arms` against flip rate, at the rates where all of them were run; "" where there is none."""
+    runs = runs[(runs["mode"] == mode) & runs["arm"].isin(arms)]
+    runs = runs[runs.groupby("rate")["arm"].transform("nunique") == len(arms)]
+    if runs.empty:
+        return ""
     table = intervals(runs, ["arm", "rate"], "accuracy")
-    return _against_rate(table, {arm: (NAMES[arm], _CONTROL_COLOURS[arm]) for arm in _CONTROL_COLOURS}, title, ylabel)
+    colours = _coloured([shown(arm) for arm in arms])
+    return _against_rate(table, dict(zip(arms, colours, strict=True)), title, ylabel)
 
 
 def valuation(table: pd.DataFrame, title: str) -> str:
@@ -75,13 +80,16 @@ def _against_rate(table: pd.DataFrame, lines: dict[str, tuple[str, str]], title:
     return figure(f"{title}, {100 * rates[0]:g} % flips", ylabel, "", points)
 
 
-def _band(axes: Any, table: pd.DataFrame, label: str, colour: str | None) -> None:
+def _band(axes: Any, table: pd.DataFrame, label: str, colour: str | None, dashed: bool = False) -> None:
+    """A line with its band; thin and grey without a colour, and without the band if dashed."""
     x = 100 * table["rate"]
     if colour is None:
         axes.plot(x, 100 * table["mean"], color=_GREY, linewidth=0.8)
         return
-    axes.plot(x, 100 * table["mean"], color=colour, marker="o", markersize=3, label=label)
-    axes.fill_between(x, 100 * table["low"], 100 * table["high"], color=colour, alpha=0.18, linewidth=0)
+    style = "--" if dashed else "-"
+    axes.plot(x, 100 * table["mean"], style, color=colour, marker="o", markersize=3, label=label)
+    if not dashed:
+        axes.fill_between(x, 100 * table["low"], 100 * table["high"], color=colour, alpha=0.18, linewidth=0)
 
 
 def weights_over_time(groups: dict[str, list[dict[str, Any]]], title: str) -> str:
@@ -120,7 +128,7 @@ def fifths(groups: dict[str, list[dict[str, Any]]], rate: float, title: str) -> 
 
 def _coloured(labels: Iterable[str]) -> list[tuple[str, str]]:
     """(label, colour): an arm's own, else the next of the palette."""
-    colours = {NAMES[arm]: colour for arm, colour in {**_COLOURS, **_CONTROL_COLOURS}.items()}
+    colours = {shown(arm): colour for arm, colour in {**_COLOURS, **_CONTROL_COLOURS}.items()}
     palette = iter(list(_CONTROL_COLOURS.values())[1:] * 3)
     return [(label, colours.get(label) or next(palette)) for label in labels]
 
@@ -131,7 +139,7 @@ def bars(values: dict[str, Any], title: str, label: str) -> str:
     def draw(axes: Any) -> None:
         names = list(values)[::-1]
         means, low, high = (np.array([values[name][place] for name in names], dtype=float) for place in range(3))
-        colours = [ORANGE if name == NAMES["gapo"] else BLUE for name in names]
+        colours = [ORANGE if name == shown("gapo") else BLUE for name in names]
         errors = np.nan_to_num([np.maximum(means - low, 0), np.maximum(high - means, 0)])
         # As lists: Matplotlib 3.9 takes an array of one bar's errors for a number, and NumPy warns.
         axes.barh(names, means, xerr=errors.tolist(), color=colours, ecolor=_GREY, alpha=0.85)

@@ -9,18 +9,8 @@ import pandas as pd
 
 from gapo.study.arms import ARMS
 from gapo.study.cells import Cell
-from gapo.study.statistics import Interval, intervals, paired
-
-NAMES = {
-    "gapo": "GAPO", "simpo": "SimPO", "amapo": "AMaPO", "dpo": "DPO", "cdpo": "cDPO", "rdpo": "rDPO",
-    "dr_dpo": "Dr.DPO", "ipo": "IPO", "ropo": "ROPO", "hypo": "HyPO", "rpo": "RPO", "sigmoid_loss": "sigmoid",
-    "ramp": "ramp", "unhinged": "unhinged", "gapo-rho0": "GAPO, rho 0", "gapo-gaussian": "GAPO, gaussian",
-    "simper": "SimPER", "alpha_dpo": "alpha-DPO", "sigmoid_norm": "DPO per token", "r_dpo": "R-DPO",
-    "cal_dpo": "Cal-DPO", "re_po": "RE-PO", "beta_dpo": "beta-DPO", "hinge": "hinge", "discopop": "DiscoPOP",
-    "exo_pair": "EXO", "nca_pair": "NCA", "bco_pair": "BCO", "sppo_hard": "SPPO", "apo_zero": "APO-zero",
-    "apo_down": "APO-down", "aot": "AOT", "aot_unpaired": "AOT, unpaired",
-    "gapo-margin": "GAPO, margin probe", "gapo-l2": "GAPO, L2", "gapo-first-order": "GAPO, first order",
-}  # fmt: skip
+from gapo.study.names import shown
+from gapo.study.statistics import Error, Interval, differences, intervals, paired, standard_error
 
 
 def frame(records: dict[Cell, dict[str, Any]], cells: Iterable[Cell]) -> pd.DataFrame:
@@ -64,8 +54,24 @@ def accuracy_table(runs: pd.DataFrame, mode: str, value: str = "accuracy") -> li
     for arm in table["arm"].unique():
         by_rate = {row["rate"]: Interval(row["mean"], row["low"], row["high"], row["n"]) for _, row in
               table[table["arm"] == arm].iterrows()}  # fmt: skip
-        rows.append({"name": NAMES.get(arm, arm), "control": ARMS[arm].control, "at": by_rate, "gapo_minus": None})
+        rows.append({"name": shown(arm), "control": ARMS[arm].control, "at": by_rate, "gapo_minus": None})
         noisy = of_mode[(of_mode["rate"] > 0) & of_mode["arm"].isin(["gapo", arm])]
         if arm != "gapo" and noisy["arm"].nunique() == 2:
             rows[-1]["gapo_minus"] = paired(noisy, "gapo", arm, value)
+    return rows
+
+
+def difference_table(runs: pd.DataFrame, baseline: str, value: str = "accuracy") -> list[dict[str, Any]]:
+    """For each other arm: its name, and how far it is above `baseline` in each noise (mode, rate) that both have."""
+    rows = []
+    for arm in dict.fromkeys(runs["arm"]):
+        if arm == baseline:
+            continue
+        by_noise: dict[tuple[str, float], Error] = {}
+        for (mode, rate), of_noise in runs.groupby(["mode", "rate"], sort=False):
+            both = of_noise[of_noise["arm"].isin([arm, baseline])].dropna(subset=[value])
+            seeds = both.groupby("seed")["arm"].nunique()
+            if (seeds == 2).any():
+                by_noise[(mode, rate)] = standard_error(differences(both, arm, baseline, value))
+        rows.append({"name": shown(arm), "at": by_noise})
     return rows

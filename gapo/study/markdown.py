@@ -5,12 +5,19 @@ from __future__ import annotations
 import html
 from typing import Any
 
+_PAIRED = (
+    "Points of reward accuracy on clean test pairs, seed by seed on the same pairs and flips, with the standard error "
+    "over seeds."
+)
+
 
 def render_markdown(values: dict[str, Any]) -> str:
     """`found` of `report.content`, as text."""
     parts = ["# Study", *(f"- {html.escape(line, quote=False)}" for line in facts(values)), ""]  # names of files
     for table in values["accuracy"]:
         parts += [f"## {table['title']}: {table['what']}", "", _table(table), ""]
+    if table := values["differences"]:
+        parts += [f"## {table['title']}", "", _PAIRED, "", _table(table), ""]
     parts += [f"## Weights and flips, {values['diagnosed_at']}", "", _table(values["diagnostics"]), ""]
     parts += [f"## Margins, log-probabilities and cost, {values['diagnosed_at']}", "", _table(values["logps"]), ""]
     for table in values["curves"]:

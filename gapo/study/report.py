@@ -13,11 +13,12 @@ from gapo.files import write_bytes, write_text
 from gapo.runs.output.pages import render_page
 from gapo.study import figures
 from gapo.study import frames as tables
+from gapo.study.arms import parts_of
 from gapo.study.cells import Cell
-from gapo.study.frames import NAMES
 from gapo.study.markdown import facts, render_markdown
+from gapo.study.names import shown
 from gapo.study.outcome import Study
-from gapo.study.statistics import Interval, bootstrap, intervals
+from gapo.study.statistics import Error, Interval, bootstrap, intervals
 from gapo.study.study_config import as_dict
 
 _TEST = "reward accuracy, clean test pairs, %"
@@ -31,7 +32,9 @@ _WEIGHTS = {
     "auroc_gap": "AUROC of gap, %",
 }
 _DIAGNOSED = 0.2  # share of flips at which the paper shows its diagnostics; the nearest of the study is taken
-_DETECTORS = ("gapo", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order", "simpo")
+_DETECTORS = (
+    *("gapo", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order", "simpo", "gapo+dpo", "margin+dpo"),
+)
 
 
 def write_report(folder: Path, study: Study) -> None:
@@ -74,6 +77,7 @@ def content(study: Study) -> dict[str, Any]:
             if (done[done["mode"] == mode]["rate"] > 0).any()
             for value, what in (("accuracy", _TEST), ("train_true_accuracy", _TRUE))
         ],
+        "differences": _differences(done, config.baseline, config.modes) if config.baseline else None,
         "diagnostics": _diagnostics(noisy),
         "diagnosed_at": f"{100 * rate:g} % of the labels {_MODES[config.modes[0]]}",
         "logps": _logps(noisy, study.facts["before"]),
@@ -118,13 +122,30 @@ def _accuracies(done: pd.DataFrame, mode: str, value: str) -> dict[str, Any]:
     return {"head": head, "rows": body}
 
 
+def _differences(done: pd.DataFrame, baseline: str, modes: list[str]) -> dict[str, Any]:
+    """Points above the baseline, with standard errors, in each noise; without flips the modes are one."""
+    rows = tables.difference_table(done, baseline)
+    seen = dict.fromkeys(noise for row in rows for noise in row["at"])
+    noises = sorted((n for n in seen if n[1] > 0 or n[0] == modes[0]), key=lambda n: (n[1] > 0, modes.index(n[0]), n))
+    head = ["objective", *(f"{mode} {100 * rate:g} %" if rate else "no flips" for mode, rate in noises)]
+    body = [[row["name"], *(_points(row["at"].get(noise)) for noise in noises)] for row in rows]
+    return {"title": f"Minus {shown(baseline)}, paired", "head": head, "rows": body}
+
+
+def _points(difference: Error | None) -> str:
+    """A difference of shares in points with its standard error, such as "+3.6 ± 1.1"."""
+    if difference is None:
+        return ""
+    return f"{100 * difference.mean:+.1f}" + (f" ± {100 * difference.error:.1f}" if difference.n > 1 else "")
+
+
 def _diagnostics(noisy: pd.DataFrame) -> dict[str, Any]:
     """Weights of flipped and clean pairs in the later half of the runs, for every arm that has weights."""
     rows = []
     for arm, group in noisy.groupby("arm", sort=False):
         gap = group.get("mean_gap_late", pd.Series(dtype=float)).dropna()
         cells = [_over_seeds(group, name) for name in (*_WEIGHTS, "auroc_margin")]
-        rows.append([NAMES.get(str(arm), str(arm)), *cells, f"{gap.mean():.3f}" if len(gap) else ""])
+        rows.append([shown(str(arm)), *cells, f"{gap.mean():.3f}" if len(gap) else ""])
     head = ["objective", *_WEIGHTS.values(), "AUROC of low margin, %", "mean gap, nats per token"]
     return {"head": head, "rows": rows}
 
@@ -144,7 +165,7 @@ def _logps(noisy: pd.DataFrame, before: Mapping[str, float]) -> dict[str, Any]:
         means = [f"{group[name].mean():.2f}" for name in ("margin", "chosen_logp", "rejected_logp")]
         costs = (group.set_index("seed")["cpu_seconds"] / simpo).dropna()
         relative = f"{costs.median():.2f}" if len(costs) else ""
-        rows.append([NAMES.get(str(arm), str(arm)), *means, f"{group['cpu_seconds'].median():.1f}", relative])
+        rows.append([shown(str(arm)), *means, f"{group['cpu_seconds'].median():.1f}", relative])
     head = ["objective", "margin", "chosen log-probability", "rejected log-probability", "CPU seconds", "over SimPO's"]
     return {"head": head, "rows": rows}
 
@@ -152,11 +173,11 @@ def _logps(noisy: pd.DataFrame, before: Mapping[str, float]) -> dict[str, Any]:
 def _settings(study: Study) -> dict[str, Any]:
     rows = []
     for arm, settings in study.chosen.items():
-        tries = [row for row in study.tries if row["arm"] == arm]
-        best = max(row["accuracy"] for row in tries)
+        tries = [row["accuracy"] for row in study.tries if row["arm"] == arm]
+        best = f"{100 * max(tries):.1f}" if tries else "given"
         text = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
                          for name, value in settings.items() if not isinstance(value, bool))  # fmt: skip
-        rows.append([NAMES.get(arm, arm), text, f"{100 * best:.1f}", str(len(tries))])
+        rows.append([shown(arm), text, best, str(len(tries))])
     return {"head": ["objective", "chosen", "validation accuracy, %", "tries"], "rows": rows}
 
 
@@ -212,11 +233,12 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, rate: float
             pictures[f"train_true_{mode}"] = figures.accuracy(
                 done, mode, f"{title}: train pairs", _TRUE, "train_true_accuracy"
             )
-            if done[done["mode"] == mode]["arm"].str.startswith("gapo-").any():
-                pictures[f"controls_{mode}"] = figures.controls(done, mode, f"GAPO's controls. {title}", _TEST)
+            for name, arms in _families(study.config.arm_names).items():
+                about = "GAPO's controls" if name == "controls" else f"{shown(arms[0])} with weights"
+                pictures[f"{name}_{mode}"] = figures.family(done, mode, arms, f"{about}. {title}", _TEST)
     share = f"{100 * rate:g} % flips"
     by_arm = {
-        NAMES[arm]: _measured(study, [c for c in study.parts["grid"] if c.arm == arm and c.rate == rate])
+        shown(arm): _measured(study, [c for c in study.parts["grid"] if c.arm == arm and c.rate == rate])
         for arm in _DETECTORS
     }
     by_rho: dict[str, list[dict[str, Any]]] = {}
@@ -246,7 +268,17 @@ def _pictures(study: Study, done: pd.DataFrame, noisy: pd.DataFrame, rate: float
     if not valued.empty:
         title = f"SimPO on {100 * config.valuation_share:g} % of the pairs, by gap"
         pictures["valuation"] = figures.valuation(intervals(valued, ["arm", "rate"], "accuracy"), title)
-    return pictures
+    return {name: picture for name, picture in pictures.items() if picture}
+
+
+def _families(arms: Sequence[str]) -> dict[str, list[str]]:
+    """By the name of their figure, arms that belong together: GAPO and its controls, an objective and its weighted."""
+    families = {"controls": ["gapo", *(arm for arm in arms if arm.startswith("gapo-") and "+" not in arm)]}
+    for arm in arms:
+        weighting, base, _ = parts_of(arm)
+        if weighting:
+            families.setdefault(f"weighted_{base}", [base]).append(arm)
+    return {name: members for name, members in families.items() if len(members) > 1 and set(members) <= set(arms)}
 
 
 def _measured(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -257,11 +289,10 @@ def _measured(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def _named(cell: Cell) -> str:
     valued = ", valuation" if cell.valuation else ""
-    return f"{NAMES.get(cell.arm, cell.arm)} at {100 * cell.rate:g} % ({cell.mode}), seed {cell.seed}{valued}"
+    return f"{shown(cell.arm)} at {100 * cell.rate:g} % ({cell.mode}), seed {cell.seed}{valued}"
 
 
 def _scaled(frame: pd.DataFrame, scale: float) -> dict[str, tuple[float, float, float]]:
     return {
-        NAMES.get(row["arm"], row["arm"]): (scale * row["mean"], scale * row["low"], scale * row["high"])
-        for _, row in frame.iterrows()
+        shown(row["arm"]): (scale * row["mean"], scale * row["low"], scale * row["high"]) for _, row in frame.iterrows()
     }

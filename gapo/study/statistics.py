@@ -51,8 +51,29 @@ def intervals(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
 
 
+class Error(NamedTuple):
+    """A mean and its standard error over n seeds; NaN for a single value."""
+
+    mean: float
+    error: float
+    n: int
+
+
+def standard_error(values: np.ndarray) -> Error:
+    """Mean of `values` (n,), one for each seed, and the standard error of that mean: deviation / sqrt(n)."""
+    n = len(values)
+    return Error(float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else np.nan, n)
+
+
 def paired(frame: pd.DataFrame, arm: str, other: str, value: str, where: dict[str, Any] | None = None) -> Interval:
-    """Interval of `value` of `arm` minus that of `other`, over seeds; a seed's difference is the mean over its noises.
+    """Interval of `value` of `arm` minus that of `other`, over seeds; see `differences`."""
+    return bootstrap(differences(frame, arm, other, value, where))
+
+
+def differences(
+    frame: pd.DataFrame, arm: str, other: str, value: str, where: dict[str, Any] | None = None
+) -> np.ndarray:
+    """`value` of `arm` minus that of `other`, (n,), one for each seed: the mean over the noises that both have.
 
     Args:
         frame: rows with "arm", "mode", "rate", "seed" and `value`.
@@ -72,7 +93,7 @@ def paired(frame: pd.DataFrame, arm: str, other: str, value: str, where: dict[st
     difference = (wide[arm] - wide[other]).dropna()
     if difference.empty:
         raise ValueError(f"there is no run of {arm!r} and {other!r} on the same seed and flips")
-    return bootstrap(difference.groupby("seed").mean().to_numpy())
+    return np.asarray(difference.groupby("seed").mean())
 
 
 def _by_seed(group: pd.DataFrame, value: str) -> np.ndarray:

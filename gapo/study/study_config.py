@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gapo.runs.config_bases import TrainingConfig
-from gapo.study.arms import ARMS
+from gapo.study.arms import ARMS, arm_of
 
 TUNE_SEED = 1000  # the first seed of the tries; the study's own count from 0
 _LISTS = (
@@ -21,8 +21,12 @@ class StudyConfig(TrainingConfig):
 
     Args:
         eval_pairs: pairs to test on, likewise; none to hold out a share of the training pairs.
-        arms: the objectives to compare, comma separated, or "all". "gapo" has its controls beside it: "gapo-rho0",
-            "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order".
+        arms: the objectives to compare, comma separated, or "all". Any objective may stand behind "gapo+", which
+            weights its pairs by the anchor gap, or behind "gapo-drop+", "margin+", "margin-drop+". One with an anchor
+            has controls, such as "gapo-rho0", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order".
+        settings: settings of an arm by its name, such as {gapo+dpo: {learning_rate: 1e-3, beta: 0.1}}, for all of its
+            runs. Such an arm has no tries; what is left out has gapo's default.
+        baseline: the arm to which a table gives the paired differences of the others; none for no such table.
         flip_modes: which labels are flipped, comma separated: "random", or "length" to favour longer answers.
         flip_rates: shares of the training labels to flip. A share that a mode cannot reach is left out and named.
         control_flip_rates: shares for the controls of GAPO, fewer to save time; empty for all of flip_rates.
@@ -53,6 +57,8 @@ class StudyConfig(TrainingConfig):
 
     demo_size: int = 2000
     arms: str = "all"
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    baseline: str | None = None
     flip_modes: str = "random,length"
     flip_rates: list[float] | tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4)
     control_flip_rates: list[float] | tuple[float, ...] = ()
@@ -110,8 +116,23 @@ class StudyConfig(TrainingConfig):
             if pairs < 1 or self.batch_size % pairs:
                 raise ValueError(f"curve_anchor_pairs must divide batch_size={self.batch_size}, got {pairs!r}")
         _require_among("flip_modes", self.modes, ("random", "length"))
-        _require_among("arms", self.arm_names, tuple(ARMS))
+        self._check_arms()
         self._check_lists()
+
+    def _check_arms(self) -> None:
+        """Refuse arms that do not exist, settings that are not theirs, and those of an arm that does not run."""
+        if not self.arm_names:
+            raise ValueError("arms must name at least one, or be 'all'; got none")
+        for name in self.arm_names:
+            arm_of(name)
+        for name, settings in self.settings.items():
+            if name not in self.arm_names:
+                raise ValueError(f"settings are of {name!r}, which is not among arms: {', '.join(self.arm_names)}")
+            if not isinstance(settings, dict):
+                raise ValueError(f"settings of {name!r} must be a mapping such as {{beta: 0.1}}, got {settings!r}")
+            ARMS[name].given(settings)
+        if self.baseline is not None:
+            _require_among("baseline", [self.baseline], self.arm_names)
 
     def _check_lists(self) -> None:
         """Refuse a value that stands twice, which would count a run twice, and parts that lack an arm or pairs."""

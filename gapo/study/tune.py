@@ -1,7 +1,8 @@
 """Settings of every arm, chosen on validation pairs with the same number of tries for each.
 
 The tries train on labels of which a share is flipped at random, and are judged on clean validation pairs: a kindness to
-all arms alike, since who has noisy labels may have no clean ones to choose by. One setting then serves every noise.
+all arms alike, since who has noisy labels may have no clean ones to choose by. One setting then serves every noise. An
+arm whose settings the user gives has no tries.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from gapo.study.study_config import TUNE_SEED, StudyConfig
 
 
 def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dict[str, Any]]]:
-    """The best settings of each arm by mean validation accuracy, and every try: "arm", settings, "accuracy".
+    """Settings of each arm, given or the best by mean validation accuracy, and every try: "arm", settings, "accuracy".
 
     Raises:
         FloatingPointError: no try of an arm stayed finite.
     """
     rates = list(config.learning_rates)
-    scores: dict[str, dict[Any, float]] = {name: {} for name in config.arm_names}
+    fixed = {name: ARMS[name].given(settings) for name, settings in config.settings.items()}
+    scores: dict[str, dict[Any, float]] = {name: {} for name in config.arm_names if name not in fixed}
 
     def attempt(wanted: dict[str, list[Settings]], title: str) -> None:
+        if not wanted:
+            return
         cells = {
             (name, settings_key(settings)): [_cell(config, name, settings, seed) for seed in range(config.tune_seeds)]
             for name, tries in wanted.items()
@@ -44,7 +48,8 @@ def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dic
         {name: ARMS[name].last_tries(_best(name, accuracies), rates) for name, accuracies in scores.items()},
         "choosing learning rates again",
     )
-    chosen = {name: _best(name, accuracies) for name, accuracies in scores.items()}
+    best = {name: _best(name, accuracies) for name, accuracies in scores.items()}
+    chosen = {name: fixed[name] if name in fixed else best[name] for name in config.arm_names}
     tries = [
         {"arm": name, **dict(key), "accuracy": accuracy, "chosen": dict(key) == chosen[name]}
         for name, accuracies in scores.items()

@@ -188,6 +188,18 @@ def test_the_adapters_config_and_the_cores_for_one_another(tmp_path: Path) -> No
         GAPOCallback(arguments(tmp_path))
 
 
+def test_a_target_gap_finds_a_radius_and_logs_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for target, said in ((0.2, False), (1e-4, True)):
+        caplog.clear()
+        config = GAPOConfig(target_gap=target)
+        trainer = make_trainer(tmp_path / str(target), config=config, logging_steps=1, max_steps=1)
+        trainer.train()
+        row = trainer.state.log_history[0]
+        assert row["gapo/rho"] == pytest.approx(row["gapo/radius"], rel=1e-3)
+        assert row["gapo/rho"] > 0
+        assert ("nothing is reweighted" in caplog.text) == said
+
+
 def test_logs_hold_trls_keys_and_gapos(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, logging_steps=2, eval_strategy="steps", eval_steps=2)
     trainer.train()
@@ -475,8 +487,10 @@ def test_every_objectives_gradient_and_evaluation_are_its_functions(tmp_path: Pa
     model = hf_models.make("pythia").double()
     before = copy.deepcopy(model)
     rows = with_reference_logps(model, hf_models.pairs(8), progress=None)
-    for i, row in enumerate(rows):  # a reference that the policy departs from
-        row["ref_chosen_logps"] += 0.25 * (i % 3 - 1)
+    for i, row in enumerate(rows):  # a reference that the policy departs from, by another amount in each response
+        row["ref_chosen_logps"] += 0.25 * (i % 3 - 1) + 0.02 * i
+        row["ref_rejected_logps"] += 0.03 * i**2
+    steps = 1 if name in ("alpha_dpo", "re_po", "beta_dpo") else 2  # the second batch would look back at the first
     if name == "own":
         objective, function, average, settings = hinge_of_z, hinge_of_arrays, False, {"tau": 3.0}
     else:
@@ -485,7 +499,7 @@ def test_every_objectives_gradient_and_evaluation_are_its_functions(tmp_path: Pa
         objective, settings = name, None
     results: list[Any] = []
     trainer = make_trainer(
-        tmp_path, model, rows=rows, max_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=2,
+        tmp_path, model, rows=rows, max_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=steps,
         callback={
             "objective": objective, "objective_settings": settings, "on_step": lambda *seen: results.append(seen),
         },
@@ -500,9 +514,9 @@ def test_every_objectives_gradient_and_evaluation_are_its_functions(tmp_path: Pa
     gradient = first_gradient(trainer)
     losses, expected = zip(*(objective_gradient(before, batch, function, average=average) for _, batch in results),
                            strict=True)  # fmt: skip
-    assert len(losses) == 2
+    assert len(losses) == steps
     for key, value in gradient.items():
-        mean = sum(e[key] for e in expected) / 2
+        mean = sum(e[key] for e in expected) / steps
         assert float((value - mean).norm()) <= 1e-9 * float(mean.norm()), key
     assert evaluation == pytest.approx(
         float(objective_gradient(before, trainer.data_collator(rows[:3]), function, average=average)[0]), rel=1e-6

@@ -23,8 +23,7 @@ from mlx_problem import BATCH, Mixer, margin_fn, mixer
 
 import gapo
 from gapo.adapters.mlx_lm import pair_logps
-from gapo.backends import mlx as backend_mlx
-from gapo.backends.mlx import MlxForward
+from gapo.backends.mlx import MlxForward, mlx_forward
 
 MLX = LIBRARIES["mlx"]
 
@@ -33,7 +32,10 @@ def take_step(model: nn.Module, **options: Any) -> Any:
     return gapo.value_and_grad(margin_fn, gapo.GAPOConfig(**options), backend="mlx")(model, BATCH)
 
 
-def test_values_are_read_only_once_all_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("one_pass", "stages"), [(True, [2]), (False, [3, 1])])
+def test_values_are_read_only_once_all_is_built(
+    one_pass: bool, stages: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, order = mixer(), []
     evaluate = mx.eval
 
@@ -45,13 +47,16 @@ def test_values_are_read_only_once_all_is_built(monkeypatch: pytest.MonkeyPatch)
         order.append("forward")
         return margin_fn(module, batch)
 
+    step = gapo.value_and_grad(forward, backend="mlx", one_pass=one_pass)
+    step(model, BATCH)  # where its one pass is proved
     monkeypatch.setattr(mx, "eval", watched)
-    gapo.value_and_grad(forward, backend="mlx")(model, BATCH)
+    order.clear()
+    step(model, BATCH)
     # sequence_logps reads the labels, which are data. The step reads values behind clean, probe and anchor forward,
     # and behind that of the update.
     runs = [(what, len(list(times))) for what, times in groupby(what for what in order if what != "labels")]
-    assert [what for what, _ in runs] == ["forward", "model", "forward", "model"]
-    assert [times for what, times in runs if what == "forward"] == [3, 1]
+    assert [what for what, _ in runs] == ["forward", "model"] * len(stages)
+    assert [times for what, times in runs if what == "forward"] == stages
 
 
 def test_bfloat16_weights() -> None:
@@ -95,11 +100,11 @@ def test_dropout_masks_are_shared() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("forward", [1, 2, 3, 4])
-def test_weights_come_back_after_an_exception(error: type[BaseException], forward: int) -> None:
+@pytest.mark.parametrize(("one_pass", "forward"), [(True, 1), (True, 2), *((False, n) for n in (1, 2, 3, 4))])
+def test_weights_come_back_after_an_exception(error: type[BaseException], one_pass: bool, forward: int) -> None:
     model = mixer()
     before = {name: np.array(x) for name, x in tree_flatten(model.parameters())}
-    calls = []
+    calls: list[int] = []
 
     def fails(module: nn.Module, batch: Any) -> Any:
         calls.append(1)
@@ -107,8 +112,12 @@ def test_weights_come_back_after_an_exception(error: type[BaseException], forwar
             raise error("in a forward")
         return margin_fn(module, batch)
 
+    step = gapo.value_and_grad(fails, gapo.GAPOConfig(rho=0.5), backend="mlx", one_pass=one_pass)
+    calls.extend([0] * 9)  # the first step proves the one pass, and does not fail
+    step(model, BATCH)
+    calls.clear()
     with pytest.raises(error, match="in a forward"):
-        gapo.value_and_grad(fails, gapo.GAPOConfig(rho=0.5), backend="mlx")(model, BATCH)
+        step(model, BATCH)
     for name, x in tree_flatten(model.parameters()):
         np.testing.assert_array_equal(np.array(x), before[name])
 
@@ -227,13 +236,14 @@ def test_a_forward_that_is_another_when_run_again_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
 def test_first_order_where_mlx_has_no_forward_derivative(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Against central differences of the margins along delta, which the exact anchor's two radii give."""
-    backend_mlx._log_pair_by_pair.cache_clear()
+    mlx_forward._log_pair_by_pair.cache_clear()
     model, batch = mlx_models.make(kind), mlx_models.batch()
     options: dict[str, Any] = {"adaptive": False, "probe": "margin"}
 
     def gaps(rho: float, anchor: str) -> np.ndarray:
         config = gapo.GAPOConfig(rho=rho, anchor=anchor, **options)
-        return np.array(gapo.value_and_grad(pair_logps, config, backend="mlx")(model, batch)[0].anchor_gaps)
+        step = gapo.value_and_grad(pair_logps, config, backend="mlx", one_pass=False)
+        return np.array(step(model, batch)[0].anchor_gaps)
 
     with caplog.at_level(logging.WARNING, logger="gapo"):
         found = gaps(0.02, "first_order")

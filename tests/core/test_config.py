@@ -101,6 +101,7 @@ def test_the_defaults_are_the_documents() -> None:
         "beta": 2.5,
         "gamma": 0.25,
         "rho": 0.025,
+        "target_gap": None,
         "adaptive": True,
         "probe": "loss",
         "direction": "pessimistic",

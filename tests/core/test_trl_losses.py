@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from frameworks import require
+from frameworks import Library, require
 
+from gapo import sequence_logps
+from gapo.columns import PARTS
 from gapo.objectives import OBJECTIVES, LogProbs
+from gapo.pairs import pair_logps
+from gapo.token_weights import ld_weights, wpo_weights
 
 torch = require("torch")
 pytest.importorskip("trl")
@@ -129,6 +133,79 @@ def test_each_loss_of_trl_is_here() -> None:
         trl_loss(trl_trainer("none", {"beta": 0.1}), inputs, token_logps(inputs["completion_mask"]))
     names = {part for part in str(error.value).partition("[")[2].split("'") if part.replace("_", "").isalpha()}
     assert names == {case[0] for case in CASES} | {"sft"}
+
+
+def logits_and_labels(inputs: dict[str, Any]) -> tuple[Any, Any]:
+    logits = torch.tensor(np.random.default_rng(7).normal(size=(2 * PAIRS, SEQ, 6)))
+    labels = torch.tensor(np.random.default_rng(8).integers(0, 6, (2 * PAIRS, SEQ)))
+    return logits, labels.masked_fill(inputs["completion_mask"] == 0, -100)
+
+
+def in_each(library: Library, logits: Any, labels: Any) -> tuple[Any, Any]:
+    return library.asarray(logits.numpy(), "float64"), library.asarray(labels.numpy())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm"])
+def test_ld_alpha_is_trls(library: Library, loss_type: str, alpha: float) -> None:
+    """TRL divides by the whole length where a loss is per token. The reference's sums are given."""
+    inputs = batch()
+    logits, labels = logits_and_labels(inputs)
+    picked = logits.log_softmax(-1)[:, :-1].gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
+    picked = picked * inputs["completion_mask"][:, 1:]
+    expected = trl_loss(trl_trainer(loss_type, {"beta": 0.3}, ld_alpha=alpha), inputs, picked)
+    ours, theirs = in_each(library, logits, labels)
+    logps = sequence_logps(ours, theirs, token_weights=ld_weights(theirs, alpha))
+    lengths = library.asarray(inputs["completion_mask"].sum(1).numpy())
+    reference = [library.asarray(inputs[f"ref_{side}_logps"].numpy()) for side in ("chosen", "rejected")]
+    of_pairs = LogProbs.from_averages(logps[:PAIRS], logps[PAIRS:], lengths, *reference)
+    losses = OBJECTIVES["dpo" if loss_type == "sigmoid" else loss_type].losses(of_pairs, beta=0.3)
+    np.testing.assert_allclose(library.numpy(losses).mean(), expected.item(), rtol=2e-6)
+    plain = sequence_logps(ours, theirs)
+    assert np.allclose(library.numpy(plain), library.numpy(logps), rtol=1e-5) == (alpha == 1)
+
+
+def test_wpo_weights_are_trls(library: Library) -> None:
+    inputs = batch()
+    logits, labels = logits_and_labels(inputs)
+    logs = logits.log_softmax(-1)[:, :-1]
+    picked = logs.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0] * inputs["completion_mask"][:, 1:]
+    outputs = {"log_sum_sq_probs": logs.exp().square().sum(-1).log()}
+    trainer = trl_trainer("sigmoid", {"beta": 0.3}, use_weighting=True)
+    expected = trl_loss(trainer, inputs, picked, **outputs)
+    losses = OBJECTIVES["dpo"].losses(log_probs_of(inputs, picked), beta=0.3).numpy()
+    ours, theirs = in_each(library, logits, labels)
+    weights = library.numpy(wpo_weights(ours, theirs, cap=None))
+    np.testing.assert_allclose((weights * losses).mean(), expected.item(), rtol=2e-6)
+    capped = library.numpy(wpo_weights(ours, theirs, cap=float(np.median(weights))))
+    np.testing.assert_allclose(capped, np.minimum(weights, np.median(weights)), rtol=1e-6)
+
+
+def test_weights_by_token_and_by_pair_are_checked() -> None:
+    labels, logits = np.array([[-100, 1, 2], [-100, 1, -100], [-100, 1, 2]]), np.zeros((2, 3, 4))
+    with pytest.raises(ValueError, match=r"alpha must be a finite number in \[0, 1\], got 1.5"):
+        ld_weights(labels[:2], 1.5)
+    with pytest.raises(ValueError, match=r"labels must be \(2N, seq\), chosen rows first; got \(3, 3\)"):
+        ld_weights(labels, 0.5)
+    with pytest.raises(ValueError, match=r"labels must be \(2N, seq\), chosen rows first; got \(3, 3\)"):
+        wpo_weights(np.zeros((3, 3, 4)), labels)
+    with pytest.raises(ValueError, match="cap must be a finite number > 0, got 0"):
+        wpo_weights(logits, labels[:2], cap=0)
+    with pytest.raises(ValueError, match=r"token_weights must be \(batch, seq\) as labels, \(2, 3\); got \(2, 2\)"):
+        sequence_logps(logits, labels[:2], token_weights=np.ones((2, 2)))
+
+
+def test_pair_logps_takes_ld_alpha() -> None:
+    columns = {f"{side}_{part}": np.array([[1, 2, 3]]) for side in ("chosen", "rejected") for part in PARTS}
+    columns["chosen_labels"], columns["rejected_labels"] = np.array([[-100, 2, 3]]), np.array([[-100, 2, -100]])
+    chosen, rejected = pair_logps(lambda ids, mask: np.zeros((2, 3, 4)), columns, ld_alpha=0.5)
+    np.testing.assert_allclose([chosen[0], rejected[0]], [-0.75 * np.log(4), -np.log(4)])
+
+
+def test_no_gradient_flows_through_wpos_weights(autodiff: Library) -> None:
+    logits, labels = in_each(autodiff, *logits_and_labels(batch()))
+    (gradient,) = autodiff.grad(lambda x: wpo_weights(x, labels).sum() + 0 * x.sum(), logits)
+    assert not gradient.any()
 
 
 def test_discopop_is_finite_where_trl_is_not() -> None:

@@ -248,6 +248,16 @@ def test_batches_have_few_lengths() -> None:
     assert [b["chosen_labels"].shape for b in data.batches(rows[:2], 2, pad_token_id=0)] == [(2, 4)]
 
 
+@pytest.mark.parametrize(("longest", "step"), [(512, 32), (513, 64), (2000, 128)])
+def test_long_rows_have_at_most_16_lengths(longest: int, step: int) -> None:
+    """Each is the next multiple, so that no row gains more than an eighth of the longest."""
+    rows = [{name: [1] * n for name in data.collate.TOKENIZED} for n in range(3, longest + 1)]
+    made = [(b["index"][0] + 3, b["chosen_input_ids"].shape[1]) for b in data.batches(rows, 1, pad_token_id=0)]
+    assert all(width == min(longest, -(-n // step) * step) for n, width in made)
+    assert len({width for _, width in made}) <= 16
+    assert max(width - n for n, width in made) < longest / 8
+
+
 def test_generated_pairs_have_known_answers_and_disjoint_splits() -> None:
     train, test = (data.generate_pairs(500, split=split) for split in ("train", "test"))
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}

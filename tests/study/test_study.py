@@ -118,6 +118,70 @@ def test_batches_hold_each_pair_once_and_neighbours_in_length() -> None:
     assert np.mean([np.ptp(lengths[batch]) for batch in made]) < 12
 
 
+# Arms
+
+
+def test_any_objective_of_the_registry_is_an_arm_and_all_lists_a_few(config: StudyConfig) -> None:
+    assert set(OBJECTIVES) <= set(ARMS)
+    named = replace(config, arms="gapo,simpo,margin-drop+cdpo,gapo_capped-l2,gapo+rdpo-gaussian")
+    assert not set(named.arm_names[2:]) & set(ARMS)
+    assert [ARMS[name].objective for name in named.arm_names[2:]] == ["margin-drop+cdpo", "gapo_capped", "gapo+rdpo"]
+    assert [ARMS[name].control for name in named.arm_names] == [False, False, True, True, True]
+    with pytest.raises(KeyError):
+        ARMS["gapo+orpo"]
+
+
+def test_a_weighted_arm_tries_what_it_weights_tries() -> None:
+    """The same settings in each round, at a radius that stays."""
+    rates = [1e-3, 3e-3]
+    for base in ("dpo", "simpo", "sigmoid_loss"):
+        for name, held in ((f"gapo+{base}", {"rho": 0.5}), (f"margin+{base}", {})):
+            plain, weighted = ARMS[base], ARMS[name]
+            for tries in ("first_tries", "second_tries", "last_tries"):
+                arguments = [rates] if tries == "first_tries" else [plain.first_tries(rates)[1], rates]
+                kept = [rates] if tries == "first_tries" else [weighted.first_tries(rates)[1], rates]
+                expected = [held | settings for settings in getattr(plain, tries)(*arguments)]
+                assert getattr(weighted, tries)(*kept) == expected
+    every = [len(arm.first_tries(rates) + arm.second_tries(arm.first_tries(rates)[0], rates)) for arm in ARMS.values()]
+    assert set(every) == {6}
+
+
+def test_settings_go_to_the_step_or_to_the_objective() -> None:
+    config, own = ARMS["gapo+dpo"].divided({"learning_rate": 1.0, "beta": 0.003, "rho": 0.5, "gap_beta": 4.0})
+    assert (config.rho, config.beta, own) == (0.5, 2.5, {"beta": 0.003, "gap_beta": 4.0})
+    config, own = ARMS["gapo+simpo"].divided({"learning_rate": 1.0, "beta": 0.4, "rho": 0.5, "direction": "gaussian"})
+    assert (config.rho, config.beta, config.direction, own) == (0.5, 0.4, "gaussian", {})
+    config, own = ARMS["gapo_target"].divided({"learning_rate": 1.0, "beta": 0.4, "strength": 4.0})
+    assert (config.beta, own) == (0.4, {"strength": 4.0})
+
+
+def test_given_settings_are_not_tuned(config: StudyConfig, tmp_path: Path) -> None:
+    """An arm with settings runs with them alone, beside one that has its tries; a table compares them."""
+    study = run_study(
+        replace(
+            config, arms="dpo,gapo+dpo,margin+dpo",
+            settings={"gapo+dpo": {"learning_rate": 1e-3, "beta": 0.2}, "margin+dpo": {"learning_rate": 1e-3}},
+            baseline="dpo", seeds=2, flip_rates=(0.0, 0.25), flip_modes="random", control_flip_rates=(0.25,),
+            valuation_rates=(), curve_rhos=(), curve_anchor_pairs=(), output_dir=str(tmp_path),
+        )
+    )  # fmt: skip
+    assert study.chosen["gapo+dpo"] == {"learning_rate": 1e-3, "beta": 0.2, "rho": 0.5}
+    assert [sum(row["arm"] == name for row in study.tries) for name in study.chosen] == [8, 0, 0]
+    text = (tmp_path / "study.md").read_text()
+    assert "| DPO, weighted by gap | rho 0.5, learning_rate 0.001, beta 0.2 | given | 0 |" in text
+    runs = pd.read_csv(tmp_path / "results.csv")
+    at = runs[runs["rate"] == 0.25].pivot_table(index="seed", columns="arm", values="accuracy")
+    points = 100 * (at["gapo+dpo"] - at["dpo"]).to_numpy()
+    error = abs(points[0] - points[1]) / 2  # of two values: their distance over sqrt(2), over sqrt(2)
+    table = text.partition("## Minus DPO, paired")[2]
+    assert "| objective | no flips | random 25 % |" in table
+    assert f"{points.mean():+.1f} ± {error:.1f} |" in table.partition("| DPO, weighted by gap |")[2].splitlines()[0]
+    assert "| DPO, weighted by margin |  | " in table  # a control, at its own rates
+    page = (tmp_path / "study.html").read_text()
+    assert "Minus DPO, paired" in page
+    assert (tmp_path / "figures" / "weighted_dpo_random.svg").exists()
+
+
 # One run
 
 
@@ -443,6 +507,22 @@ def test_the_page_escapes_what_users_gave(tmp_path: Path, config: StudyConfig) -
     [
         (["--flip_rates", "[0.2, 1.4]"], "flip_rates must be in [0, 1], got [0.2, 1.4]"),
         (["--arms", "gapo,simp"], "arms must be among gapo, "),
+        (["--arms", "gapo+simp"], "arms has 'gapo+simp'; arms must be among gapo, "),
+        (
+            ["--arms", "gapo+dpo-rho0"],
+            "arms: 'gapo+dpo-rho0' is the same as 'dpo', for without a radius all gaps are 0",
+        ),
+        (["--arms", "gapo+gapo_target-rho0"], "is the same as 'simpo'"),
+        (["--arms", "gapo+gapo-rho0"], "is the same as 'gapo-rho0'"),
+        (["--arms", "margin+dpo-gaussian"], "'margin+dpo' has no anchor; take 'margin+dpo'"),
+        (["--arms", ","], "arms must name at least one, or be 'all'; got none"),
+        (["--arms", "gapo", "--baseline", "dpo"], "baseline must be among gapo, got 'dpo'"),
+        (["--arms", "gapo", "--settings", "{dpo: {learning_rate: 1e-3}}"], "which is not among arms: gapo"),
+        (["--arms", "dpo", "--settings", "{dpo: {beta: 0.1}}"], "settings of 'dpo' need a learning_rate > 0, got None"),
+        (["--arms", "dpo", "--settings", "{dpo: {learning_rate: 1e-3, rho: 1}}"], "'dpo' has no setting 'rho'"),
+        (["--arms", "gapo+dpo", "--settings", "{gapo+dpo: {learning_rate: 1e-3, clip: 1}}"], "has no setting 'clip'"),
+        (["--arms", "gapo+dpo", "--settings", "{gapo+dpo: {learning_rate: 1e-3, rho: -1}}"], "rho must be a finite"),
+        (["--arms", "gapo-rho0", "--settings", "{gapo-rho0: {learning_rate: 1e-3, rho: 1}}"], "is that of rho=0.0"),
         (["--flip_modes", "colour"], "flip_modes must be among random, length, got 'colour'"),
         (["--curve_anchor_pairs", "[5]"], "curve_anchor_pairs must divide batch_size=32, got 5"),
         (["--seeds", "0"], "seeds must be >= 1, got 0"),
@@ -474,8 +554,8 @@ def test_help_names_every_key_and_an_example(capsys: pytest.CaptureFixture[str])
     assert all(f"--{name}" in text for name in vars(StudyConfig()))
 
 
-@pytest.mark.parametrize("name", ["study_small", "study_comve"])
+@pytest.mark.parametrize("name", ["study_small", "study_comve", "study_anchored"])
 def test_the_examples_are_accepted(name: str) -> None:
     config = parse([str(Path(__file__).parents[2] / "examples" / f"{name}.yaml")])
-    assert set(config.arm_names) <= set(ARMS)
+    assert all(name in ARMS or name == ARMS[name].name for name in config.arm_names)
     assert ("all" in config.arms) == (name == "study_comve")

@@ -41,6 +41,7 @@ class GAPOConfig(TrainingArguments):
     beta: float = carried(gapo.GAPOConfig, "beta")
     gamma: float = carried(gapo.GAPOConfig, "gamma")
     rho: float = carried(gapo.GAPOConfig, "rho")
+    target_gap: float | None = carried(gapo.GAPOConfig, "target_gap")
     adaptive: bool = carried(gapo.GAPOConfig, "adaptive")
     probe: str = carried(gapo.GAPOConfig, "probe")
     direction: str = carried(gapo.GAPOConfig, "direction")

@@ -42,6 +42,7 @@ from gapo.config import GAPOConfig
 from gapo.metrics import combine, evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Loss
 from gapo.pairs import LogProbs, require_reference
+from gapo.reweighting import Watch
 from gapo.step import Running, StepResult, run
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Attachment:
         self._prepared.prepare(trainer.model)
         self._warnings: set[str] = set()
         self._warn_of_what_is_left_out()
+        self._watch = Watch(settings.config, settings.loss, self._warn)
         self._rounded = False  # whether an evaluation in 16 bits has rounded the weights
         self._causal: nn.Module | None = None  # the model that has shown that it is causal
         self._gave_loss = False
@@ -184,7 +186,7 @@ class Attachment:
         return (scalar, {}) if return_outputs else scalar
 
     def _warn_of_no_perturbation(self, result: StepResult) -> None:
-        if float(result.radius) == 0 and self._config.rho > 0:
+        if float(result.radius) == 0 and self._config.moves:
             self._warn(
                 "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is "
                 "0); it ends with the first update. With adaptive=False it does not happen"
@@ -271,7 +273,9 @@ class Attachment:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own log, with the metrics of the training window added where it reports one."""
         if self._window and "loss" in logs:
-            logs.update(self._close_window())
+            metrics = self._close_window()
+            self._watch.see(metrics)
+            logs.update(metrics)
         self._replaced["log"](logs, *args, **kwargs)
 
     def _close_window(self) -> dict[str, float]:

@@ -167,7 +167,8 @@ class GAPOTrainer(Trainer):
         loss, config = self._loss, self.args.step_config()
         settings = dict(loss.settings)
         if loss.needs_anchor:
-            settings |= {"rho": config.rho, "anchor": config.anchor}
+            radius = {"rho": config.rho} if config.target_gap is None else {"target_gap": config.target_gap}
+            settings |= {**radius, "anchor": config.anchor}
         paper = f" ({loss.objective.paper})" if loss.objective.paper else ""
         listed = ", ".join(f"{name} {value}" for name, value in settings.items()) or "no settings"
         card = _CARD.format(name=loss.name, paper=paper, settings=listed)

@@ -44,6 +44,11 @@ class Zero3Forward(ShardedForward):
                 'anchor="first_order" is not supported under DeepSpeed ZeRO-3: use FSDP2, or anchor="exact" with '
                 'weights in float32, from which DeepSpeed\'s "torch_autocast" computes in bfloat16'
             )
+        if config.target_gap is not None:
+            raise ValueError(
+                "target_gap is not supported under DeepSpeed ZeRO-3, since it starts from the first-order gaps: set "
+                "rho, or use FSDP2"
+            )
         self._engine = engine
         self._gathered = dict(engine.module.named_parameters())
         for name, p in self._gathered.items():

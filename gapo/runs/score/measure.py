@@ -61,7 +61,7 @@ class Measure:
             named = ", ".join(_named(i, self._pairs[i]) for i in rows)
             text = f"{self._name}, repeat {repeat}, batch {number}: {error}. Its pairs, from 0: rows {named}"
             raise (FloatingPointError if isinstance(error, FloatingPointError) else ValueError)(text) from error
-        if float(result.radius) == 0 and self._step_config.rho > 0 and not self._warned:
+        if float(result.radius) == 0 and self._step_config.moves and not self._warned:
             self._warned = True
             logger.warning("%s: abs(theta) * g is 0 for every selected parameter, so that every gap is 0", self._name)
         values = {field: [digits(v) for v in getattr(result, field).tolist()] for field in MEASURES.values()}

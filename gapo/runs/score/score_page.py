@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gapo.config import GAPOConfig
 from gapo.data.messages import text_of
 from gapo.files import write_text
+from gapo.reweighting import verdict
 from gapo.runs.output import noise, plots
 from gapo.runs.output.pages import render_page
 from gapo.runs.output.tables import Row
@@ -50,12 +53,24 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
         count=len(pairs),
         settings=settings,
         overview=[_overview(name, [s for s in scores if s["checkpoint"] == name], pairs) for name in checkpoints],
+        verdicts=_verdicts(scores, checkpoints, settings),
         flips=detected,
         any_flipped=bool(flipped.any()),
         brittle=[_shown(i, pairs[i], values) for i in order[::-1][:_SHOWN]],
         trusted=[_shown(i, pairs[i], values) for i in order[:_SHOWN]],
         pictures=pictures,
     )
+
+
+def _verdicts(scores: Sequence[Row], checkpoints: Sequence[str], settings: Row) -> dict[str, str]:
+    """What `gapo.reweighting` says of the gaps of each checkpoint, where it says something."""
+    step_config = GAPOConfig(**{f.name: settings[f.name] for f in fields(GAPOConfig) if f.name in settings})
+    said = {}
+    for name in checkpoints:
+        gaps = np.array([score["gap"] for score in scores if score["checkpoint"] == name])
+        if gaps.any() and (text := verdict(float(gaps.mean()), float(gaps.std()), step_config)) is not None:
+            said[name] = text
+    return said
 
 
 def flips(measures: dict[str, np.ndarray], is_flipped: np.ndarray) -> dict[str, Any]:

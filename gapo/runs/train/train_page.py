@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
+from gapo.config import GAPOConfig
 from gapo.files import read_lines, write_text
+from gapo.reweighting import verdict
 from gapo.runs.output import plots
 from gapo.runs.output.noise import pair_columns, weight_diagnostics
 from gapo.runs.output.pages import render_page
@@ -38,6 +42,7 @@ def write_report(folder: Path, summary: dict[str, Any]) -> Path:
 def render(folder: Path, summary: dict[str, Any]) -> str:
     """The page as text. Texts of users (names, data, settings) are escaped."""
     steps, metrics = read_lines(folder / "steps.jsonl"), read_lines(folder / "metrics.jsonl")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     drifts = [row for row in metrics if "drift/held_out_margin" in row]
     return render_page(
         Path(__file__).with_name("train.html.jinja"),
@@ -45,12 +50,24 @@ def render(folder: Path, summary: dict[str, Any]) -> str:
         summary=summary,
         measures=_MEASURES,
         flips=diagnostics(steps),
+        verdict=_verdict(steps, summary, config),
         data=(folder / "data.txt").read_text(encoding="utf-8"),
-        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        config=config,
         pictures=_pictures(metrics, steps),
         drifts=drifts,
         drift_pictures=[Markup(svg) for svg in plots.drift(drifts)] if drifts else [],
     )
+
+
+def _verdict(steps: list[dict[str, Any]], summary: dict[str, Any], config: dict[str, Any]) -> str | None:
+    """What `gapo.reweighting` says of the run's anchor gaps: their mean, and their deviation within a micro-batch."""
+    if not summary.get("weighs_by_gap"):
+        return None
+    gaps = [np.array(row["anchor_gaps"]) for row in steps if len(row.get("anchor_gaps", ())) > 1]
+    if not any(np.any(x) for x in gaps):
+        return None
+    step_config = GAPOConfig(**{f.name: config[f.name] for f in fields(GAPOConfig) if f.name in config})
+    return verdict(float(np.concatenate(gaps).mean()), float(np.mean([x.std() for x in gaps])), step_config)
 
 
 def diagnostics(steps: list[dict[str, Any]]) -> dict[str, float]:

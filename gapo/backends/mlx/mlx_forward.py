@@ -1,4 +1,4 @@
-"""The `Backend` verbs on MLX: any `mlx.nn.Module`, evaluated lazily, with and without `mx.compile`.
+"""The forward that runs again for every question, on any `mlx.nn.Module`, with and without `mx.compile`.
 
 MLX has no pullback that can be called twice, and a module is not a pure function. So every question to a forward
 (pullback, anchor, derivative along delta) runs it again, through `MlxForward._run`, which makes it repeatable: the same
@@ -8,7 +8,7 @@ random numbers, the same module state. `mx.compile` sees that those forwards are
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -17,11 +17,9 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from gapo import geometry
 from gapo.backends.base import LeafRule, MarginFn, margins_of, on_outputs, outputs_of, require_real
-from gapo.backends.mlx_head import Calls, head_names, watched
-from gapo.backends.mlx_state import ModuleState
-from gapo.config import GAPOConfig
+from gapo.backends.mlx.mlx_head import Calls, head_names, watched
+from gapo.backends.mlx.pairgrads.mlx_state import ModuleState
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +48,22 @@ class MlxForward:
         flat = tree_flatten(module.trainable_parameters())
         require_real({name: mx.issubdtype(x.dtype, mx.complexfloating) for name, x in flat})
         self.parameters: dict[str, Any] = {name: x for name, x in flat if mx.issubdtype(x.dtype, mx.floating)}
-        self._random_state = mx.array(_random_state())
+        self._random_state = mx.array(random_state())
         self._before = ModuleState(module)
         self._rerun: list[mx.array] | None = None  # the outputs of the last pullback's forward
         self._pulled: tuple[Sequence[mx.array], dict[str, mx.array]] | None = None  # its cotangents and gradients
+        self._watched = watched if anchor else lambda module: nullcontext(Calls())
         try:
-            with watched(module) if anchor else nullcontext(Calls()) as self._calls:
-                self.outputs = outputs_of(margin_fn(module, batch))
+            self.outputs = self._run_clean()
         except BaseException:
             self._before.put_back()
             raise
         module.update(tree_unflatten(flat))  # mlx-lm's grad_checkpoint leaves copies of its own in the module
         self._after = ModuleState(module)
+
+    def _run_clean(self) -> tuple[mx.array, ...]:
+        with self._watched(self._module) as self._calls:
+            return outputs_of(self._margin_fn(self._module, self._batch))
 
     @property
     def head(self) -> Iterator[str]:
@@ -90,12 +92,12 @@ class MlxForward:
     @contextmanager
     def _replayed(self) -> Iterator[None]:
         """Draw the clean forward's random numbers again. Afterwards the stream continues from where it was."""
-        after = mx.array(_random_state())
-        _random_state()[:] = self._random_state
+        after = mx.array(random_state())
+        random_state()[:] = self._random_state
         try:
             yield
         finally:
-            _random_state()[:] = after
+            random_state()[:] = after
 
     def pullback(self, cotangents: Sequence[mx.array], names: Iterable[str] | None = None) -> dict[str, mx.array]:
         names = list(self.parameters if names is None else names)
@@ -104,6 +106,11 @@ class MlxForward:
         by_name = dict(zip(names, grads, strict=True))
         self._pulled = cotangents, by_name
         return by_name
+
+    def as_loss(self, value: mx.array, cotangents: Sequence[mx.array]) -> mx.array:
+        """`value`, as a scalar with the gradients of `sum_j <cotangents[j], outputs[j]>`."""
+        pull = mx.sum(mx.stack([mx.sum(c * y) for c, y in zip(cotangents, self.outputs, strict=True)]))
+        return mx.stop_gradient(value) + (pull - mx.stop_gradient(pull))
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[mx.array, ...]:
         names = list(names)
@@ -116,7 +123,7 @@ class MlxForward:
         by_name = dict(zip(names, tangents, strict=True))
         try:
             _, along = mx.jvp(lambda *values: self._run(names, values), leaves, tangents)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # "not implemented", of quantised experts as a RuntimeError
             if "jvp" not in str(error):
                 raise
             _log_pair_by_pair(str(error))
@@ -175,72 +182,6 @@ class MlxForward:
             )
 
 
-class MlxBackend:
-    """The `Backend` verbs on MLX; the ranks are those of `group`."""
-
-    xp = mx
-
-    def __init__(self, group: Any = None) -> None:
-        self._group = mx.distributed.init() if group is None else group
-
-    def forward(
-        self,
-        margin_fn: MarginFn,
-        params: Any,
-        batch: Any,
-        config: GAPOConfig,
-        *,
-        anchor: bool = True,
-        by_side: bool = False,
-    ) -> MlxForward:
-        return MlxForward(margin_fn, params, batch, anchor)
-
-    def differentiate(
-        self, losses: Callable[[tuple[mx.array, ...]], mx.array], values: Sequence[mx.array]
-    ) -> tuple[mx.array, tuple[mx.array, ...]]:
-        share = mx.full(values[0].shape, 1 / values[0].shape[0], values[0].dtype)  # of each loss in their mean
-        (by_pair,), slopes = mx.vjp(lambda *outputs: losses(outputs), list(values), [share])
-        return by_pair, tuple(slopes)
-
-    def norm(self, x: mx.array) -> mx.array:
-        return geometry.norm(x, mx)
-
-    def mean(self, x: mx.array) -> mx.array:
-        return mx.mean(x)
-
-    def all_reduce(self, x: mx.array, op: str) -> mx.array:
-        if self._group.size() == 1:
-            return x
-        if op == "max":
-            return mx.distributed.all_max(x, group=self._group)
-        total = mx.distributed.all_sum(x, group=self._group)
-        return total / self._group.size() if op == "mean" else total
-
-    def normal(self, names: Iterable[str], parameters: dict[str, mx.array], rng: Any) -> dict[str, mx.array]:
-        names = list(names)
-        key = self._shared_key() if rng is None else rng
-        draws = {}
-        for name, own_key in zip(names, mx.random.split(key, len(names)), strict=True):
-            draws[name] = mx.random.normal(parameters[name].shape, mx.float32, key=own_key)
-        return draws
-
-    def _shared_key(self) -> mx.array:
-        """A key from the global stream: the first rank's, on every rank."""
-        after, key = mx.random.split(_random_state())
-        _random_state()[:] = after
-        if self._group.size() == 1:
-            return key
-        summand = key if self._group.rank() == 0 else mx.zeros_like(key)  # a broadcast, spelled as a sum
-        return mx.distributed.all_sum(summand, group=self._group)
-
-    def call_back(self, condition: mx.array, tell: Callable[..., None], *values: mx.array) -> bool:
-        return False
-
-    def pack(self, forward: MlxForward, grads: dict[str, mx.array]) -> Any:
-        forward.require_repeatable()
-        return tree_unflatten(list(grads.items()))
-
-
 @cache
 def _log_pair_by_pair(error: str) -> None:
     """Warn once for each operation that has no forward derivative."""
@@ -256,12 +197,7 @@ def _inner(a: dict[str, mx.array], b: dict[str, mx.array]) -> mx.array:
     return mx.sum(mx.stack([mx.sum(a[name].astype(mx.float32) * x.astype(mx.float32)) for name, x in b.items()]))
 
 
-def _random_state() -> mx.array:
+def random_state() -> mx.array:
     """The array that the global random numbers come from."""
     states: Any = mx.random.state
     return states[0]
-
-
-def make_backend(group: Any = None) -> MlxBackend:
-    """The MLX backend; `group` is an `mx.distributed` group, by default all ranks of the launch."""
-    return MlxBackend(group)

@@ -18,6 +18,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from gapo.backends.mlx.pairgrads.instances import subclassed
 from gapo.selection import HEAD_NAME
 
 
@@ -55,31 +56,17 @@ class Calls:
 
 @contextmanager
 def watched(module: nn.Module) -> Iterator[Calls]:
-    """The calls of `module` and of every module in it within this context.
-
-    Python looks `__call__` up on the class, so each instance has a subclass of its own class until the context ends.
-    """
+    """The calls of `module` and of every module in it within this context."""
     calls = Calls()
-    classes = {id(m): (m, type(m)) for m in module.modules()}
     token = _active.set(calls)
     try:
-        try:
-            for m, cls in classes.values():
-                m.__class__ = _watching(cls)  # type: ignore[arg-type]
+        with subclassed(module.modules(), _watching):
             yield calls
-        finally:
-            _put_back(classes.values())
-    finally:  # repeated, since a Ctrl-C may interrupt the line above
-        _put_back(classes.values())
+    finally:
         _active.reset(token)
 
 
 _active: ContextVar[Calls] = ContextVar("_active")
-
-
-def _put_back(classes: Iterable[tuple[nn.Module, type]]) -> None:
-    for m, cls in classes:
-        m.__class__ = cls
 
 
 @cache

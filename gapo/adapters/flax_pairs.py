@@ -1,0 +1,148 @@
+"""A batch of pairs through a Flax model: its forward, the gradients of a step, an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gapo import pairs
+from gapo.adapters.flax_inputs import LogitsFn, refused_batch_statistics
+from gapo.backends.jax import JaxBackend, JaxForward
+from gapo.config import GAPOConfig, step_settings
+from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
+from gapo.objectives import Loss, Objective, resolve
+from gapo.pairs import BatchConstants, LogProbs, require_reference
+from gapo.result import StepResult
+from gapo.step import run
+
+Metrics = dict[str, jax.Array]
+ObjectiveLike = str | Objective | Callable[[LogProbs], jax.Array]
+MarginFn = Callable[[Any, Any], Any]
+
+
+def pair_logps(logits: Callable[..., jax.Array], batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """(chosen_logps, rejected_logps), each (N,), nats per token, from one call of `logits(input_ids, attention_mask)`.
+
+    Args:
+        logits: gives logits (2N, seq, vocab), chosen rows first.
+        batch: the columns of `gapo.data.collate_pairs`.
+
+    Raises:
+        TypeError: `logits` returns anything but an array.
+    """
+
+    def checked(ids: jax.Array, mask: jax.Array) -> jax.Array:
+        returned = logits(ids, mask)
+        if not isinstance(returned, jax.Array):
+            raise TypeError(
+                f"the model must return logits (batch, seq, vocab), got {type(returned).__name__}: give a logits_fn "
+                "that takes them out, such as lambda model, input_ids, attention_mask: model(input_ids).logits"
+            )
+        return returned
+
+    return pairs.pair_logps(checked, {name: jnp.asarray(batch[name]) for name in pairs.COLUMNS})
+
+
+def nnx_pair_logps(logits_fn: LogitsFn | None, model: Any, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """`pair_logps` of an NNX model; without a `logits_fn` it is called with the token ids alone."""
+    return pair_logps(lambda ids, mask: model(ids) if logits_fn is None else logits_fn(model, ids, mask), batch)
+
+
+def nnx_margin_fn(logits_fn: LogitsFn | None, graph: Any, *rest: Any, changed: Any) -> MarginFn:
+    """`margin_fn(params, batch) -> (logps, state)` of an NNX model that was split into `graph`, params and `rest`.
+
+    Args:
+        logits_fn: as in `nnx_pair_logps`.
+        graph: of `nnx.split`.
+        rest: the states beside the parameters, if there are any.
+        changed: filter of the variables that are returned if the forward changes them: random streams and the like.
+    """
+
+    def margin_fn(params: Any, batch: Any) -> Any:
+        # A copy, so that each forward starts from the same random state, and draws the same dropout masks.
+        model = nnx.merge(graph, params, *rest, copy=True)
+        before = {path: jax.tree.leaves(x) for path, x in nnx.to_flat_state(nnx.state(model, changed))}
+        with refused_batch_statistics(model):
+            logps = nnx_pair_logps(logits_fn, model, batch)
+        state = nnx.to_flat_state(nnx.state(model, changed))
+        new = [(path, x) for path, x in state if not _same(jax.tree.leaves(x), before.get(path))]
+        return logps, nnx.from_flat_state(new)
+
+    return margin_fn
+
+
+def _same(new: list[Any], old: list[Any] | None) -> bool:
+    return old is not None and len(new) == len(old) and all(a is b for a, b in zip(new, old, strict=True))
+
+
+@dataclass(frozen=True)
+class PairStep:
+    """The step of an objective on a batch of pairs, and its evaluation."""
+
+    config: GAPOConfig
+    loss: Loss
+    backend: JaxBackend
+    axis_name: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: GAPOConfig | None,
+        objective: ObjectiveLike,
+        objective_settings: Mapping[str, Any] | None,
+        axis_name: str | None = None,
+    ) -> PairStep:
+        config = step_settings(config, getattr(objective, "name", objective), objective_settings)
+        return cls(config, resolve(objective, config, objective_settings), JaxBackend(axis_name), axis_name)
+
+    def gradients(
+        self, margin_fn: MarginFn, params: Any, batch: Any, trainable: Sequence[bool], *, has_aux: bool, **inputs: Any
+    ) -> tuple[StepResult, Metrics, Any, Any]:
+        """The result, its metrics, the gradients as a tree like `params`, and the aux of `margin_fn`.
+
+        Args:
+            margin_fn: `margin_fn(params, batch)` gives the log-probabilities of `pair_logps`; with `has_aux` a pair.
+            params: a pytree of arrays.
+            batch: of `flax_inputs.arrays`.
+            trainable: whether each leaf of `params` trains.
+            has_aux: whether `margin_fn` returns an aux.
+            inputs: `gamma`, `rng` and `running`, as `gapo.step.run` takes them.
+
+        Raises:
+            ValueError: `running` holds other statistics than those of the objective.
+        """
+        constants = BatchConstants.of(batch)
+        of_anchor = self.config if self.loss.needs_anchor and not constants.has_anchor else None
+        forward = JaxForward(
+            margin_fn, params, batch, self.axis_name, has_aux, of_anchor, trainable=trainable, by_side=self.loss.by_side
+        )
+        result, cotangents = run(forward, self.config, self.backend, loss=self.loss, constants=constants, **inputs)
+        _require_own_statistics(self.loss.name, inputs.get("running"), result)
+        grads = {name: self.backend.all_reduce(g, "mean") for name, g in forward.pullback(cotangents).items()}
+        metrics = {"loss": result.loss, **step_metrics(result, self.config)}
+        return result, metrics, forward.pack(grads), forward.aux
+
+    def evaluate(self, outputs: tuple[jax.Array, jax.Array], batch: Mapping[str, jax.Array]) -> Metrics:
+        """Means over the pairs, without an anchor (method document, step 6)."""
+        if self.loss.evaluated.needs_reference:
+            require_reference(self.loss.name, batch)
+        logps = LogProbs.of_step(outputs, BatchConstants.of(batch))
+        return evaluation_metrics(evaluation_columns(self.loss, logps), self.config)
+
+
+def _require_own_statistics(name: str, running: Mapping[str, Any] | None, result: StepResult) -> None:
+    """Raise ValueError if `running` is not of the objective `name`: its own would silently start anew."""
+    own = sorted(result.running or ())
+    if running and sorted(running) != own:
+        raise ValueError(
+            f"running holds {', '.join(sorted(running))}, and objective {name!r} keeps {', '.join(own) or 'none'}: "
+            "pass the last step's result.running, and None at the first step"
+        )
+
+
+__all__ = ["PairStep", "nnx_margin_fn", "nnx_pair_logps", "pair_logps"]
