@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _EQUAL = 0.03
 # Weights below this share of beta count as 0, of the pairs up to so many standard deviations below the mean gap.
 _NOTHING, _DEVIATIONS = 0.02, 2.0
+SETTINGS = ("beta", "gamma", "rho", "target_gap", "loss_type")  # of `GAPOConfig`: all that a verdict reads
 FIGURES = ("gapo/anchor_gap_mean", "gapo/anchor_gap_std")
 
 

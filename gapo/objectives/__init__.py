@@ -33,8 +33,8 @@ from gapo.pairs import LogProbs
 _ORDER = """
     gapo simpo gapo_simpo gapo_capped gapo_target margin_target simper amapo alpha_dpo
     dpo ipo sigmoid_norm hypo rpo r_dpo cal_dpo
-    cdpo rdpo dr_dpo ropo re_po gapo_re_po beta_dpo sigmoid_loss ramp unhinged
     hinge discopop exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down aot aot_unpaired
+    cdpo rdpo dr_dpo ropo re_po gapo_re_po beta_dpo sigmoid_loss ramp unhinged
 """
 for _name in _ORDER.split():
     OBJECTIVES[_name] = OBJECTIVES.pop(_name)

@@ -16,7 +16,7 @@ def render_markdown(values: dict[str, Any]) -> str:
     parts = ["# Study", *(f"- {html.escape(line, quote=False)}" for line in facts(values)), ""]  # names of files
     for table in values["accuracy"]:
         parts += [f"## {table['title']}: {table['what']}", "", _table(table), ""]
-    if table := values["differences"]:
+    if table := values.get("differences"):
         parts += [f"## {table['title']}", "", _PAIRED, "", _table(table), ""]
     parts += [f"## Weights and flips, {values['diagnosed_at']}", "", _table(values["diagnostics"]), ""]
     parts += [f"## Margins, log-probabilities and cost, {values['diagnosed_at']}", "", _table(values["logps"]), ""]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from gapo.config import GAPOConfig
 from gapo.data.messages import text_of
 from gapo.files import write_text
-from gapo.reweighting import verdict
+from gapo.reweighting import SETTINGS, verdict
 from gapo.runs.output import noise, plots
 from gapo.runs.output.pages import render_page
 from gapo.runs.output.tables import Row
@@ -64,7 +63,7 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
 
 def _verdicts(scores: Sequence[Row], checkpoints: Sequence[str], settings: Row) -> dict[str, str]:
     """What `gapo.reweighting` says of the gaps of each checkpoint, where it says something."""
-    step_config = GAPOConfig(**{f.name: settings[f.name] for f in fields(GAPOConfig) if f.name in settings})
+    step_config = GAPOConfig(**{name: settings[name] for name in SETTINGS if name in settings})
     said = {}
     for name in checkpoints:
         gaps = np.array([score["gap"] for score in scores if score["checkpoint"] == name])

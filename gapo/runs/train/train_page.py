@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from markupsafe import Markup
 
 from gapo.config import GAPOConfig
 from gapo.files import read_lines, write_text
-from gapo.reweighting import verdict
+from gapo.reweighting import SETTINGS, verdict
 from gapo.runs.output import plots
 from gapo.runs.output.noise import pair_columns, weight_diagnostics
 from gapo.runs.output.pages import render_page
@@ -66,7 +65,7 @@ def _verdict(steps: list[dict[str, Any]], summary: dict[str, Any], config: dict[
     gaps = [np.array(row["anchor_gaps"]) for row in steps if len(row.get("anchor_gaps", ())) > 1]
     if not any(np.any(x) for x in gaps):
         return None
-    step_config = GAPOConfig(**{f.name: config[f.name] for f in fields(GAPOConfig) if f.name in config})
+    step_config = GAPOConfig(**{name: config[name] for name in SETTINGS if name in config})
     return verdict(float(np.concatenate(gaps).mean()), float(np.mean([x.std() for x in gaps])), step_config)
 
 
