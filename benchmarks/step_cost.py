@@ -68,6 +68,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", {"new_decoder_architecture": True}),
     "opt": ("OPTConfig", {"dropout": 0.0}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 8}),
+    "smollm2": (
+        "LlamaConfig",
+        {
+            "hidden_size": 576,
+            "num_hidden_layers": 30,
+            "vocab_size": 49152,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "tie_word_embeddings": True,
+        },
+    ),  # SmolLM2-135M: its sizes are its own, whatever the options say
     "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}),
 }
 
@@ -82,17 +94,16 @@ def make_model(options: argparse.Namespace) -> torch.nn.Module:
         sizes = {"num_kv_heads": heads, "ffn_hidden_size": inner}
     if options.family == "opt":
         sizes = {"ffn_dim": inner, "word_embed_proj_dim": options.width}
-    config = getattr(transformers, name)(
-        vocab_size=options.vocab,
-        hidden_size=options.width,
-        num_hidden_layers=options.depth,
-        num_attention_heads=heads,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **sizes,
-        **special,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": options.vocab,
+        "hidden_size": options.width,
+        "num_hidden_layers": options.depth,
+        "num_attention_heads": heads,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = getattr(transformers, name)(**settings | sizes | special)
     model: Any = transformers.AutoModelForCausalLM.from_config(config)
     if options.lora:
         from peft import LoraConfig, get_peft_model

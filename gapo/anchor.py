@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from gapo import geometry, objective, rounding
@@ -133,8 +134,7 @@ class _Perturbation:
 
     def __init__(self, forward: AnchorForward, g: dict[str, Array], config: GAPOConfig, backend: Backend) -> None:
         self._g, self._config, self._backend, self._xp = g, config, backend, backend.xp
-        norms = [backend.norm(self._scaled(forward.parameters[name], x)) for name, x in g.items() if _numel(x)]
-        self.scaled_norm = _tree_norm(norms, self._xp)
+        self.scaled_norm = _tree_norm(list(self._scaled_norms(forward.parameters)), self._xp)
         self._set_radius(config.rho)
 
     def _set_radius(self, rho: float | Array) -> None:
@@ -148,24 +148,35 @@ class _Perturbation:
         other._set_radius(rho)
         return other
 
-    def _scaled(self, theta: Array, g: Array) -> Array:
-        theta = at_least_float32(stop_gradient(theta), self._xp)
-        return geometry.scaled_gradient(theta, at_least_float32(g, self._xp), self._config.adaptive)
+    def _scaled_norms(self, parameters: dict[str, Array]) -> Iterator[Array]:
+        """Norms of T g, block by block."""
+        for name, whole in self._g.items():
+            if _numel(whole):
+                for theta, g in self._blocks(stop_gradient(parameters[name]), whole):
+                    yield self._backend.norm(geometry.scaled_gradient(theta, g, self._config.adaptive))
 
-    def delta(self, name: str, theta: Array) -> Array:
-        """delta of one parameter, float32 or wider whatever the dtype of theta."""
+    def _blocks(self, theta: Array, g: Array) -> Iterator[tuple[Array, Array]]:
+        """Blocks of theta and g, float32 or wider."""
+        for theta_block, g_block in self._backend.blocks(theta, g):
+            yield at_least_float32(theta_block, self._xp), at_least_float32(g_block, self._xp)
+
+    def delta(self, name: str, theta: Array, lift: float = 1.0) -> Array:
+        """`lift` times delta of one parameter, float32 or wider whatever the dtype of theta."""
         theta, g = at_least_float32(theta, self._xp), at_least_float32(self._g[name], self._xp)
-        return geometry.delta(theta, g, self._step_size, self._config.adaptive)
+        return geometry.delta(theta, g, lift * self._step_size, self._config.adaptive)
 
     def move(self, name: str, theta: Array) -> Array:
         """theta + delta, rounded to the dtype of theta."""
-        xp = self._xp
-        wide = at_least_float32(theta, xp)
-        moved = xp.astype(wide + self.delta(name, theta), theta.dtype)
+        moved = [self._moved(wide, g, theta.dtype) for wide, g in self._blocks(theta, self._g[name])]
+        return moved[0] if len(moved) == 1 else self._xp.reshape(self._xp.concat(moved), theta.shape)
+
+    def _moved(self, theta: Array, g: Array, dtype: Any) -> Array:
+        moved = theta + geometry.delta(theta, g, self._step_size, self._config.adaptive)
+        moved = moved if moved.dtype == dtype else self._xp.astype(moved, dtype)
         if _numel(theta):
-            applied = at_least_float32(moved, xp) - wide
-            unscaled = geometry.unscaled_delta(wide, applied, self._config.adaptive, xp)
-            changed = self._backend.mean(xp.astype(applied != 0, wide.dtype))
+            applied = at_least_float32(moved, self._xp) - theta
+            unscaled = geometry.unscaled_delta(theta, applied, self._config.adaptive, self._xp)
+            changed = self._backend.share_nonzero(applied)
             self._applied.append((_numel(theta), self._backend.norm(unscaled), changed))
         return moved
 
@@ -200,7 +211,7 @@ class _Perturbation:
         """
         entries = sum(_numel(forward.parameters[name]) for name in names)
         lift = 2.0 ** min(100, round(math.log2(max(entries, 1) ** 0.25 / self.rho))) if self.rho else 1.0
-        along = forward.directional(lambda name, theta: lift * self.delta(name, theta), names)
+        along = forward.directional(lambda name, theta: self.delta(name, theta, lift), names)
         return at_least_float32(along, self._xp) / lift
 
     def require_moved(self, changed: Array, names: list[str]) -> None:

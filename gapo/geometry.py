@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from gapo._namespace import Array, Namespace
 
+_LEAST = 2.0**-126  # float32's least normal number: T^2 times anything finite vanishes beside a T below it
+
 
 def norm(x: Array, xp: Namespace) -> Array:
     """Euclidean norm of `x`, a scalar; scaled by the largest entry, so that small numbers do not vanish squared."""
@@ -36,7 +38,4 @@ def step_size(rho: float, scaled_norm: Array, xp: Namespace) -> Array:
 
 def unscaled_delta(theta: Array, applied: Array, adaptive: bool, xp: Namespace) -> Array:
     """delta / T of one parameter, which the radius is the norm of; 0 where T is 0, since delta is 0 there."""
-    if not adaptive:
-        return applied
-    zero = theta == 0
-    return xp.where(zero, xp.zeros_like(theta), applied / xp.where(zero, xp.ones_like(theta), theta))
+    return applied / xp.clip(xp.abs(theta), _LEAST, None) if adaptive else applied

@@ -78,11 +78,8 @@ class Watch:
 
     def see(self, metrics: Mapping[str, Any]) -> None:
         """Judge a window's metrics; those without an anchor, or with a radius of 0, say nothing."""
-        if (
-            not self._applies
-            or not all(name in metrics for name in (*FIGURES, "gapo/radius"))
-            or float(metrics["gapo/radius"]) == 0
-        ):
+        there = all(name in metrics for name in (*FIGURES, "gapo/radius"))
+        if not self._applies or not there or float(metrics["gapo/radius"]) == 0:
             return
         mean, deviation = (float(metrics[name]) for name in FIGURES)
         text = verdict(mean, deviation, self._config)

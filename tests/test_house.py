@@ -72,7 +72,7 @@ def room_of(path: str) -> str:
     core: the step and every backend are written against them. The engines of pairs' gradients know nothing of GAPO.
     """
     parts = path.split("/")
-    if "pairgrads" in parts:
+    if "pairgrads" in parts or "jaxrows" in parts:
         return "pairgrads"
     if path in ("gapo/backends/__init__.py", "gapo/backends/base.py"):
         return "core"

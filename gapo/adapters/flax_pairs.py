@@ -118,7 +118,9 @@ class PairStep:
         """
         constants = BatchConstants.of(batch)
         of_anchor = self.config if self.loss.needs_anchor and not constants.has_anchor else None
-        forward = JaxForward(margin_fn, params, batch, self.axis_name, has_aux, of_anchor, trainable=trainable)
+        forward = JaxForward(
+            margin_fn, params, batch, self.axis_name, has_aux, of_anchor, trainable=trainable, by_side=self.loss.by_side
+        )
         result, cotangents = run(forward, self.config, self.backend, loss=self.loss, constants=constants, **inputs)
         _require_own_statistics(self.loss.name, inputs.get("running"), result)
         grads = {name: self.backend.all_reduce(g, "mean") for name, g in forward.pullback(cotangents).items()}

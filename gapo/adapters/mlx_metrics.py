@@ -74,7 +74,7 @@ class RunningStatistics:
             model[self._place] = {name: mx.stop_gradient(value) for name, value in running.items()}
 
 
-def keep_training(model: nn.Module, metrics: Mapping[str, mx.array], watch: Watch) -> list[mx.array]:
+def keep_training(model: nn.Module, metrics: Mapping[str, mx.array], watch: Watch | None = None) -> list[mx.array]:
     """Store a batch's metrics for `last_metrics`, also from a compiled step, and return the stored arrays.
 
     `watch` judges the weights in the reports of `MetricsCallback`.

@@ -100,8 +100,15 @@ class Backend(Protocol):
     def norm(self, x: Array) -> Array:
         """Euclidean norm of one array, whole where ranks hold a shard each: `geometry.norm`, or a kernel as safe."""
 
-    def mean(self, x: Array) -> Array:
-        """Mean of the entries of one array, whole likewise."""
+    def share_nonzero(self, x: Array) -> Array:
+        """Share of the entries of one array that are not 0, a scalar in its dtype, whole likewise."""
+
+    def blocks(self, *arrays: Array) -> Iterable[tuple[Array, ...]]:
+        """Arrays of one shape, cut alike into flat blocks, in order; or uncut, in one tuple.
+
+        Arithmetic entry by entry may be done block by block. An eager framework passes over memory once for each
+        operation: on blocks that stay in a cache, all of them together take one pass.
+        """
 
     def all_reduce(self, x: Array, op: str) -> Array:
         """`x` reduced by "mean", "max" or "sum" over the data-parallel ranks, which share one anchor."""

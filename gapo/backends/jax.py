@@ -1,20 +1,26 @@
 """The `Backend` verbs on JAX: pure functions over pytrees, also under `jax.jit`, on one device or on a mesh.
 
-One `jax.vjp` serves the whole step. It runs the clean forward; its pullback gives the probe's gradient and then the
-update's; and the transpose of that pullback gives each margin's derivative along the perturbation.
+One `jax.vjp` serves the whole step. It runs the clean forward. In a compiled step its pullback is evaluated once, and
+the gradient of the probe, the gaps and the update are sums over pairs of what that left (`jaxrows`). Where that is not
+possible, the pullback gives the probe's gradient and then the update's, and its transpose each margin's derivative
+along the perturbation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import ClosedJaxpr
 
 from gapo import geometry
+from gapo._namespace import is_concrete
+from gapo.backends import jax_onepass
 from gapo.backends.base import LeafRule, MarginFn, margins_of, outputs_of, require_real
 from gapo.backends.jax_head import Reading, Readings, read, signature
 from gapo.config import GAPOConfig
@@ -25,7 +31,7 @@ jax.tree_util.register_dataclass(StepResult)  # so that it can leave a jitted fu
 
 
 class JaxForward:
-    """The clean forward of `margin_fn` and its linearisation: one `jax.vjp`, pulled back twice.
+    """The clean forward of `margin_fn` and its linearisation: one `jax.vjp`, whose pullback runs once if it can.
 
     Args:
         margin_fn: as in `gapo.value_and_grad`; with `has_aux` it returns (outputs, aux).
@@ -36,6 +42,7 @@ class JaxForward:
         config: checked for `last_layers`, which needs layers with numbers; None for no check.
         readings: cache of what `margin_fn` does with its parameters, shared by the steps of one backend.
         trainable: whether each leaf of `params` trains; None for all. Only floating-point leaves ever do.
+        by_side: whether the cotangents of an update may be other than (w, -w) on two outputs.
 
     Raises:
         TypeError: a leaf of `params` is no array.
@@ -52,6 +59,7 @@ class JaxForward:
         config: GAPOConfig | None = None,
         readings: Readings | None = None,
         trainable: Sequence[bool] | None = None,
+        by_side: bool = True,
     ) -> None:
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
         self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
@@ -63,8 +71,9 @@ class JaxForward:
             for name, leaf, trains in zip(self._names, self._leaves, trainable, strict=True)
             if trains and jnp.issubdtype(leaf.dtype, jnp.floating)
         }
-        self._margin_fn, self._batch, self._has_aux = margin_fn, batch, has_aux
+        self._margin_fn, self._batch, self._has_aux, self._by_side = margin_fn, batch, has_aux, by_side
         self._readings = Readings() if readings is None else readings
+        self._by_pair: jax_onepass.PairGradients | None = None
         # Within `shard_map`, JAX sums the gradient of an invariant parameter over the axis by itself. Cast to varying
         # first, it stays this member's own, and the step averages it where the method says so.
         self._varying = {name: _varying(leaf, axis_name) for name, leaf in self.parameters.items()}
@@ -104,18 +113,38 @@ class JaxForward:
         return outputs_of(outputs), aux
 
     def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
-        (grads,) = self._vjp(tuple(cotangents))
+        if names is not None and not is_concrete(self.outputs[0]):  # the probe, after which an update follows
+            self._by_pair = jax_onepass.gradients_by_pair(self._pullback_jaxpr, self.outputs, self._by_side)
+        if self._by_pair is None:
+            (grads,) = self._vjp(tuple(cotangents))
+        else:
+            grads = dict(zip(self.parameters, self._by_pair.weighted(cotangents), strict=True))
         return {name: grads[name] for name in (self.parameters if names is None else names)}
 
     def half_compute(self) -> bool:
         # The pullback's jaxpr holds the derivative of every operation between parameters and outputs, in its dtype.
-        return _rounds(jax.make_jaxpr(self._vjp)(self.outputs).jaxpr)
+        return _rounds(self._pullback_jaxpr.jaxpr)
+
+    @cached_property
+    def _pullback_jaxpr(self) -> ClosedJaxpr:
+        def pullback(*cotangents: Array) -> list[Array]:
+            (grads,) = self._vjp(cotangents)
+            return [grads[name] for name in self.parameters]
+
+        return jax.make_jaxpr(pullback)(*self.outputs)
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Array, ...]:
         moved = {name: move(name, self.parameters[name]) for name in names}
         return self._run({**self.parameters, **moved})[0]
 
     def directional(self, delta: LeafRule, names: Iterable[str]) -> Array:
+        if self._by_pair is not None:
+            names = set(names)
+            direction = [
+                delta(name, theta).astype(theta.dtype) if name in names else jnp.zeros_like(theta)
+                for name, theta in self._varying.items()
+            ]
+            return self._by_pair.along(direction)
         # The pullback is the linear map J^T, so that its transpose is J: no second linearisation, no third forward.
         push = jax.linear_transpose(self._vjp, self.outputs)
         tangents = {name: jnp.zeros_like(theta) for name, theta in self._varying.items()}
@@ -161,7 +190,9 @@ class JaxBackend:
         anchor: bool = True,
         by_side: bool = False,
     ) -> JaxForward:
-        return JaxForward(margin_fn, params, batch, self._axis_name, config=config, readings=self._readings)
+        return JaxForward(
+            margin_fn, params, batch, self._axis_name, config=config, readings=self._readings, by_side=by_side
+        )
 
     def differentiate(
         self, losses: Callable[[tuple[Array, ...]], Array], values: Sequence[Array]
@@ -173,8 +204,11 @@ class JaxBackend:
     def norm(self, x: Array) -> Array:
         return geometry.norm(x, jnp)
 
-    def mean(self, x: Array) -> Array:
-        return jnp.mean(x)
+    def share_nonzero(self, x: Array) -> Array:
+        return jnp.mean((x != 0).astype(x.dtype))
+
+    def blocks(self, *arrays: Array) -> list[tuple[Array, ...]]:
+        return [arrays]
 
     def all_reduce(self, x: Array, op: str) -> Array:
         if self._axis_name is None:

@@ -107,8 +107,11 @@ class NumpyBackend:
     def norm(self, x: np.ndarray) -> np.ndarray:
         return geometry.norm(x, xp)
 
-    def mean(self, x: np.ndarray) -> np.ndarray:
-        return xp.mean(x)
+    def share_nonzero(self, x: np.ndarray) -> np.ndarray:
+        return xp.mean(xp.astype(x != 0, x.dtype))
+
+    def blocks(self, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        return [arrays]
 
     def all_reduce(self, x: np.ndarray, op: str) -> np.ndarray:
         return x

@@ -13,8 +13,7 @@ from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
 from gapo.pairs import REFERENCE, SIDES
 
-_LENGTHS = 16  # the most that `batches` pads to: JAX, MLX and `torch.compile` compile for each
-_PAD_TO = 32
+_LENGTHS, _PAD_TO = 16, 32
 TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
 
@@ -81,6 +80,18 @@ def check_padding(padding_side: Any, pad_to_multiple_of: Any) -> None:
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     if pad_to_multiple_of is not None and whole_number("pad_to_multiple_of", pad_to_multiple_of) < 0:
         raise ValueError(f"pad_to_multiple_of must be a whole number >= 1 or None, got {pad_to_multiple_of!r}")
+
+
+def padding_multiple(tokenized: Sequence[dict[str, Any]]) -> int:
+    """The least multiple of 32 that pads these rows to at most 16 lengths.
+
+    JAX, MLX and `torch.compile` compile for each length.
+    """
+    return _PAD_TO * max(1, -(-_longest(tokenized) // (_LENGTHS * _PAD_TO)))
+
+
+def _longest(tokenized: Sequence[dict[str, Any]]) -> int:
+    return max((len(row[name]) for row in tokenized for name in TOKENIZED if row.get(name) is not None), default=0)
 
 
 def _name(row: dict[str, Any], number: int) -> str:
@@ -167,9 +178,8 @@ def batches(
     """
     if batch_size < 1 or (drop_last and batch_size > len(tokenized)):
         raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
-    present = (row[name] for row in tokenized for name in TOKENIZED if row.get(name) is not None)
-    longest = max(map(len, present), default=0)
-    multiple = pad_to_multiple_of or _PAD_TO * max(1, -(-longest // (_LENGTHS * _PAD_TO)))
+    longest = _longest(tokenized)
+    multiple = pad_to_multiple_of or padding_multiple(tokenized)
     numbers = count()
     for epoch in count() if epochs is None else range(epochs):
         order = stream(seed, "batches", epoch).permutation(len(tokenized))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gapo.data.collate import TOKENIZED, collate_pairs
+from gapo.data.collate import TOKENIZED, collate_pairs, padding_multiple
 from gapo.pairs import REFERENCE
 
 Measure = Callable[[Mapping[str, np.ndarray]], tuple[Any, Any]]
@@ -55,9 +55,9 @@ def with_reference_logps(
         from tqdm.auto import tqdm
 
         batches = tqdm(batches, desc=progress, unit="batch")
-    logps = np.empty((len(tokenized), 2))
+    logps, multiple = np.empty((len(tokenized), 2)), padding_multiple(tokenized)
     for index in batches:
-        batch = collate_pairs([tokenized[i] for i in index], pad_token_id=pad_token_id, pad_to_multiple_of=32)
+        batch = collate_pairs([tokenized[i] for i in index], pad_token_id=pad_token_id, pad_to_multiple_of=multiple)
         logps[index] = np.stack([np.asarray(side, dtype=np.float64) for side in measure(batch)], axis=-1)
     for i, (chosen, rejected) in enumerate(logps):
         if not np.isfinite([chosen, rejected]).all():

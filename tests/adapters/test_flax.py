@@ -247,6 +247,7 @@ def test_what_the_optimizer_freezes_is_not_perturbed() -> None:
         state = TrainState.create(apply_fn=module.apply, params=params, tx=every)
         new, _, found = make_train_step(config=CONFIG)(state, batch())
         assert_close(found.anchor_gaps, result.anchor_gaps)
+        assert float(found.rho) == float(np.float32(0.3))
         assert float(found.radius) == pytest.approx(0.3, rel=1e-4)
         assert len(same(params, new.params)) == unmoved
 

@@ -188,6 +188,18 @@ def test_the_adapters_config_and_the_cores_for_one_another(tmp_path: Path) -> No
         GAPOCallback(arguments(tmp_path))
 
 
+def test_a_target_gap_finds_a_radius_and_logs_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for target, said in ((0.2, False), (1e-4, True)):
+        caplog.clear()
+        config = GAPOConfig(target_gap=target)
+        trainer = make_trainer(tmp_path / str(target), config=config, logging_steps=1, max_steps=1)
+        trainer.train()
+        row = trainer.state.log_history[0]
+        assert row["gapo/rho"] == pytest.approx(row["gapo/radius"], rel=1e-3)
+        assert row["gapo/rho"] > 0
+        assert ("nothing is reweighted" in caplog.text) == said
+
+
 def test_logs_hold_trls_keys_and_gapos(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, logging_steps=2, eval_strategy="steps", eval_steps=2)
     trainer.train()

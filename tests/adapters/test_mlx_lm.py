@@ -163,7 +163,7 @@ def test_mlx_lms_train_takes_the_steps(folder: Path, tmp_path: Path, lora: bool)
         assert report["train_loss"] == pytest.approx(float(result.loss), rel=1e-4)
         assert report["gapo/weight_min"] == pytest.approx(float(result.weights.min()), rel=1e-4)
     assert_close(model.trainable_parameters(), reference.trainable_parameters(), 1e-4)
-    assert {"rewards/accuracies", "gapo/radius"} <= set(callback.train[0])
+    assert {"rewards/accuracies", "gapo/rho", "gapo/radius"} <= set(callback.train[0])
     assert [report["iteration"] for report in callback.valid] == [0, 1, 3]
     assert "rewards/margins" in callback.valid[0]
 

@@ -50,9 +50,9 @@ def flops(fn: Any, *args: Any) -> float:
     return float((cost[0] if isinstance(cost, list) else cost)["flops"])
 
 
-@pytest.mark.parametrize(("anchor", "forwards"), [("exact", 6), ("first_order", 7)])
+@pytest.mark.parametrize(("anchor", "forwards"), [("exact", 4), ("first_order", 3)])
 def test_no_third_forward(anchor: str, forwards: int) -> None:
-    """In forwards: the clean one and two pullbacks are 1 + 2 + 2, the anchor's forward 1, the push along delta 2."""
+    """In forwards: the clean one and one pullback are 1 + 2, the anchor's forward 1. The gaps are sums of those."""
     params, batch = problem()
     params = {name: jnp.concatenate([x] * 4, 0) if "embed" in name else x for name, x in params.items()}
     taken = step(gapo.GAPOConfig(anchor=anchor))
@@ -61,8 +61,8 @@ def test_no_third_forward(anchor: str, forwards: int) -> None:
         return margin_fn(jax.lax.optimization_barrier(params), batch), taken(params, batch)
 
     one = flops(margin_fn, params, batch)
-    assert flops(taken, params, batch) / one < forwards + 0.5
-    assert flops(with_a_third, params, batch) / one > forwards + 0.5
+    assert flops(taken, params, batch) / one < forwards + 0.7
+    assert flops(with_a_third, params, batch) / one > forwards + 0.7
 
 
 def test_a_mesh_equals_one_device() -> None:

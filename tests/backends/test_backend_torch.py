@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 import gapo
 from gapo.adapters.hf.margins import pair_logps
+from gapo.anchor import _Perturbation
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.head import head_parameters
 from gapo.objectives import resolve
@@ -298,6 +300,46 @@ def test_the_norm_neither_overflows_nor_vanishes(dtype: torch.dtype, large: floa
     for size in (large, 1 / large):
         x = torch.tensor([3.0, 4.0], dtype=dtype) * (size / 3)
         torch.testing.assert_close(TorchBackend().norm(x), torch.tensor(5 / 3 * size, dtype=dtype), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [3e30, 1 / 3e30, 1.0])
+def test_the_norm_of_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    monkeypatch.setattr("gapo.backends.torch.backend._BLOCK", 4)
+    x = torch.randn(11) * size
+    x[:5] = 0  # a block without anything
+    for y in (x, x + size, x.expand(3, -1), x[::2]):
+        expected = math.sqrt(sum(entry**2 for entry in y.double().flatten().tolist()))
+        torch.testing.assert_close(TorchBackend().norm(y).item(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_of_several_blocks_move_as_one(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, adaptive: bool
+) -> None:
+    model, backend = nn.Linear(7, 5), TorchBackend()
+    with torch.no_grad():
+        model.weight[1, :3] = 0
+    model, config = model.to(dtype), gapo.GAPOConfig(rho=0.3, adaptive=adaptive)
+    theta = {name: p.double() for name, p in model.state_dict().items()}
+    g = {name: torch.randn_like(p) for name, p in theta.items()}
+    scale = {name: p.abs() if adaptive else torch.ones_like(p) for name, p in theta.items()}
+    norm = sum(float(((scale[name] * g[name]) ** 2).sum()) for name in g) ** 0.5
+    monkeypatch.setattr("gapo.backends.torch.backend._BLOCK", 4)
+    parameters = dict(model.named_parameters())
+    perturbation = _Perturbation(
+        SimpleNamespace(parameters=parameters), {n: x.to(dtype) for n, x in g.items()}, config, backend
+    )
+    moved = {name: perturbation.move(name, p.detach()) for name, p in parameters.items()}
+    applied = {name: x.double() - theta[name] for name, x in moved.items()}
+    for name, x in moved.items():
+        assert x.dtype == dtype
+        expected = theta[name] + 0.3 * scale[name] ** 2 * g[name] / norm
+        torch.testing.assert_close(x.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    radius, changed = perturbation.applied()
+    unscaled = sum(float(torch.where(x == 0, x, x / scale[name]).square().sum()) for name, x in applied.items()) ** 0.5
+    assert float(radius) == pytest.approx(unscaled, rel=1e-4)
+    assert float(changed) == pytest.approx(sum(int((x != 0).sum()) for x in applied.values()) / 40)
 
 
 def test_gaussian_draws_follow_the_global_seed_and_the_dtype() -> None:

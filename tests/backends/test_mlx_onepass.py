@@ -19,6 +19,7 @@ from interrupts import interrupt_at
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRAEmbedding
+from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import gapo
@@ -326,6 +327,25 @@ def test_where_it_does_not_apply_the_plain_step_is_taken(case: str, caplog: pyte
     set(forwards[1].head)  # the clean forward was watched
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_layers_that_mlx_lm_checkpoints(lora: bool) -> None:
+    """mlx-lm patches the layer's class, here one that no other model has."""
+    model = mlx_models.make("llama", num_hidden_layers=2)
+    model = adapted(model) if lora else model
+    plain = MlxForward(pair_logps, model, mlx_models.batch(3))
+    w = mx.array([0.3, -1.0, 0.5])
+    expected = plain.pullback([w, -w])
+    checkpointed = type("Block", (type(model.layers[0]),), {})
+    for layer in model.layers:
+        layer.__class__ = checkpointed
+    grad_checkpoint(model.layers[0])
+    before = dict(tree_flatten(model.parameters()))
+    forward = one_pass(model, mlx_models.batch(3))
+    assert forward.one_pass
+    assert all(x is before[name] for name, x in tree_flatten(model.parameters()))
+    assert_near(forward.pullback([w, -w]), expected)
+
+
 def test_sides_by_themselves_are_rows_of_their_pair() -> None:
     model, w = mlx_models.make("llama"), mx.array([0.3, -1.0, 0.5])
     forward = one_pass(model, mlx_models.batch(3), margin_fn=sides_apart)
@@ -373,6 +393,7 @@ def test_functions_are_one_where_their_code_and_what_they_hold_are() -> None:
     assert identity(made(1.0, model)) != identity(made(2.0, model))
     assert identity(made(1.0, model)) != identity(made(1.0, other))
     assert identity(model.__call__) == identity(model.__call__) != identity(other.__call__)
+    assert identity(made(1.0, mx.zeros((2,)))) == identity(made(1.0, mx.ones((2,)))) != identity(made(1.0, mx.ones(())))
     assert identity(pair_logps) == identity(pair_logps) != identity(sides_apart)
 
 

@@ -256,6 +256,14 @@ def test_long_rows_have_at_most_16_lengths(longest: int, step: int) -> None:
     assert all(width == min(longest, -(-n // step) * step) for n, width in made)
     assert len({width for _, width in made}) <= 16
     assert max(width - n for n, width in made) < longest / 8
+    measured = set()
+
+    def measure(batch: Any) -> tuple[list[float], list[float]]:
+        measured.add(batch["chosen_input_ids"].shape[1])
+        return [0.0], [0.0]
+
+    data.with_reference_logps(rows, measure, pad_token_id=0, batch_size=1, progress=None)
+    assert measured == {-(-n // step) * step for n in range(3, longest + 1)}
 
 
 def test_generated_pairs_have_known_answers_and_disjoint_splits() -> None:

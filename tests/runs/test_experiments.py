@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import drifting
 import numpy as np
 import pytest
 from frameworks import require
@@ -191,6 +192,7 @@ def test_the_same_yaml_on_every_backend(
         assert float(chosen.mean()) == pytest.approx(summaries[backend]["after"]["eval_logps/chosen"], rel=1e-3)
 
 
+@pytest.mark.parametrize("loss", ["gapo", "drifting:drifting"])
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
 def test_other_backends_resume_too(
     finished: Path,
@@ -198,12 +200,20 @@ def test_other_backends_resume_too(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     backend: str,
+    loss: str,
 ) -> None:
     from gapo.runs.train import loop
 
     require(_LIBRARY[backend])
-    whole = finished_on(backend)
     options = {"model": str(finished / "run" / "model"), "backend": backend, **SHARED}
+    if loss == "gapo":
+        whole = finished_on(backend)
+    else:  # whose running statistic goes on from micro-batch to micro-batch
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        monkeypatch.chdir(Path(drifting.__file__).parent)
+        options |= {"loss": loss, "max_steps": 4}
+        assert train(whole, "--trust_code=true", **options) == 0
     plain = loop.step_line
 
     def interrupted(step: int, *args: Any) -> Any:

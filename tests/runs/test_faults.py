@@ -257,16 +257,21 @@ def test_gapo_train_goes_on_after_kill_9(killed: Path, point: str) -> None:
 
 
 class Toy:
-    """A `loop.Trainee` of one weight."""
+    """A `loop.Trainee` of one weight and one running statistic, which the weight follows."""
 
     def __init__(self, fault: Callable[[int], None] = lambda step: None, loss: Callable[[int], float] = float) -> None:
         self.w, self._fault, self._loss = np.zeros(2), fault, loss
+        self._running = np.float32(0)
 
     def train_step(self, batch: Any, learning_rate: float) -> Any:
         self._fault(int(self.w[0]) + 1)
-        self.w = self.w + np.array([1, learning_rate * float(batch["index"].sum())])
+        self._running = self._running + np.float32(0.1) * np.float32(batch["index"].sum())
+        self.w = self.w + np.array([1, learning_rate * float(self._running)])
         loss, pairs = self._loss(int(self.w[0])), len(batch["index"])
-        return {"loss": loss}, StepResult(loss=loss, margins=np.zeros(pairs), weights=np.ones(pairs))
+        result = StepResult(
+            loss=loss, margins=np.zeros(pairs), weights=np.ones(pairs), running={"mean": self._running}
+        )
+        return {"loss": loss}, result
 
     def logps(self, batch: Any) -> tuple[np.ndarray, np.ndarray]:
         n = len(batch["chosen_labels"])
@@ -275,8 +280,9 @@ class Toy:
     def state(self) -> dict[str, np.ndarray]:
         return {"w": self.w}
 
-    def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        self.w = arrays["w"]
+    def restore(self, arrays: dict[str, np.ndarray], running: Any) -> None:
+        assert set(arrays) == {"w"}
+        self.w, self._running = arrays["w"], running["mean"]
 
     def save(self, folder: Path) -> None:
         files.write_bytes(folder / "w", self.w.tobytes())

@@ -54,8 +54,11 @@ class MlxBackend:
     def norm(self, x: mx.array) -> mx.array:
         return geometry.norm(x, mx)
 
-    def mean(self, x: mx.array) -> mx.array:
-        return mx.mean(x)
+    def share_nonzero(self, x: mx.array) -> mx.array:
+        return mx.mean((x != 0).astype(x.dtype))
+
+    def blocks(self, *arrays: mx.array) -> list[tuple[mx.array, ...]]:
+        return [arrays]
 
     def all_reduce(self, x: mx.array, op: str) -> mx.array:
         if self._group.size() == 1:

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
@@ -49,9 +50,14 @@ def basis(function: Any, module: nn.Module) -> Hashable:
 
 
 def identity(thing: Any, depth: int = _DEEPEST) -> Hashable:
-    """`thing` as a key: a function by its code and what it closes over, a plain value by itself, else by identity."""
+    """`thing` as a key: a function by its code and what it closes over, a plain value by itself, else by identity.
+
+    An array is data, as the batch is: it counts by shape and dtype.
+    """
     if isinstance(thing, _PLAIN):
         return type(thing), thing
+    if isinstance(thing, mx.array):
+        return mx.array, thing.shape, str(thing.dtype)
     inner = functools.partial(identity, depth=depth - 1)
     if depth and isinstance(thing, types.MethodType):
         return inner(thing.__func__), _Itself(thing.__self__)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from gapo.config import GAPOConfig
 from gapo.data import batches
-from gapo.data.collate import collate_pairs
+from gapo.data.collate import collate_pairs, padding_multiple
 from gapo.files import JsonLines, read_lines, whole
 from gapo.metrics import combine, evaluation_columns, evaluation_metrics
 from gapo.objectives import LogProbs, Loss
@@ -37,12 +37,14 @@ from gapo.step import StepResult
 
 _TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "drift": False}
 
+_RUNNING = "running statistic "  # before its name in a checkpoint; no array of a trainee is called so
+
 
 class Trainee(Protocol):
     """A model and its optimiser in some framework. Its attribute `vocabulary`, if any, is its number of embeddings."""
 
     def train_step(self, batch: Mapping[str, np.ndarray], learning_rate: float) -> tuple[Mapping[str, Any], StepResult]:
-        """One micro-batch: metrics, and the step's result."""
+        """One micro-batch: metrics, and the step's result, whose running statistics the next one goes on from."""
 
     def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
         """(chosen_logps, rejected_logps) of a batch, each (N,), nats per token, as arrays of the framework."""
@@ -50,8 +52,8 @@ class Trainee(Protocol):
     def state(self) -> dict[str, np.ndarray]:
         """Weights and optimiser state by name."""
 
-    def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """Set weights and optimiser state to those of an earlier `state`."""
+    def restore(self, arrays: dict[str, np.ndarray], running: Mapping[str, np.ndarray]) -> None:
+        """Set weights and optimiser state to those of an earlier `state`, and the objective's running statistics."""
 
     def save(self, folder: Path) -> None:
         """The model and its tokenizer, as `save_pretrained` would leave them."""
@@ -137,7 +139,7 @@ def train(
                 if number % every == 0 or number == total:
                     measure(number, bar)
                 if number % (config.save_steps or every) == 0 or number == total:
-                    _save(trainee, checkpoint, number)
+                    _save(trainee, checkpoint, number, result)
     finally:
         metrics_log.close()
         steps_log.close()
@@ -175,10 +177,10 @@ def evaluate(
 
     A loss that looks at its batch sees one of four times `batch_size`, as in PyTorch.
     """
-    size = 4 * config.batch_size
+    size, multiple = 4 * config.batch_size, padding_multiple(rows)
     parts = []
     for i in range(0, len(rows), size):
-        batch = collate_pairs(rows[i : i + size], pad_token_id=pad_token_id, pad_to_multiple_of=32)
+        batch = collate_pairs(rows[i : i + size], pad_token_id=pad_token_id, pad_to_multiple_of=multiple)
         columns = evaluation_columns(loss, _log_probs(trainee, batch))
         parts.append({name: np.asarray(column) for name, column in columns.items()})
     every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -195,12 +197,13 @@ def _sums(trainee: Trainee, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray
     return np.asarray(logps.chosen), np.asarray(logps.rejected)
 
 
-def _save(trainee: Trainee, path: Path, step: int) -> None:
+def _save(trainee: Trainee, path: Path, step: int, result: StepResult) -> None:
     """Everything that a resumed run needs, in one file, atomically."""
     from safetensors.numpy import save_file
 
+    running = {f"{_RUNNING}{name}": np.array(value) for name, value in (result.running or {}).items()}
     with whole(path) as partial:
-        save_file(trainee.state(), partial, metadata={"step": json.dumps(step)})
+        save_file(trainee.state() | running, partial, metadata={"step": json.dumps(step)})
 
 
 def _restore(trainee: Trainee, path: Path) -> int:
@@ -208,7 +211,10 @@ def _restore(trainee: Trainee, path: Path) -> int:
     if not path.exists():
         return 0
     with open_tensors(path) as file:
-        trainee.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = [name for name in arrays if name.startswith(_RUNNING)]
+        running = {name.removeprefix(_RUNNING): arrays.pop(name) for name in names}
+        trainee.restore(arrays, running)
         return int(json.loads(file.metadata()["step"]))
 
 

@@ -56,9 +56,11 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
         model = str(tiny_model(config, _warmup_answers(config, data.train))) if config.model == "tiny" else config.model
     began = time.monotonic()
     before, after = loop.run(config, step_config, data, model, folder)
+    loss = loss_of(config.loss, step_config, config.loss_settings)
     summary = {
         "loss": config.loss,
-        "needs_anchor": loss_of(config.loss, step_config, config.loss_settings).needs_anchor,
+        "needs_anchor": loss.needs_anchor,
+        "weighs_by_gap": loss.objective.weighs_by_gap,
         "before": before,
         "after": after,
         "train_pairs": len(data.train),

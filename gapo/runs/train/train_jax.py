@@ -41,6 +41,7 @@ class JaxTrainee:
             forward, step_config, objective=objective_of(config.loss), objective_settings=config.loss_settings
         )
         self._logps = jax.jit(lambda p, batch: pair_logps(lambda ids, mask: forward(p, ids, mask), batch))
+        self._running: Mapping[str, Any] | None = None
         self._key, self._draws = (
             jax.random.key(config.seed),
             step_config.direction == "gaussian",
@@ -50,7 +51,8 @@ class JaxTrainee:
         opt_state = optax.tree.set(self._state.opt_state, learning_rate=np.float32(learning_rate))
         state = self._state.replace(opt_state=opt_state)
         key = jax.random.fold_in(self._key, int(state.step)) if self._draws else None
-        self._state, metrics, result = self._step(state, batch, rng=key)
+        self._state, metrics, result = self._step(state, batch, rng=key, running=self._running)
+        self._running = result.running
         return metrics, result
 
     def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
@@ -59,12 +61,13 @@ class JaxTrainee:
     def state(self) -> dict[str, np.ndarray]:
         return loop.named("leaf", jax.tree.leaves(self._state))
 
-    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+    def restore(self, arrays: dict[str, np.ndarray], running: Mapping[str, np.ndarray]) -> None:
         leaves, tree = jax.tree.flatten(self._state)
         restored = [jax.numpy.asarray(arrays[name]) for name in sorted(arrays)]
         self._state = jax.tree.unflatten(
             tree, [new.reshape(np.shape(old)) for new, old in zip(restored, leaves, strict=True)]
         )
+        self._running = running or None
 
     def save(self, folder: Path) -> None:
         from safetensors.numpy import save_file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ class MlxTrainee:
         self._optimizer = optim.AdamW(0.0, weight_decay=config.weight_decay, bias_correction=True)
         self._optimizer.init(self._model.trainable_parameters())
         self._results: list[StepResult] = []
-        loss = make_loss(
+        self._make_loss = partial(
+            make_loss,
             step_config,
             objective=objective_of(config.loss),
             objective_settings=config.loss_settings,
             on_step=self._results.append,
         )
-        self._value_and_grad = nn.value_and_grad(self._model, loss)
+        self._value_and_grad = nn.value_and_grad(self._model, self._make_loss())
         self._clip, self._accumulation = config.max_grad_norm, config.accumulation
         self._grads: list[Any] = []
         mx.random.seed(config.seed)
@@ -80,12 +82,14 @@ class MlxTrainee:
         parts = {"model": self._model.parameters(), "optimizer": self._optimizer.state, "random": mx.random.state}
         return {name: np.array(x) for name, x in tree_flatten(parts)}
 
-    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+    def restore(self, arrays: dict[str, np.ndarray], running: Mapping[str, np.ndarray]) -> None:
         parts: Any = tree_unflatten([(name, mx.array(x)) for name, x in arrays.items()])
         self._model.update(parts["model"])
         self._optimizer.state = parts["optimizer"]
         states: Any = mx.random.state
         states[0][:] = parts["random"][0]
+        loss = self._make_loss(running={name: float(value) for name, value in running.items()})
+        self._value_and_grad = nn.value_and_grad(self._model, loss)
 
     def save(self, folder: Path) -> None:
         save_model(folder, self._model)

@@ -12,7 +12,6 @@ from markupsafe import Markup
 
 from gapo.config import GAPOConfig
 from gapo.files import read_lines, write_text
-from gapo.objectives import OBJECTIVES, find
 from gapo.reweighting import verdict
 from gapo.runs.output import plots
 from gapo.runs.output.noise import pair_columns, weight_diagnostics
@@ -62,7 +61,7 @@ def render(folder: Path, summary: dict[str, Any]) -> str:
 
 def _verdict(steps: list[dict[str, Any]], summary: dict[str, Any], config: dict[str, Any]) -> str | None:
     """What `gapo.reweighting` says of the run's anchor gaps: their mean, and their deviation within a micro-batch."""
-    if summary["loss"] not in OBJECTIVES or not find(summary["loss"]).weighs_by_gap:
+    if not summary.get("weighs_by_gap"):
         return None
     gaps = [np.array(row["anchor_gaps"]) for row in steps if len(row.get("anchor_gaps", ())) > 1]
     if not any(np.any(x) for x in gaps):
