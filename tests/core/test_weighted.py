@@ -216,7 +216,7 @@ def test_settings_are_those_of_the_weights_and_of_the_objective() -> None:
         ("gapo+dpo", {"gap_beta": -1.0}, "gap_beta must be a finite number >= 0, got -1.0"),
         ("gapo-drop+dpo", {"gap_drop": 1.0}, r"gap_drop must be a finite number in \[0, 1\), got 1.0"),
         ("gapo-drop+dpo", {"gap_beta": 1.0}, "has no setting 'gap_beta'"),
-        ("gapo+simpo", {"beta": 1.0}, "objective 'gapo\\+simpo' takes beta from gapo.GAPOConfig"),
+        ("gapo+simpo", {"beta": 1.0}, "objective 'gapo\\+simpo' takes beta and gamma from gapo.GAPOConfig"),
     ],
 )
 def test_refused_settings(name: str, given: dict[str, float], message: str) -> None:
