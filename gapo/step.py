@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any, cast
 
 from gapo._namespace import Array, at_least_float32, is_concrete, stop_gradient
@@ -13,6 +15,8 @@ from gapo.config import GAPOConfig, step_settings
 from gapo.objectives import Loss, Objective, resolve
 from gapo.pairs import BatchConstants, LogProbs, require_reference
 from gapo.result import StepResult
+
+logger = logging.getLogger(__name__)
 
 Running = Mapping[str, Array]  # statistics of an objective that run from step to step, scalars by name
 
@@ -80,6 +84,7 @@ def value_and_grad(
     settings = step_settings(config, name, objective_settings)
     loss = resolve(objective, settings, objective_settings)
     framework = get_backend(backend, **options)
+    starts = count(1)  # steps of an objective with running statistics that were handed none
 
     def step(
         params: Any, batch: Any, *, gamma: Any = None, rng: Any = None, running: Running | None = None
@@ -90,6 +95,13 @@ def value_and_grad(
         result, cotangents = run(
             forward, settings, framework, loss=loss, constants=constants, gamma=gamma, rng=rng, running=running
         )
+        if result.running and running is None and next(starts) == 2:
+            logger.warning(
+                "objective %r keeps running statistics (%s), and a second step was called without them, so that they "
+                "start anew: pass running=result.running of the step before",
+                loss.name,
+                ", ".join(result.running),
+            )
         grads = framework.pack(forward, forward.pullback(cotangents))
         if is_concrete(result.loss) and not bool(framework.xp.isfinite(result.loss)):
             raise FloatingPointError(

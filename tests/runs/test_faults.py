@@ -268,9 +268,7 @@ class Toy:
         self._running = self._running + np.float32(0.1) * np.float32(batch["index"].sum())
         self.w = self.w + np.array([1, learning_rate * float(self._running)])
         loss, pairs = self._loss(int(self.w[0])), len(batch["index"])
-        result = StepResult(
-            loss=loss, margins=np.zeros(pairs), weights=np.ones(pairs), running={"mean": self._running}
-        )
+        result = StepResult(loss=loss, margins=np.zeros(pairs), weights=np.ones(pairs), running={"mean": self._running})
         return {"loss": loss}, result
 
     def logps(self, batch: Any) -> tuple[np.ndarray, np.ndarray]:
