@@ -20,7 +20,7 @@ class GAPOConfig:
         gamma: target gap times beta, the papers' gamma. SimPO's code takes `gamma / beta`.
         rho: radius of the perturbation, >= 0. At 0 every gap is 0 and all weights are equal.
         target_gap: in place of rho, > 0: each batch's radius is the one at which its gaps spread by so many nats per
-            token (standard deviation over the pairs of all ranks). None for rho.
+            token (root mean square about their mean, pairs of all ranks). None for rho.
         adaptive: True for the ASAM geometry, `rho * theta^2 * g / ||abs(theta) * g||`; False for the L2 ball,
             `rho * g / ||g||`.
         probe: "loss" takes g from the SimPO loss (the authors' code), "margin" from the mean margin (paper v3).

@@ -1,13 +1,13 @@
 """A radius that sets itself: rho from `target_gap`, the spread that the anchor gaps of a batch are to have.
 
-To first order every gap is linear in rho, and so is their spread: the sample standard deviation over the pairs of all
-ranks. The spread is what tells pairs apart: to first order a weight varies by `beta` times it. A shift that all gaps
-share changes all weights alike. As it is made of sums, ranks need not hold equally many pairs.
+To first order every gap is linear in rho, and so is their spread: the root mean square about their mean, over the pairs
+of all ranks. The spread is what tells pairs apart: to first order a weight varies by `beta` times it. A shift that all
+gaps share changes all weights alike. As it is made of sums, ranks need not hold equally many pairs.
 """
 
 from __future__ import annotations
 
-from gapo._namespace import Array, Namespace
+from gapo._namespace import Array, Namespace, stop_gradient
 from gapo.backends.base import Backend
 from gapo.batch_statistics import BatchStatistics
 
@@ -24,6 +24,10 @@ class Spread(BatchStatistics):
         self.xp = backend.xp
         self._count_over(backend.all_reduce, None)
 
+    def of(self, gaps: Array) -> Array:
+        """Root mean square of `gaps` (N,) about their mean, a scalar; 0 for one pair."""
+        return self.xp.sqrt(self.mean((stop_gradient(gaps) - self.mean(gaps)) ** 2))
+
     def first_order_rho(self, unit_gaps: Array, target: float) -> Array:
         """The radius at which first-order gaps spread by `target`, a scalar; 0 where they do not spread at all.
 
@@ -32,7 +36,7 @@ class Spread(BatchStatistics):
             target: nats per token.
         """
         xp = self.xp
-        spread = self.deviation(unit_gaps)
+        spread = self.of(unit_gaps)
         size = self._reduce(xp.max(xp.abs(unit_gaps)), "max")
         unit = 2.0**-52 if unit_gaps.dtype == xp.float64 else 2.0**-23
         none = spread <= _NOISE * unit * xp.where(size > 1, size, xp.ones_like(size))
@@ -44,7 +48,7 @@ class Spread(BatchStatistics):
         `rho` is first order's, so that two values of rho / spread are known: target's at 0, and the measured one here.
         """
         xp = self.xp
-        return rho * secant_factor(self.deviation(gaps) / target, xp)
+        return rho * secant_factor(self.of(gaps) / target, xp)
 
 
 def secant_factor(ratio: Array, xp: Namespace) -> Array:

@@ -32,7 +32,7 @@ def test_first_order_reaches_the_target(backend: Library, options: dict[str, Any
     batch = models.make_batch(pairs=6, seed=10)
     found = take_step(backend, batch, anchor="first_order", **options)
     tolerance = 1e-4 if backend.name == "mlx" else 1e-6
-    assert np.std(found["anchor_gaps"], ddof=1) == pytest.approx(TARGET, rel=tolerance)
+    assert np.std(found["anchor_gaps"]) == pytest.approx(TARGET, rel=tolerance)
     assert found["rho"] == pytest.approx(found["radius"], rel=1e-4)
     # The same radius, set by hand, makes the same gaps: another way through the step.
     by_hand = take_step(backend, batch, anchor="first_order", target_gap=None, rho=float(found["rho"]), **options)
@@ -45,7 +45,7 @@ def test_one_secant_step_brings_the_exact_gaps_there(backend: Library) -> None:
     found = take_step(backend, batch, anchor="exact")
     first = take_step(backend, batch, anchor="first_order")
     alone = take_step(backend, batch, anchor="exact", target_gap=None, rho=float(first["rho"]))
-    off, left = (abs(np.std(x["anchor_gaps"], ddof=1) / TARGET - 1) for x in (alone, found))
+    off, left = (abs(np.std(x["anchor_gaps"]) / TARGET - 1) for x in (alone, found))
     assert off > 0.05 > 0.02 > left, (off, left)
     assert found["radius"] == pytest.approx(found["rho"], rel=1e-4)
     by_hand = take_step(backend, batch, anchor="exact", target_gap=None, rho=float(found["rho"]))
@@ -100,9 +100,9 @@ def test_ranks_share_one_radius_whatever_their_numbers_of_pairs(anchor: str) -> 
         thread.join(60)
     assert float(results[0].rho) == float(results[1].rho) > 0
     gaps = np.concatenate([results[0].anchor_gaps, results[1].anchor_gaps])
-    tolerance = 1e-9 if anchor == "first_order" else 0.02
-    assert gaps.std(ddof=1) == pytest.approx(TARGET, rel=tolerance)
-    assert abs(results[0].anchor_gaps.std(ddof=1) / TARGET - 1) > 0.05  # no rank's own spread
+    tolerance = 1e-9 if anchor == "first_order" else 0.03  # one secant step leaves a few percent
+    assert gaps.std() == pytest.approx(TARGET, rel=tolerance)
+    assert abs(results[0].anchor_gaps.std() / TARGET - 1) > 0.05  # no rank's own spread
 
 
 @pytest.mark.parametrize(
