@@ -24,7 +24,7 @@ class Spread(BatchStatistics):
         self.xp = backend.xp
         self._count_over(backend.all_reduce, None)
 
-    def spread(self, gaps: Array) -> Array:
+    def of(self, gaps: Array) -> Array:
         """RMS of `gaps` (N,) about their mean, a scalar: what is logged as `gapo/anchor_gap_std`."""
         centred = stop_gradient(gaps) - self.mean(gaps)
         return self.xp.sqrt(self.mean(centred * centred))
@@ -37,7 +37,7 @@ class Spread(BatchStatistics):
             target: nats per token.
         """
         xp = self.xp
-        spread = self.spread(unit_gaps)
+        spread = self.of(unit_gaps)
         size = self._reduce(xp.max(xp.abs(unit_gaps)), "max")
         unit = 2.0**-52 if unit_gaps.dtype == xp.float64 else 2.0**-23
         none = spread <= _NOISE * unit * xp.where(size > 1, size, xp.ones_like(size))
@@ -49,7 +49,7 @@ class Spread(BatchStatistics):
         `rho` is first order's, so that two values of rho / spread are known: target's at 0, and the measured one here.
         """
         xp = self.xp
-        return rho * secant_factor(self.spread(gaps) / target, xp)
+        return rho * secant_factor(self.of(gaps) / target, xp)
 
 
 def secant_factor(ratio: Array, xp: Namespace) -> Array:

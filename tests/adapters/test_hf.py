@@ -189,7 +189,7 @@ def test_the_adapters_config_and_the_cores_for_one_another(tmp_path: Path) -> No
 
 
 def test_a_target_gap_finds_a_radius_and_logs_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for target, said in ((0.2, False), (1e-4, True)):
+    for target, said in ((0.05, False), (1e-4, True)):
         caplog.clear()
         config = GAPOConfig(target_gap=target)
         trainer = make_trainer(tmp_path / str(target), config=config, logging_steps=1, max_steps=1)
