@@ -9,6 +9,8 @@ from gapo._namespace import Array, Namespace, at_least_float32, stop_gradient
 # `reduce(x, op)` over the data-parallel ranks, with op "sum" or "max", as `gapo.backends.base.Backend.all_reduce`.
 Reduce = Callable[[Array, str], Array]
 
+_NOISE = 16  # units of rounding of the largest entry
+
 
 class BatchStatistics:
     """What a `LogProbs` tells of its whole batch: the pairs of all data-parallel ranks. Nothing here carries gradient.
@@ -38,11 +40,16 @@ class BatchStatistics:
         return self._reduce(self.xp.sum(stop_gradient(x)), "sum") / self.pairs_in_batch(x)
 
     def deviation(self, x: Array) -> Array:
-        """Sample standard deviation of `x` (N,) over the pairs of all ranks, a scalar; 0 for one pair."""
+        """Sample standard deviation of `x` (N,) over the pairs of all ranks, a scalar.
+
+        It is 0 for one pair, and where the pairs differ by no more than rounding.
+        """
         xp, x = self.xp, stop_gradient(x)
         squares = self._reduce(xp.sum((x - self.mean(x)) ** 2), "sum")
         others = self.pairs_in_batch(x) - 1
-        return xp.sqrt(squares / xp.where(others > 0, others, xp.ones_like(others)))
+        deviation = xp.sqrt(squares / xp.where(others > 0, others, xp.ones_like(others)))
+        rounding = _NOISE * (2.0**-52 if x.dtype == xp.float64 else 2.0**-23) * self._reduce(xp.max(xp.abs(x)), "max")
+        return xp.where(deviation > rounding, deviation, xp.zeros_like(deviation))
 
     def zscore(self, x: Array) -> Array:
         """`(x - mean) / deviation` of `x` (N,); 0 where all pairs of the batch are equal."""
