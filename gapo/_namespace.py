@@ -156,3 +156,8 @@ def require_floating(x: Array, name: str, xp: Namespace) -> None:
     """Raise TypeError, naming the array, unless its dtype is a real floating one."""
     if not xp.isdtype(x.dtype, "real floating") and not is_half(x.dtype, xp):
         raise TypeError(f"{name} must be floating point, got dtype {x.dtype}")
+
+
+def rounding_unit(x: Array, xp: Namespace) -> float:
+    """The spacing of floating-point numbers above 1 in the precision of `x`, float32 or float64."""
+    return 2.0**-52 if x.dtype == xp.float64 else 2.0**-23

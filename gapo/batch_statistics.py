@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from gapo._namespace import Array, Namespace, at_least_float32, stop_gradient
+from gapo._namespace import Array, Namespace, at_least_float32, rounding_unit, stop_gradient
 
 # `reduce(x, op)` over the data-parallel ranks, with op "sum" or "max", as `gapo.backends.base.Backend.all_reduce`.
 Reduce = Callable[[Array, str], Array]
@@ -48,7 +48,7 @@ class BatchStatistics:
         squares = self._reduce(xp.sum((x - self.mean(x)) ** 2), "sum")
         others = self.pairs_in_batch(x) - 1
         deviation = xp.sqrt(squares / xp.where(others > 0, others, xp.ones_like(others)))
-        rounding = _NOISE * (2.0**-52 if x.dtype == xp.float64 else 2.0**-23) * self._reduce(xp.max(xp.abs(x)), "max")
+        rounding = _NOISE * rounding_unit(x, xp) * self._reduce(xp.max(xp.abs(x)), "max")
         return xp.where(deviation > rounding, deviation, xp.zeros_like(deviation))
 
     def zscore(self, x: Array) -> Array:

@@ -7,7 +7,7 @@ gaps share changes all weights alike. As it is made of sums, ranks need not hold
 
 from __future__ import annotations
 
-from gapo._namespace import Array, Namespace, stop_gradient
+from gapo._namespace import Array, Namespace, rounding_unit, stop_gradient
 from gapo.backends.base import Backend
 from gapo.batch_statistics import BatchStatistics
 
@@ -39,8 +39,7 @@ class Spread(BatchStatistics):
         xp = self.xp
         spread = self.of(unit_gaps)
         size = self._reduce(xp.max(xp.abs(unit_gaps)), "max")
-        unit = 2.0**-52 if unit_gaps.dtype == xp.float64 else 2.0**-23
-        none = spread <= _NOISE * unit * xp.where(size > 1, size, xp.ones_like(size))
+        none = spread <= _NOISE * rounding_unit(unit_gaps, xp) * xp.where(size > 1, size, xp.ones_like(size))
         return xp.where(none, xp.zeros_like(spread), target / xp.where(none, xp.ones_like(spread), spread))
 
     def corrected_rho(self, rho: Array, gaps: Array, target: float) -> Array:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from gapo._namespace import Array, is_half
+from gapo._namespace import Array, is_half, rounding_unit
 from gapo.backends.base import AnchorForward, Backend
 from gapo.config import GAPOConfig
 
@@ -95,9 +95,7 @@ def check_gaps(
         return
     if config.target_gap is not None:
         _tell_of_no_spread(rho, config.target_gap, backend, concrete)
-    measurable = (rho > 0) & (
-        scaled_norm > _NOISE * (2.0**-52 if scaled_norm.dtype == backend.xp.float64 else 2.0**-23)
-    )
+    measurable = (rho > 0) & (scaled_norm > _NOISE * rounding_unit(scaled_norm, backend.xp))
     if choice.anchor == "first_order":
         if ratio is not None and concrete and bool(measurable):
             _check_first_order(
