@@ -57,6 +57,7 @@ _COMMANDS = {
     "study": "compare objectives under flipped labels, with statistics and a report",
     "score": "the gap and the weight of each pair, under one model or several",
     "flip": "flip a known share of the labels, to study noise",
+    "examples": "list the examples and recipes that come with gapo, or copy them",
 }
 
 

@@ -556,6 +556,6 @@ def test_help_names_every_key_and_an_example(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("name", ["study_small", "study_comve", "study_anchored"])
 def test_the_examples_are_accepted(name: str) -> None:
-    config = parse([str(Path(__file__).parents[2] / "examples" / f"{name}.yaml")])
+    config = parse([name])
     assert all(name in ARMS or name == ARMS[name].name for name in config.arm_names)
     assert ("all" in config.arms) == (name == "study_comve")
