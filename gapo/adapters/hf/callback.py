@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from gapo.adapters.hf.attachment import Attachment, Settings
 from gapo.config import GAPOConfig, step_settings
 from gapo.objectives import Objective, resolve
+from gapo.objectives.loss import warn_of_scale
 from gapo.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class GAPOCallback(TrainerCallback):
         name = objective.name if isinstance(objective, Objective) else objective
         self.config = step_settings(config, name, objective_settings)
         self.loss = resolve(objective, self.config, objective_settings)
+        warn_of_scale(self.loss)
         self.objective = self.loss.name
         self.on_step = on_step
         self.disable_dropout = disable_dropout
