@@ -19,8 +19,8 @@ def require_there(option: str, name: str | None) -> None:
     if name is None or os.path.exists(name) or not _is_local(name):
         return
     parent = Path(name).parent
-    there = sorted(path.name for path in parent.iterdir())[:8] if parent.is_dir() else []
-    beside = f"; {parent} has {', '.join(there)}" if there else ""
+    names = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
+    beside = f"; {parent} has {', '.join(shown)}" if (shown := [n for n in names if not n.startswith(".")][:8]) else ""
     raise ConfigError(f"{option} {name!r} does not exist: there is no such file or folder{beside}")
 
 

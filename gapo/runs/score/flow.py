@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 
 from gapo.config import GAPOConfig
 from gapo.data import read_pairs
-from gapo.files import JsonLines, read_lines, require_writable, write_text
+from gapo.files import JsonLines, read_lines, write_text
 from gapo.runs import held_out
 from gapo.runs.errors import ConfigError
 from gapo.runs.output.tables import Row, read_table, write_table
 from gapo.runs.ranks import require_one
+from gapo.runs.score.early import require_files
 from gapo.runs.score.measure import Measure
 from gapo.runs.score.score_config import ScoreConfig
 from gapo.runs.score.score_page import write_page
@@ -71,9 +72,7 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
         raise ConfigError(f"sft_weight changes no score: leave it at 0, got {step.sft_weight}")
     require_one("gapo score")
     files = Files(config.output)
-    for path in (config.output, config.select_output):
-        if path is not None:
-            require_writable(Path(path).parent)
+    require_files(config)
     reread = files.finished() and not (config.overwrite or config.model or config.checkpoints)
     if reread:
         config, step = _adopt(config, step, files.settings())

@@ -13,6 +13,7 @@ from typing import Any
 from gapo._extras import named_extra
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, require_model
+from gapo.runs.score.run_settings import model_folder
 from gapo.runs.score.score_config import ScoreConfig
 
 _ADAPTER = "adapter_config.json"
@@ -50,13 +51,14 @@ def find_sources(config: ScoreConfig) -> list[Source]:
 
 
 def _of_model(name: str, adapter: str | None) -> Source:
-    if not _is_adapter(Path(name)):
-        return Source(name, name, adapter)
+    folder = model_folder(name)
+    if not _is_adapter(Path(folder)):
+        return Source(name, folder, None if adapter is None else model_folder(adapter))
     if adapter is not None:
         raise ConfigError(
             f"model {name!r} is itself an adapter: give its base as model, or leave out adapter {adapter!r}"
         )
-    return Source(name, _base_of(Path(name)), name)
+    return Source(name, _base_of(Path(folder)), folder)
 
 
 def _of_checkpoint(folder: Path, config: ScoreConfig) -> Source:

@@ -71,7 +71,11 @@ def other_switches() -> set[str]:
     """The other names, and fields of `TrainingArguments`, that are true or false."""
     types = {f.name: str(f.type) for f in fields(TrainConfig)}
     annotations = declared_fields() | {name: types[short] for name, short in OTHER_NAMES.items()}
-    return {"use_peft", *(name for name, text in annotations.items() if text in ("bool", "bool | None"))}
+    return {
+        "use_peft",
+        "trust_remote_code",
+        *(name for name, text in annotations.items() if text in ("bool", "bool | None")),
+    }
 
 
 def other_fields() -> list[str]:
