@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gapo._extras import named_extra
 from gapo._fields import docstring_entries
-from gapo.config import GAPOConfig
+from gapo.config import OF_THE_UPDATE, GAPOConfig
 
 if TYPE_CHECKING:
     from gapo.runs.score.score_config import ScoreConfig
@@ -54,7 +54,7 @@ def make_parser() -> Any:
     for switch in ("strict", "overwrite"):
         parser.add_argument(f"--{switch}", action="store_true", help=help_of[switch])
     add_fields(parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", "strict", "overwrite"})
-    add_fields(parser, GAPOConfig, skip={"sft_weight"})
+    add_fields(parser, GAPOConfig, skip=OF_THE_UPDATE)
     return parser
 
 
@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str]) -> tuple[ScoreConfig, GAPOConfig]:
     try:
         lists = {"model": tuple(values["model"]), "select": _selection(values["select"])}
         config = ScoreConfig(**{f.name: values[f.name] for f in fields(ScoreConfig)} | lists)
-        step_config = GAPOConfig(**{f.name: values[f.name] for f in fields(GAPOConfig) if f.name != "sft_weight"})
+        step_config = GAPOConfig(**{f.name: values[f.name] for f in fields(GAPOConfig) if f.name not in OF_THE_UPDATE})
     except ValueError as error:
         parser.error(str(error))
     return config, step_config

@@ -48,6 +48,7 @@ class GAPOConfig(TrainingArguments):
     anchor: str = carried(gapo.GAPOConfig, "anchor")
     perturb: str = carried(gapo.GAPOConfig, "perturb")
     last_layers: int | None = carried(gapo.GAPOConfig, "last_layers")
+    update: str = carried(gapo.GAPOConfig, "update")
     loss_type: str = carried(gapo.GAPOConfig, "loss_type")
     label_smoothing: float = carried(gapo.GAPOConfig, "label_smoothing")
     sft_weight: float = carried(gapo.GAPOConfig, "sft_weight")
@@ -92,6 +93,10 @@ class GAPOConfig(TrainingArguments):
             if getattr(self, name, False):  # torch's checkpoint is re-entrant where it is not told
                 options: Any = getattr(self, f"{name}_kwargs") or {}
                 setattr(self, f"{name}_kwargs", {"use_reentrant": False, **options})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the base class's, with masks of `perturb` as their description, since JSON holds no arrays."""
+        return {**super().to_dict(), "perturb": gapo.config.plain(self.step_config())["perturb"]}
 
     def step_config(self) -> gapo.GAPOConfig:
         """The settings of the step alone, checked."""

@@ -35,7 +35,7 @@ from gapo.adapters.hf.batches import stack_pairs
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import constants_of, rows_logps
 from gapo.adapters.hf.models import PreparedModel, forward_parameters, has_wide_weights, require_causal, require_graph
-from gapo.adapters.hf.supported import left_out, require_supported
+from gapo.adapters.hf.supported import left_out, require_supported, require_update
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.sharded import is_shard
 from gapo.config import GAPOConfig
@@ -80,6 +80,7 @@ class Attachment:
         self._window: dict[str, list[Tensor]] = defaultdict(list)
         self._evaluated: dict[str, list[Tensor]] = defaultdict(list)
         require_supported(trainer)
+        require_update(trainer, settings.config)
         self._prepared = PreparedModel(settings.disable_dropout)
         self._prepared.prepare(trainer.model)
         self._warnings: set[str] = set()
@@ -165,14 +166,15 @@ class Attachment:
         loss, config = self._settings.loss, self._config
         if loss.needs_reference:
             require_reference(loss.name, inputs, "gapo.adapters.hf.with_reference_logps")
+        takes_anchor = loss.needs_anchor or config.updates_at_anchor
         bare = self.trainer.accelerator.unwrap_model(model)
         rows = stack_pairs(inputs, forward_parameters(bare))
         forward = self._backend.forward(
-            rows_logps, bare, rows, config, anchor=loss.needs_anchor, by_side=loss.by_side, wrapper=model
+            rows_logps, bare, rows, config, anchor=takes_anchor, by_side=loss.by_side, wrapper=model
         )
         constants = constants_of(inputs, rows)
-        result, cotangents = run(forward, config, self._backend, loss=loss, constants=constants, running=self.running)
-        scalar = forward.as_loss(result.loss, cotangents)
+        result, update = run(forward, config, self._backend, loss=loss, constants=constants, running=self.running)
+        scalar = forward.as_loss(result.loss, update)
         self._require_causal(model, rows)
         self.running = result.running or {}
         metrics = step_metrics(result, config)

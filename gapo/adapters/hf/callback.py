@@ -6,7 +6,6 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from gapo.adapters.hf.attachment import Attachment, Settings
-from gapo.config import GAPOConfig, step_settings
+from gapo.config import GAPOConfig, plain, step_settings
 from gapo.objectives import Objective, resolve
 from gapo.step import StepResult
 
@@ -135,7 +134,7 @@ class GAPOCallback(TrainerCallback):
         """
         settings = self._settings()
         entry = state.stateful_callbacks.get(_STATE, {})
-        old = entry.get("attributes", settings)
+        old = {**plain(GAPOConfig()), **entry.get("attributes", settings)}
         changes = [f"{name}: {old.get(name)!r} -> {new!r}" for name, new in settings.items() if old.get(name) != new]
         if changes:
             logger.warning("the checkpoint was trained with other settings of GAPO: %s", ", ".join(changes))
@@ -158,7 +157,7 @@ class GAPOCallback(TrainerCallback):
 
     def _settings(self) -> dict[str, Any]:
         of_objective = {name: _plain(value) for name, value in self.loss.settings.items()}
-        return {"objective": self.objective, **of_objective, **asdict(self.config)}
+        return {"objective": self.objective, **of_objective, **plain(self.config)}
 
     def _attach_to_caller(self) -> None:
         trainer = calling_trainer(self)

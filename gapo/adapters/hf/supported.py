@@ -11,6 +11,7 @@ from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.adapters.hf.models import REENTRANT, peft_model, text_config
+from gapo.config import GAPOConfig
 from gapo.pairs import COLUMNS
 
 # The trainers of TRL whose batches are pairs. The others train on unpaired rows, triplets, or their own generations.
@@ -28,6 +29,15 @@ def require_supported(trainer: Trainer) -> None:
     """Raise ValueError, saying what to do, for an option of this trainer that GAPO cannot serve or would ignore."""
     for message in _refusals(trainer):
         raise ValueError(message)
+
+
+def require_update(trainer: Trainer, config: GAPOConfig) -> None:
+    """Raise ValueError where the update's backward, taken at moved weights, would miss float16's gradient scaler."""
+    if config.updates_at_anchor and trainer.accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "update='anchor' is not supported with fp16=True, whose gradient scaler would not see its backward: train "
+            "in float32, or set update='policy'"
+        )
 
 
 def left_out(trainer: Trainer) -> Iterator[str]:
