@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any, cast
 
-from gapo._namespace import Array, at_least_float32, is_concrete, stop_gradient
+from gapo._namespace import Array, at_least_float32, is_concrete, settled, stop_gradient
 from gapo.anchor import measure_anchor
 from gapo.backends import get_backend
 from gapo.backends.base import AnchorForward, Backend, Forward, MarginFn
@@ -153,11 +153,12 @@ def run(
         return LogProbs.of_step(outputs, constants, *seen, reduce=backend.all_reduce, running=running)
 
     records: set[str] = set()
+    pair_weights = None if constants.pair_weights is None else settled(stop_gradient(constants.pair_weights))
 
     def losses_at(outputs: tuple[Array, ...]) -> Array:
         losses = loss.losses(logps := seen_at(outputs))
         records.update(logps.recorded)
-        return losses
+        return losses if pair_weights is None else pair_weights * losses
 
     losses, slopes = backend.differentiate(losses_at, outputs)
     # At a fixed chosen log-probability, the derivative by M is minus that by the rejected one.

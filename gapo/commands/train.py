@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
 
     def check(config: TrainConfig, step_config: GAPOConfig) -> None:
         _require_trust(config, arguments)  # before the loss is imported
-        require_loss_settings(config.loss, step_config, config.loss_settings)
+        require_loss_settings(config.loss, step_config, config.loss_settings, config.logp_options)
 
     config, step_config = parse_fields(parser, arguments, (TrainConfig, GAPOConfig), check)
     return config, step_config

@@ -41,7 +41,7 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
         gapo.data.PairError: the pairs cannot be read.
         ModuleNotFoundError: the backend's libraries are not installed.
     """
-    require_loss_settings(config.loss, step_config, config.loss_settings)
+    require_loss_settings(config.loss, step_config, config.loss_settings, config.logp_options)
     loop = _loop(config.backend)
     folder = Path(config.output_dir)
     _require_folder(folder, config, step_config)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from gapo.config import GAPOConfig
+from gapo.logp_options import LogpOptions
 from gapo.runs.config_bases import TrainingConfig, require_not_negative, require_positive
 from gapo.runs.errors import require_seed
 from gapo.runs.train.loss_option import require_loss
@@ -46,6 +47,9 @@ class TrainConfig(TrainingConfig):
             returns (N,) losses.
         loss_settings: settings of the other objectives, such as {beta: 0.1}; those left out keep their defaults. "gapo"
             and "simpo" take theirs from the fields of GAPOConfig.
+        ld_alpha: LD-DPO's alpha in [0, 1], how much the tail of a pair's longer answer counts in its log-probability,
+            for policy and reference; none for 1.
+        use_weighting: multiply each pair's loss by WPO's weight, how likely the policy is to have written both answers.
         trust_code: let a YAML file name a loss of its own code. It is accepted on the command line alone.
         backend: framework that trains.
         output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
@@ -85,6 +89,8 @@ class TrainConfig(TrainingConfig):
     lora_targets: str | None = None
     loss: str = "gapo"
     loss_settings: dict[str, float] = field(default_factory=dict)
+    ld_alpha: float | None = None
+    use_weighting: bool = False
     trust_code: bool = False
     backend: Literal["torch", "jax", "mlx"] = "torch"
     output_dir: str = "runs/gapo"
@@ -125,6 +131,12 @@ class TrainConfig(TrainingConfig):
                 f"got {self.eval_fraction!r}"
             )
         require_loss(self.loss)
+        self.logp_options  # noqa: B018  # raises for what they do not take
+
+    @property
+    def logp_options(self) -> LogpOptions:
+        """How log-probabilities are measured, and pairs weighted."""
+        return LogpOptions(self.ld_alpha, self.use_weighting)
 
 
 def as_dict(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:

@@ -56,10 +56,11 @@ def run(
             train_rows, held_out = with_kept_reference(
                 train_rows,
                 held_out,
-                partial(summed_logps, model),
+                partial(summed_logps, model, options=config.logp_options),
                 folder / "reference.safetensors",
                 pad_token_id=0,  # padding never counts
                 batch_size=4 * config.batch_size,
+                ld_alpha=config.ld_alpha,
             )
     checkpoints = folder / "checkpoints"
     if config.overwrite and ranks.is_first():
@@ -77,6 +78,8 @@ def run(
         objective=objective_of(config.loss),
         objective_settings=config.loss_settings,
         on_step=recorder.on_step,
+        ld_alpha=config.ld_alpha,
+        use_weighting=config.use_weighting,
     )
     trainer = TrainerWithFlips(
         model,
