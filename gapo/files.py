@@ -48,12 +48,12 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """The name under which this process writes what becomes `path`. Other processes, of any machine, have other names."""
+    """The name under which this process writes what becomes `path`. Others, on any machine, have other names."""
     return path.with_name(f"{path.name}.part{os.getpid()}@{socket.gethostname()}")
 
 
 def sweep(path: Path) -> None:
-    """Remove the files and folders named by `partial_of` that processes of this machine, now gone, have left of `path`."""
+    """Remove the files and folders named by `partial_of` that ended processes of this machine have left of `path`."""
     start = f"{path.name}.part"
     for old in path.parent.glob(f"{glob.escape(start)}*"):
         number, _, host = old.name[len(start) :].partition("@")

@@ -320,7 +320,11 @@ def test_a_killed_grid_goes_on_where_it_was(
         return measure(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(grid_module, "measure", killed)
-    with pytest.raises(KeyboardInterrupt), Claims() as claims, Grid(config, tmp_path / "killed", material, claims) as grid:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Claims() as claims,
+        Grid(config, tmp_path / "killed", material, claims) as grid,
+    ):
         grid.run(cells, "killed")
     assert sorted(path.suffix for path in (tmp_path / "killed").iterdir()) == [".json"] * 2
     made.clear()

@@ -1,7 +1,7 @@
-"""Run by test_copies.py: one `gapo study` alone, and two copies of it over one folder, at the same time.
+"""Run by test_copies.py: two copies of `gapo study` over one folder, at the same time.
 
-`python copies_script.py FOLDER`: leaves FOLDER/alone.json, first.json and second.json: what each ended with, and the
-cells that it ran itself.
+`python copies_script.py FOLDER`: leaves FOLDER/first.json and second.json: what each ended with, and the cells that it
+ran itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from gapo.runs import claims
 from gapo.study import grid, study
+from gapo.study.outcome import Study
 from gapo.study.study_config import StudyConfig
 
 SETTINGS: dict[str, Any] = {
@@ -38,32 +39,37 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def run(name: str, folder: Path, meeting: Any = None) -> None:
-    """One copy. With a `meeting` it begins its first cell when the other copy has begun one too."""
+def config_of(folder: Path, name: str) -> StudyConfig:
+    return StudyConfig(cache_dir=str(folder / "cache"), output_dir=str(folder / name), **SETTINGS)
+
+
+def numbers(done: Study) -> dict[str, Any]:
+    """All that a study ends with, but for what tells of time and place."""
+    records = [[asdict(cell), record["evaluation"], record["over_time"]] for cell, record in done.records.items()]
+    return {"chosen": done.chosen, "tries": done.tries, "records": records}
+
+
+def run(name: str, folder: Path, meeting: Any) -> None:
+    """One copy, which begins its first cell when the other one has begun one too."""
     plain, own = grid.measure, []
 
     def measure(material: Any, config: Any, cell: Any) -> Any:
         own.append(asdict(cell))
-        if meeting is not None and len(own) == 1:
+        if len(own) == 1:
             meeting.wait(300)
         return plain(material, config, cell)
 
     grid.measure = measure
     study.write_report = lambda *_: None  # drawing takes longest, and is not the matter here
     claims.POLL = grid.POLL = 0.05
-    base = folder / ("alone" if meeting is None else "shared")
-    done = study.run_study(StudyConfig(cache_dir=str(base / "cache"), output_dir=str(base / "out"), **SETTINGS))
-    records = [[asdict(cell), record["evaluation"]] for cell, record in done.records.items()]
-    (folder / f"{name}.json").write_text(
-        json.dumps({"chosen": done.chosen, "tries": done.tries, "records": records, "own": own})
-    )
+    done = study.run_study(config_of(folder, "shared"))
+    (folder / f"{name}.json").write_text(json.dumps({"numbers": numbers(done), "own": own}))
 
 
 def main(folder: Path) -> None:
     context = multiprocessing.get_context("fork")
     meeting = context.Barrier(2)
-    copies = [context.Process(target=run, args=arguments) for arguments in
-              (("first", folder, meeting), ("second", folder, meeting), ("alone", folder))]  # fmt: skip
+    copies = [context.Process(target=run, args=(name, folder, meeting)) for name in ("first", "second")]
     for copy in copies:
         copy.start()
     for copy in copies:
