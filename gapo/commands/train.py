@@ -27,6 +27,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     with named_extra("gapo train", "cli"):
         from gapo.runs import ranks
+        from gapo.runs.launch import launch
+
+        if (status := launch(config, arguments)) is not None:
+            return status
         from gapo.runs.train.train import train
 
     summary = train(config, step_config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -158,11 +159,16 @@ def _tokenizer_of(source: Source) -> str | None:
 
 
 def find_device(name: str) -> Any:
-    """The `torch.device` of this name; "auto" is CUDA where there is one. Raises ConfigError if it is not there."""
+    """The `torch.device` of this name. Raises ConfigError if it is not there.
+
+    "auto" is CUDA where there is one; torchrun's processes take a device each.
+    """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError as error:

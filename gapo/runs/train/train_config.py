@@ -52,6 +52,9 @@ class TrainConfig(TrainingConfig):
         use_weighting: multiply each pair's loss by WPO's weight, how likely the policy is to have written both answers.
         trust_code: let a YAML file name a loss of its own code. It is accepted on the command line alone.
         backend: framework that trains.
+        num_processes: processes to start, one to a device; none for as many as there are GPUs (backend torch).
+        accelerate_config: how they share the work, a file of `accelerate config` or one of gapo's own: fsdp2, single,
+            zero2, zero3; none for DDP.
         output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
         resume: resume from the last checkpoint in output_dir, if there is one.
         seed: of the shuffling, the initial weights and the held-out split.
@@ -93,6 +96,8 @@ class TrainConfig(TrainingConfig):
     use_weighting: bool = False
     trust_code: bool = False
     backend: Literal["torch", "jax", "mlx"] = "torch"
+    num_processes: int | None = None
+    accelerate_config: str | None = None
     output_dir: str = "runs/gapo"
     resume: bool = True
     epochs: float = 1.0
@@ -123,6 +128,8 @@ class TrainConfig(TrainingConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         require_seed("flip_seed", self.flip_seed)
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"num_processes must be >= 1, got {self.num_processes}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be >= 1, or -1 for all epochs; got {self.max_steps}")
         if self.eval_pairs is None and self.pairs != "demo" and not 0 < self.eval_fraction < 1:

@@ -210,6 +210,12 @@ def require(config: TrainConfig) -> None:
         raise ConfigError(
             f"{ranks.count()} processes were started, which PyTorch makes no group of on {arguments.device}: start one"
         )
+    precision = "bf16" if config.bf16 else "no"
+    if arguments.mixed_precision != precision:
+        raise ConfigError(
+            f"accelerate's configuration has mixed_precision {arguments.mixed_precision!r}, and bf16={config.bf16} is "
+            f"{precision!r}: let them agree"
+        )
     if arguments.n_gpu > 1:
         raise ConfigError(
             f"{arguments.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported: start it with "
