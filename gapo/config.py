@@ -126,17 +126,18 @@ def _check_pattern(perturb: Any) -> None:
         raise ValueError(f"{accepted}, got {perturb!r}: {error}") from None
 
 
-def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any = None) -> GAPOConfig:
+def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any = None, **options: Any) -> GAPOConfig:
     """The settings of the step in what a caller handed over as `config`: one place for all that take one.
 
     Args:
         config: a `GAPOConfig`; None for the defaults; or an adapter's configuration, by its `step_config()`.
         objective, objective_settings: what the caller was given beside it. An adapter's configuration that has others
             is refused, since they would be ignored.
+        options: likewise `ld_alpha` and `use_weighting`, where the caller has them.
 
     Raises:
         TypeError: it is none of these.
-        ValueError: it names another objective, or has other settings for it.
+        ValueError: it names another objective, or has other settings or options for it.
     """
     if config is None:
         return GAPOConfig()
@@ -144,7 +145,8 @@ def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any 
         return config
     if isinstance(config, type) or not callable(getattr(config, "step_config", None)):
         raise TypeError(f"config must be a gapo.GAPOConfig, got {named(config)}")
-    for name, beside in (("objective", objective), ("objective_settings", objective_settings)):
+    beside_it = {"objective": objective, "objective_settings": objective_settings}
+    for name, beside in {**beside_it, "ld_alpha": None, "use_weighting": False, **options}.items():
         own = getattr(config, name, beside)
         if own is not None and own != beside:
             raise ValueError(

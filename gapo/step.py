@@ -142,15 +142,18 @@ def run(
         require_reference(loss.name, ())
     outputs = tuple(stop_gradient(at_least_float32(output, xp)) for output in forward.outputs)
     records: set[str] = set()  # the running statistics of the loss
+    pair_weights = None if constants.pair_weights is None else settled(stop_gradient(constants.pair_weights))
+
+    def losses_of(logps: LogProbs) -> Array:
+        losses = loss.losses(logps)
+        records.update(logps.recorded)
+        return losses if pair_weights is None else pair_weights * losses
 
     def differentiated(point: tuple[Array, ...], kind: type[LogProbs], *seen: Any) -> tuple[Array, tuple[Array, ...]]:
         """5. The losses and the derivative of their mean by each output: N numbers, by the framework's own autodiff."""
 
         def losses_at(outputs: tuple[Array, ...]) -> Array:
-            logps = kind.of_step(outputs, constants, *seen, reduce=backend.all_reduce, running=running)
-            losses = loss.losses(logps)
-            records.update(logps.recorded)
-            return losses
+            return losses_of(kind.of_step(outputs, constants, *seen, reduce=backend.all_reduce, running=running))
 
         return backend.differentiate(losses_at, point)
 
@@ -173,7 +176,7 @@ def run(
     logps = LogProbs.of_step(outputs, constants, *seen, reduce=backend.all_reduce, running=running)
     # Statistics are seen within the differentiation, from where no value may leave: so they are taken again.
     if at_anchor or records:
-        losses = loss.losses(logps)
+        losses = losses_of(logps)
     own = {"anchor_margins": logps.anchor_margins, "anchor_gaps": logps.anchor_gaps} if constants.has_anchor else {}
     result = StepResult(
         loss=stop_gradient(xp.mean(losses)),

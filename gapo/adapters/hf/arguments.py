@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 import gapo
 from gapo._fields import carried
+from gapo.logp_options import LogpOptions
 from gapo.objectives import OBJECTIVES, resolve
 from gapo.objectives.loss import require_own_settings
 
@@ -66,6 +67,9 @@ class GAPOConfig(TrainingArguments):
         metadata={"help": 'Settings of the other objectives, such as {"beta": 0.1}; their defaults without.'},
     )
 
+    ld_alpha: float | None = carried(LogpOptions, "ld_alpha")
+    use_weighting: bool = carried(LogpOptions, "use_weighting")
+
     max_length: int | None = field(
         default=1024, metadata={"help": "Most tokens of prompt and answer together; None for no limit."}
     )
@@ -85,8 +89,10 @@ class GAPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         settings: Any = self.objective_settings  # text was parsed above
+        options = LogpOptions(self.ld_alpha, self.use_weighting)
         loss = resolve(self.objective, self.step_config(), settings)
         require_own_settings(loss, self.step_config(), settings or {}, "objective_settings={{{name!r}: {value!r}}}")
+        options.require_weightable(loss.name, loss.objective.coupled)
         for name in ("max_length", "max_prompt_length", "pad_to_multiple_of"):
             _require_count(name, getattr(self, name))
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same

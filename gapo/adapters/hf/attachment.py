@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,13 +35,14 @@ from gapo.adapters.hf.batches import stack_pairs
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import constants_of, rows_logps
 from gapo.adapters.hf.models import PreparedModel, forward_parameters, has_wide_weights, require_causal, require_graph
-from gapo.adapters.hf.supported import left_out, require_supported, require_update
+from gapo.adapters.hf.supported import left_out, require_supported, require_update, with_trls_alpha
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.sharded import is_shard
 from gapo.config import GAPOConfig
+from gapo.logp_options import LogpOptions
 from gapo.metrics import combine, evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Loss
-from gapo.pairs import LogProbs, require_reference
+from gapo.pairs import BatchConstants, LogProbs, require_reference
 from gapo.reweighting import Watch
 from gapo.step import Running, StepResult, run
 
@@ -62,12 +63,14 @@ class Settings:
         loss: what the training minimises.
         on_step: called with the result and the batch after each training micro-batch.
         disable_dropout: whether dropout is 0 while attached.
+        options: how log-probabilities are measured, and pairs weighted.
     """
 
     config: GAPOConfig
     loss: Loss
     on_step: Callable[[StepResult, dict[str, Any]], None]
     disable_dropout: bool
+    options: LogpOptions
 
 
 class Attachment:
@@ -79,8 +82,9 @@ class Attachment:
         self._backend = TorchBackend(one_pass=trainer.accelerator.mixed_precision != "fp16")
         self._window: dict[str, list[Tensor]] = defaultdict(list)
         self._evaluated: dict[str, list[Tensor]] = defaultdict(list)
-        require_supported(trainer)
+        require_supported(trainer, settings.options)
         require_update(trainer, settings.config)
+        self._logps = rows_logps(settings.options)  # one for all steps: what is proved of the model is kept for it
         self._prepared = PreparedModel(settings.disable_dropout)
         self._prepared.prepare(trainer.model)
         self._warnings: set[str] = set()
@@ -134,7 +138,7 @@ class Attachment:
                 "an evaluation with bf16_full_eval or fp16_full_eval has rounded the model's weights to 16 bits: load "
                 "the model again, and train before you evaluate, or leave the option out"
             )
-        require_supported(self.trainer)  # arguments may have changed since attaching
+        require_supported(self.trainer, self._settings.options)  # arguments may have changed since attaching
         self._window.clear()  # of a training that was interrupted, or begun again with smaller batches
         self._prepared.prepare(self.trainer.model)
         require_graph(self.trainer.model)
@@ -169,10 +173,11 @@ class Attachment:
         takes_anchor = loss.needs_anchor or config.updates_at_anchor
         bare = self.trainer.accelerator.unwrap_model(model)
         rows = stack_pairs(inputs, forward_parameters(bare))
+        self._logps.await_batch(rows)
         forward = self._backend.forward(
-            rows_logps, bare, rows, config, anchor=takes_anchor, by_side=loss.by_side, wrapper=model
+            self._logps, bare, rows, config, anchor=takes_anchor, by_side=loss.by_side, wrapper=model
         )
-        constants = constants_of(inputs, rows)
+        constants = self._constants(inputs, rows)
         result, update = run(forward, config, self._backend, loss=loss, constants=constants, running=self.running)
         scalar = forward.as_loss(result.loss, update)
         self._require_causal(model, rows)
@@ -186,6 +191,11 @@ class Attachment:
             self._window[name].append(value.detach().float())
         self._settings.on_step(result, inputs)
         return (scalar, {}) if return_outputs else scalar
+
+    def _constants(self, inputs: dict[str, Any], rows: dict[str, Tensor]) -> BatchConstants:
+        """What the batch tells besides the log-probabilities, once the clean forward has run."""
+        checked = self._settings.options.checked(with_trls_alpha(inputs, self.trainer))
+        return replace(constants_of(checked, rows), pair_weights=self._logps.pair_weights())
 
     def _warn_of_no_perturbation(self, result: StepResult) -> None:
         if float(result.radius) == 0 and self._config.moves:
@@ -229,8 +239,10 @@ class Attachment:
             require_reference(loss.name, inputs, "gapo.adapters.hf.with_reference_logps")
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             rows = stack_pairs(inputs, forward_parameters(model))
-            logps = LogProbs.of_step(rows_logps(model, rows), constants_of(inputs, rows))
-            columns = evaluation_columns(loss, logps)
+            self._logps.await_batch(rows)
+            outputs = self._logps(model, rows)
+            constants = self._constants(inputs, rows)
+            columns = evaluation_columns(loss, LogProbs.of_step(outputs, constants), constants.pair_weights)
         self._require_causal(model, rows)
         gathered = self.trainer.accelerator.gather_for_metrics(torch.stack(list(columns.values()), dim=-1))
         for name, column in zip(columns, gathered.unbind(-1), strict=True):
