@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gapo._extras import named_extra
 from gapo._fields import docstring_entries
-from gapo.config import GAPOConfig
+from gapo.config import OF_THE_UPDATE, GAPOConfig
 from gapo.runs.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"gapo score: error: {error}. See gapo score --help", file=sys.stderr)
         return 2
     with named_extra("gapo score", "cli"):
-        from gapo.runs.score.early import require_files
+        from gapo.runs.score.score_files import require_files
 
     require_files(config)  # before seconds of imports
     if adopted:
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str]) -> int:
 
     scores = score(config, step_config)
     files = Files(config.output)
+    if config.shard is not None and not scores:
+        merge = f"gapo score {config.pairs} --output {config.output} --merge"
+        print(f"shard {config.shard} is measured; when all are: {merge}")
+        return 0
     print(f"{len(scores)} scores: {files.output}; settings {files.sidecar.name}, page {files.page}")
     if config.select is not None:
         which, share = config.select
@@ -64,10 +69,14 @@ def make_parser() -> Any:
     parser.add_argument(
         "--select", nargs=2, metavar=("WHICH", "SHARE"), help="lowest or highest gaps, share of the pairs"
     )
-    for switch in ("strict", "overwrite"):
+    of_environment = " In a SLURM job array and under torchrun it is theirs; 0/1 is the whole there too."
+    parser.add_argument("--shard", metavar="I/N", help=help_of["shard"] + of_environment)
+    for switch in ("strict", "merge", "overwrite"):
         parser.add_argument(f"--{switch}", action="store_true", help=help_of[switch])
-    add_fields(parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", "strict", "overwrite"})
-    add_fields(parser, GAPOConfig, skip={"sft_weight"})
+    add_fields(
+        parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", "shard", "strict", "merge", "overwrite"}
+    )
+    add_fields(parser, GAPOConfig, skip=OF_THE_UPDATE)
     return parser
 
 
@@ -86,10 +95,22 @@ def _parsed(arguments: Sequence[str]) -> tuple[ScoreConfig, GAPOConfig, str]:
     with options.option_errors(options.keys_of(parser)):
         values = options.stated(parser, list(arguments))
         values |= {"model": tuple(values.get("model", ())), "select": _selection(values.get("select"))}
+        values["shard"] = _shard(values.get("shard"), merge=values.get("merge", False))
         names = [*values["model"], *filter(None, (values.get(name) for name in ("adapter", "checkpoints")))]
         adopted, line = settings_of_runs(names, values["pairs"], values)
         config, step_config = options.instances_of({**adopted, **values}, (ScoreConfig, GAPOConfig))
     return config, step_config, line
+
+
+def _shard(text: str | None, merge: bool) -> str | None:
+    """`--shard`, or what the environment says, as `ScoreConfig` takes it; the whole, 0/1, is none."""
+    from gapo.runs.score.shards import shard_of_environment
+
+    if text is None and not merge and (started := shard_of_environment(os.environ)) is not None:
+        shard, names = started
+        print(f"shard {shard}, by {names}; --shard 0/1 measures the whole here", flush=True)
+        return str(shard)
+    return None if text == "0/1" else text
 
 
 def _selection(words: list[str] | None) -> tuple[str, float] | None:

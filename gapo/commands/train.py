@@ -27,6 +27,13 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     with named_extra("gapo train", "cli"):
         from gapo.runs import ranks
+        from gapo.runs.launch import launch
+        from gapo.runs.train.train_files import require_files
+
+    require_files(config)  # before seconds of imports
+    if (status := launch(config, arguments)) is not None:
+        return status
+    with named_extra("gapo train", "cli"):
         from gapo.runs.train.train import train
 
     if defaults and ranks.is_first():
@@ -89,7 +96,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig, str]:
         values, defaults = with_defaults(other_names.with_short_names(values))
         config, step_config = options.instances_of(values, classes)
         _require_trust(config, arguments)  # before the loss is imported
-        require_loss_settings(config.loss, step_config, config.loss_settings)
+        require_loss_settings(config.loss, step_config, config.loss_settings, config.logp_options)
     return config, step_config, defaults
 
 

@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gapo.config import GAPOConfig
+from gapo.config import OF_THE_UPDATE, GAPOConfig
 from gapo.runs.errors import ConfigError
 from gapo.runs.score.score_config import ScoreConfig
 
-_ADOPTED = (*(f.name for f in fields(GAPOConfig) if f.name != "sft_weight"), "max_length", "batch_size")
+_ADOPTED = (*(f.name for f in fields(GAPOConfig) if f.name not in OF_THE_UPDATE), "max_length", "batch_size")
 _OF_PAIRS = ("columns", "preference")  # of a table with other names, where the same table is scored
 _OTHER = {"rho": "target_gap", "target_gap": "rho"}  # one of them sets the radius
 

@@ -40,6 +40,7 @@ def arguments_of(config: TrainConfig, step_config: GAPOConfig, checkpoints: Path
     settings: dict[str, Any] = {
         **asdict(step_config),
         **objective,
+        **asdict(config.logp_options),
         "output_dir": str(checkpoints),
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps,

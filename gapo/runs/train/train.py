@@ -11,16 +11,16 @@ from typing import Any
 from gapo._extras import named_extra
 from gapo.config import GAPOConfig
 from gapo.data import warmup_text
-from gapo.files import read_lines, require_writable, write_text
+from gapo.files import read_lines, write_text
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.held_out import fingerprint
 from gapo.runs.models.tiny import answer_texts, tiny_model
-from gapo.runs.paths import require_there
 from gapo.runs.train.loop import require_supported
 from gapo.runs.train.loss_option import code_digest, loss_of, require_loss_settings
 from gapo.runs.train.run_data import RunData, load_data
 from gapo.runs.train.train_config import TrainConfig, as_dict
+from gapo.runs.train.train_files import require_files
 from gapo.runs.train.train_page import write_report
 from gapo.runs.train.unmoved import unmoved
 from gapo.runs.versions import versions
@@ -32,7 +32,10 @@ _FILES = (
 # Version of the drawing of held-out pairs and batches: a run of another version is not resumed.
 _DRAWS = 2
 # Settings that a resumed run may have anew.
-_FREE = ("resume", "overwrite", "report_to", "logging_steps", "run_name", "disable_tqdm", "log_level", "push_to_hub")
+_FREE = (
+    *("resume", "overwrite", "report_to", "logging_steps", "num_processes"),
+    *("run_name", "disable_tqdm", "log_level", "push_to_hub"),
+)
 
 
 def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
@@ -46,11 +49,9 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
         gapo.data.PairError: the pairs cannot be read.
         ModuleNotFoundError: the backend's libraries are not installed.
     """
-    require_loss_settings(config.loss, step_config, config.loss_settings)
+    require_loss_settings(config.loss, step_config, config.loss_settings, config.logp_options)
     folder = Path(config.output_dir)
-    _require_folder(folder, config)
-    for name in ("pairs", "eval_pairs", "model", "tokenizer"):
-        require_there(name, getattr(config, name))  # before seconds of imports
+    require_files(config)  # before seconds of imports
     loop = _loop(config.backend)
     config = getattr(loop, "require", require_supported)(config, step_config)  # before minutes of reading
     _require_same_settings(folder, config, step_config)
@@ -97,17 +98,6 @@ def _loop(backend: str) -> Any:
     """The training loop of a backend. It is imported before any file is touched, since it may not be installed."""
     with named_extra(f"gapo train with backend {backend}", {"torch": "hf", "jax": "flax", "mlx": "mlx-lm"}[backend]):
         return importlib.import_module(f"gapo.runs.train.train_{backend}")
-
-
-def _require_folder(folder: Path, config: TrainConfig) -> None:
-    """Raise for a folder that cannot be written to, or that holds a finished run."""
-    if folder.is_file():
-        raise ConfigError(f"output_dir {config.output_dir!r} is a file; give a folder")
-    require_writable(folder)
-    if config.model == "tiny":
-        require_writable(Path(config.cache_dir))
-    if not config.overwrite and (folder / "summary.json").exists():
-        raise ConfigError(f"{config.output_dir} holds a finished run: give another output_dir, or --overwrite true")
 
 
 def _require_same_settings(folder: Path, config: TrainConfig, step_config: GAPOConfig) -> None:
