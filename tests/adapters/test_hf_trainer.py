@@ -351,7 +351,10 @@ def test_a_gpu_has_trls_defaults_and_a_cpu_none(tmp_path: Path, monkeypatch: pyt
         return args.bf16, args.gradient_checkpointing
 
     assert defaults() == (False, False)
-    assert defaults(bf16=True, gradient_checkpointing=True) == (True, True)  # and no FutureWarning of the old name
+    assert defaults(bf16=True, gradient_checkpointing=True, use_cpu=True) == (
+        True,
+        True,
+    )  # and no FutureWarning of the old name
     module = sys.modules[GAPOConfig.__module__]
     monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from gapo.commands import train as train_command
 from gapo.runs.errors import ConfigError
 from gapo.runs.paths import require_there
 from gapo.runs.score.run_settings import settings_of_runs
-from gapo.runs.train import torch_arguments
+from gapo.runs.train import torch_arguments, train_torch
 from gapo.runs.train.model_options import lora_config
 from gapo.runs.train.other_names import OTHER_NAMES, other_fields
 from gapo.runs.train.schedule import steps_per_epoch
@@ -190,6 +191,18 @@ def test_steps_when_the_last_batch_is_dropped() -> None:
     assert steps_per_epoch(dropped, 36) == 2  # 4 batches
 
 
+def test_a_training_that_had_ended_gives_its_best_checkpoint_where_that_is_asked(tmp_path: Path) -> None:
+    last, loaded = tmp_path / "checkpoint-4", []
+    last.mkdir()
+    state = {"global_step": 4, "max_steps": 4, "best_model_checkpoint": str(tmp_path / "checkpoint-2")}
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(), _load_from_checkpoint=loaded.append)
+    for best in (True, False):
+        trainer.args = SimpleNamespace(load_best_model_at_end=best)
+        assert train_torch._load_if_finished(trainer, str(last))
+    assert loaded == [str(tmp_path / "checkpoint-2"), str(last)]
+
+
 ACCURACY, MARGIN = "eval_rewards/accuracies", "eval_rewards/margins"
 
 
@@ -235,6 +248,7 @@ lines = [
     ["score", "gone.jsonl", "--model", "x", "--output", "s.jsonl"],
     ["score", "CODE", "--model", "./gone", "--output", "s.jsonl"], ["score", "--rho", "0.1"], ["score", "--rh", "1"],
     ["flip", "gone.jsonl", "--output", "a.jsonl"], ["flip"], ["tune"],
+    ["generate", "gone.json", "--model", "x", "--output", "a.json"], ["generate", "--modl", "x"],
 ]
 for line in lines:
     try:
@@ -246,9 +260,9 @@ assert not {"torch", "transformers", "datasets"} & set(sys.modules)
 """
     (tmp_path / "a.py").write_text(code)
     done = subprocess.run([sys.executable, "a.py"], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert re.findall(r"status (.)", done.stdout) == ["2", "1", "1", "1", "1", "2", "2", "1", "2", "2"]
+    assert re.findall(r"status (.)", done.stdout) == list("211112212212")
     lines = done.stderr.splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 12
     assert all("error: " in line and "usage" not in line for line in lines)
 
 

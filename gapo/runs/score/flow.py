@@ -24,7 +24,6 @@ from gapo.runs import held_out
 from gapo.runs.claims import Claims, owner_of
 from gapo.runs.errors import ConfigError
 from gapo.runs.output.tables import Row, read_table, write_table
-from gapo.runs.ranks import require_one
 from gapo.runs.score.measure import Measure
 from gapo.runs.score.score_config import ScoreConfig
 from gapo.runs.score.score_files import require_files
@@ -75,8 +74,6 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
             raise ConfigError(
                 f"{name} changes no score: leave it at {getattr(GAPOConfig, name)!r}, got {getattr(step, name)!r}"
             )
-    if config.shard is None:
-        require_one("gapo score")
     files = Files(config.output)
     require_files(config)
     finished = files.finished() and not config.overwrite

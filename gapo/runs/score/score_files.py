@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gapo.files import require_writable
 from gapo.runs.paths import require_there
+from gapo.runs.ranks import require_one
 from gapo.runs.score.score_config import ScoreConfig
 
 
@@ -14,8 +15,10 @@ def require_files(config: ScoreConfig) -> None:
 
     Raises:
         OSError: names the folder that cannot be written to.
-        ConfigError: names what does not exist.
+        ConfigError: names what does not exist; or several processes would do the same work.
     """
+    if config.shard is None:
+        require_one("gapo score")
     for path in (config.output, config.select_output):
         if path is not None:
             require_writable(Path(path).parent)
