@@ -248,7 +248,7 @@ lines = [
     ["score", "gone.jsonl", "--model", "x", "--output", "s.jsonl"],
     ["score", "CODE", "--model", "./gone", "--output", "s.jsonl"], ["score", "--rho", "0.1"], ["score", "--rh", "1"],
     ["flip", "gone.jsonl", "--output", "a.jsonl"], ["flip"], ["tune"],
-    ["generate", "gone.json", "--model", "x", "--output", "a.json"], ["generate", "--modl", "x"],
+    ["generate", "gone.json", "--model", "x", "--output", "a.jsonl"], ["generate", "--modl", "x"],
 ]
 for line in lines:
     try:
