@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gapo._extras import named_extra
 from gapo._fields import docstring_entries
-from gapo.config import GAPOConfig
+from gapo.config import OF_THE_UPDATE, GAPOConfig
 
 if TYPE_CHECKING:
     from gapo.runs.score.score_config import ScoreConfig
@@ -63,7 +63,7 @@ def make_parser() -> Any:
     add_fields(
         parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", "shard", "strict", "merge", "overwrite"}
     )
-    add_fields(parser, GAPOConfig, skip={"sft_weight"})
+    add_fields(parser, GAPOConfig, skip=OF_THE_UPDATE)
     return parser
 
 
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str]) -> tuple[ScoreConfig, GAPOConfig]:
         lists = {"model": tuple(values["model"]), "select": _selection(values["select"])}
         shard = {"shard": _shard(values["shard"], merge=values["merge"])}
         config = ScoreConfig(**{f.name: values[f.name] for f in fields(ScoreConfig)} | lists | shard)
-        step_config = GAPOConfig(**{f.name: values[f.name] for f in fields(GAPOConfig) if f.name != "sft_weight"})
+        step_config = GAPOConfig(**{f.name: values[f.name] for f in fields(GAPOConfig) if f.name not in OF_THE_UPDATE})
     except ValueError as error:
         parser.error(str(error))
     return config, step_config

@@ -170,9 +170,10 @@ class GAPOTrainer(Trainer):
         """The section of the model card on the objective."""
         loss, config = self._loss, self.args.step_config()
         settings = dict(loss.settings)
-        if loss.needs_anchor:
+        if loss.needs_anchor or config.updates_at_anchor:
             radius = {"rho": config.rho} if config.target_gap is None else {"target_gap": config.target_gap}
-            settings |= {**radius, "anchor": config.anchor}
+            update = {"update": config.update} if config.updates_at_anchor else {}
+            settings |= {**radius, "anchor": config.anchor, **update}
         settings |= {name: x for name, x in asdict(self._options).items() if x != getattr(LogpOptions, name)}
         paper = f" ({loss.objective.paper})" if loss.objective.paper else ""
         listed = ", ".join(f"{name} {value}" for name, value in settings.items()) or "no settings"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from gapo.config import GAPOConfig
+from gapo.config import OF_THE_UPDATE, GAPOConfig, plain
 from gapo.data import read_pairs
 from gapo.files import JsonLines, read_lines, require_writable, write_text
 from gapo.runs import held_out
@@ -69,8 +69,11 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
         FloatingPointError: a margin or gradient is not finite, naming the rows of its batch.
     """
     step = GAPOConfig() if step is None else step
-    if step.sft_weight:
-        raise ConfigError(f"sft_weight changes no score: leave it at 0, got {step.sft_weight}")
+    for name in OF_THE_UPDATE:
+        if getattr(step, name) != getattr(GAPOConfig, name):
+            raise ConfigError(
+                f"{name} changes no score: leave it at {getattr(GAPOConfig, name)!r}, got {getattr(step, name)!r}"
+            )
     if config.shard is None:
         require_one("gapo score")
     files = Files(config.output)
@@ -100,8 +103,8 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
     if finished:
         scores = read_table(files.output)
         if config.merge:
-            for path in shards_beside(files.output).values():
-                _require_same(read_lines(path)[0]["settings"], earlier or {}, files.output)
+            for log in shards_beside(files.output).values():
+                _require_same(read_lines(log)[0]["settings"], earlier or {}, files.output)
             files.clear_shards()
         files.log.unlink(missing_ok=True)  # left by a kill between the scores and this line
     elif config.merge:
@@ -169,7 +172,7 @@ def _settings(config: ScoreConfig, step_config: GAPOConfig, pairs: Sequence[Row]
         "tokenizers_sha256": tokenizers_fingerprint(sources, config),
         "draws": _DRAWS,
         **measured,
-        **{name: value for name, value in asdict(step_config).items() if name != "sft_weight"},
+        **{name: value for name, value in plain(step_config).items() if name not in OF_THE_UPDATE},
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def _require_folder(folder: Path, config: TrainConfig, step_config: GAPOConfig) 
     if (folder / "summary.json").exists():
         raise ConfigError(f"{config.output_dir} holds a finished run: give another output_dir, or --overwrite true")
     if (folder / "config.json").exists():
-        old = json.loads((folder / "config.json").read_text())
+        old = {**asdict(GAPOConfig()), **json.loads((folder / "config.json").read_text())}
         ignored = ("resume", "overwrite", "report_to", "logging_steps", "num_processes")
         new = as_dict(config, step_config)
         changed = [name for name in new if name not in ignored and old.get(name) != new[name]]

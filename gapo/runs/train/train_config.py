@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from gapo.config import GAPOConfig
+from gapo.config import GAPOConfig, plain
 from gapo.logp_options import LogpOptions
 from gapo.runs.config_bases import TrainingConfig, require_not_negative, require_positive
 from gapo.runs.errors import require_seed
@@ -148,4 +148,4 @@ class TrainConfig(TrainingConfig):
 
 def as_dict(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     """Both configurations as one flat dict, without `trust_code`, which is of the call and not of the run."""
-    return {name: value for name, value in {**asdict(config), **asdict(step_config)}.items() if name != "trust_code"}
+    return {name: value for name, value in {**asdict(config), **plain(step_config)}.items() if name != "trust_code"}
