@@ -72,6 +72,15 @@ def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
     refused(message, tmp_path / "run", monkeypatch)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_precision_of_accelerate_s_that_is_not_the_run_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    message = f"accelerate's configuration has mixed_precision '{precision}', and bf16=False is 'no': let them agree"
+    refused(message, tmp_path / "run", monkeypatch)
+
+
 def test_adapters_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     refused(r'needs peft, which is not installed: pip install "gapo\[hf\]"', tmp_path / "run", monkeypatch, lora_r=2)
