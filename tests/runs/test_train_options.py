@@ -52,10 +52,10 @@ def test_backends_agree_and_the_reference_is_measured_alike(model: str, tmp_path
     assert abs(start["eval_logps/chosen"] / plain[0]["eval_logps/chosen"] - 1) > 0.01
     for name, found in rows.items():
         assert found[0]["eval_reference/margins"] == pytest.approx(0, abs=1e-4), name
-        for row, expected in zip(found, rows["torch"], strict=True):
+        for row, expected in ((found[0], start), (found[-1], rows["torch"][-1])):
             for key in ("eval_loss", "eval_logps/chosen", "eval_reference/margins"):
                 assert row[key] == pytest.approx(expected[key], rel=2e-3, abs=2e-3), (name, key)
-    assert rows["torch"][1]["eval_reference/margins"] > 0.01
+    assert rows["torch"][-1]["eval_reference/margins"] > 0.01
     config = json.loads((tmp_path / "torch" / "run" / "config.json").read_text())
     assert (config["ld_alpha"], config["use_weighting"]) == (0.4, True)
 
