@@ -41,7 +41,7 @@ def evaluations(folder: Path, **options: Any) -> list[dict[str, float]]:
 
 
 def test_backends_agree_and_the_reference_is_measured_alike(model: str, tmp_path: Path) -> None:
-    """At the start z is 0 for every pair, and the loss log 2 times the mean weight; with two kinds of sums it is not."""
+    """At the start z is 0 for every pair, and the loss log 2 times the mean weight. Two kinds of sums would move it."""
     for library in ("flax", "mlx_lm"):
         require(library)
     rows = {name: evaluations(tmp_path / name, model=model, backend=name) for name in ("torch", "jax", "mlx")}
