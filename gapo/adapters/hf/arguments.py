@@ -100,10 +100,9 @@ class GAPOConfig(TrainingArguments):
         self._take_defaults_of_device()
         super().__post_init__()
         settings: Any = self.objective_settings  # text was parsed above
-        logps = LogpOptions(self.ld_alpha, self.use_weighting)
         loss = resolve(self.objective, self.step_config(), settings)
         require_own_settings(loss, self.step_config(), settings or {}, "objective_settings={{{name!r}: {value!r}}}")
-        logps.require_weightable(loss.name, loss.objective.coupled)
+        LogpOptions(self.ld_alpha, self.use_weighting).require_weightable(loss.name, loss.objective.coupled)
         for name in ("max_length", "max_prompt_length", "pad_to_multiple_of"):
             _require_count(name, getattr(self, name))
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same
