@@ -89,10 +89,10 @@ class GAPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         settings: Any = self.objective_settings  # text was parsed above
-        options = LogpOptions(self.ld_alpha, self.use_weighting)
+        logps = LogpOptions(self.ld_alpha, self.use_weighting)
         loss = resolve(self.objective, self.step_config(), settings)
         require_own_settings(loss, self.step_config(), settings or {}, "objective_settings={{{name!r}: {value!r}}}")
-        options.require_weightable(loss.name, loss.objective.coupled)
+        logps.require_weightable(loss.name, loss.objective.coupled)
         for name in ("max_length", "max_prompt_length", "pad_to_multiple_of"):
             _require_count(name, getattr(self, name))
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same

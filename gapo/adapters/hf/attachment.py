@@ -36,19 +36,18 @@ from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import constants_of, rows_logps
 from gapo.adapters.hf.models import PreparedModel, forward_parameters, has_wide_weights, require_causal, require_graph
 from gapo.adapters.hf.supported import left_out, require_supported, require_update, with_trls_alpha
+from gapo.adapters.hf.window import MetricsWindow
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.sharded import is_shard
 from gapo.config import GAPOConfig
 from gapo.logp_options import LogpOptions
-from gapo.metrics import combine, evaluation_columns, evaluation_metrics, step_metrics
+from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Loss
 from gapo.pairs import BatchConstants, LogProbs, require_reference
 from gapo.reweighting import Watch
 from gapo.step import Running, StepResult, run
 
 logger = logging.getLogger(__name__)
-
-_PAIRS = "pairs"  # of a micro-batch, by which its metrics weigh in a window's mean
 
 # The trainer's methods that an attachment replaces, each by its own method of the same name.
 _REPLACED = ("compute_loss", "prediction_step", "evaluation_loop", "log", "train")
@@ -80,7 +79,7 @@ class Attachment:
         self.trainer, self._settings, self._config = trainer, settings, settings.config
         # float16's gradient scaler must see the update's backward, which the one-pass step replaces.
         self._backend = TorchBackend(one_pass=trainer.accelerator.mixed_precision != "fp16")
-        self._window: dict[str, list[Tensor]] = defaultdict(list)
+        self._window = MetricsWindow()
         self._evaluated: dict[str, list[Tensor]] = defaultdict(list)
         require_supported(trainer, settings.options)
         require_update(trainer, settings.config)
@@ -183,12 +182,10 @@ class Attachment:
         self._require_causal(model, rows)
         self.running = result.running or {}
         metrics = step_metrics(result, config)
-        metrics[_PAIRS] = torch.tensor(float(len(result.margins)))
         if result.radius is not None:
             metrics["gapo/anchor_pairs"] = torch.tensor(float(self._anchor_pairs(result)))
             self._warn_of_no_perturbation(result)
-        for name, value in metrics.items():
-            self._window[name].append(value.detach().float())
+        self._window.add(metrics, len(result.margins))
         self._settings.on_step(result, inputs)
         return (scalar, {}) if return_outputs else scalar
 
@@ -287,22 +284,10 @@ class Attachment:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own log, with the metrics of the training window added where it reports one."""
         if self._window and "loss" in logs:
-            metrics = self._close_window()
+            metrics = self._window.close(self.trainer.accelerator)
             self._watch.see(metrics)
             logs.update(metrics)
         self._replaced["log"](logs, *args, **kwargs)
-
-    def _close_window(self) -> dict[str, float]:
-        """One value of each metric, over the micro-batches since the last log and over all ranks."""
-        names = list(self._window)
-        table = torch.stack([torch.stack([v.cpu() for v in self._window[name]]) for name in names], dim=-1)
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes > 1:
-            table = accelerator.gather(table.to(accelerator.device)).cpu()
-        self._window.clear()
-        columns = {name: column.tolist() for name, column in zip(names, table.T, strict=True)}
-        pairs = columns.pop(_PAIRS)
-        return {name: combine(name, column, pairs) for name, column in columns.items()}
 
     def _warn_of_what_is_left_out(self) -> None:
         for line in left_out(self.trainer):

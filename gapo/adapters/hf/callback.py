@@ -17,7 +17,7 @@ from gapo.adapters.hf.attachment import Attachment, Settings
 from gapo.config import GAPOConfig, plain, step_settings
 from gapo.logp_options import LogpOptions
 from gapo.objectives import Objective, resolve
-from gapo.step import StepResult
+from gapo.step import Running, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class GAPOCallback(TrainerCallback):
         self.disable_dropout = disable_dropout
         self._attachment: Attachment | None = None
         self._left: weakref.ref[Trainer] | None = None  # the trainer that it was detached from
+        self._running_left: Running = {}  # the running statistics as they stood then
         self._began_at = 0  # the step that the training began after
 
     def attach(self, trainer: Trainer) -> GAPOCallback:
@@ -96,16 +97,22 @@ class GAPOCallback(TrainerCallback):
         if Attachment.of(trainer) is not None:
             raise ValueError("another GAPOCallback is attached to this trainer already: give it one only")
         settings = Settings(self.config, self.loss, self._report, self.disable_dropout, self.options)
-        self._attachment, self._left = Attachment(trainer, settings), None
+        self._attachment = Attachment(trainer, settings)
+        if self._left is not None and self._left() is trainer:  # within a training they go on; a new one begins anew
+            self._attachment.running = self._running_left
+        self._left = None
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         return self
 
     def detach(self) -> None:
-        """Give the trainer its own methods and the model its dropout back, until `attach` is called again."""
+        """Give the trainer its own methods and the model its dropout back, until `attach` is called again.
+
+        Running statistics of the objective stand still meanwhile, and go on when the callback is attached again.
+        """
         if self._attachment is not None:
             self._attachment.undo()
-            self._left = weakref.ref(self._attachment.trainer)
+            self._left, self._running_left = weakref.ref(self._attachment.trainer), self._attachment.running
             self._attachment = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

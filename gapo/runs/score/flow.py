@@ -103,8 +103,8 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
     if finished:
         scores = read_table(files.output)
         if config.merge:
-            for path in shards_beside(files.output).values():
-                _require_same(read_lines(path)[0]["settings"], earlier or {}, files.output)
+            for log in shards_beside(files.output).values():
+                _require_same(read_lines(log)[0]["settings"], earlier or {}, files.output)
             files.clear_shards()
         files.log.unlink(missing_ok=True)  # left by a kill between the scores and this line
     elif config.merge:
