@@ -179,14 +179,14 @@ class Attachment:
         metrics[_PAIRS] = torch.tensor(float(len(result.margins)))
         if result.radius is not None:
             metrics["gapo/anchor_pairs"] = torch.tensor(float(self._anchor_pairs(result)))
-            self._warn_of_no_perturbation(result)
+            self._warn_of_no_perturbation(result.radius)
         for name, value in metrics.items():
             self._window[name].append(value.detach().float())
         self._settings.on_step(result, inputs)
         return (scalar, {}) if return_outputs else scalar
 
-    def _warn_of_no_perturbation(self, result: StepResult) -> None:
-        if float(result.radius) == 0 and self._config.moves:
+    def _warn_of_no_perturbation(self, radius: torch.Tensor) -> None:
+        if float(radius) == 0 and self._config.moves:
             self._warn(
                 "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is "
                 "0); it ends with the first update. With adaptive=False it does not happen"
