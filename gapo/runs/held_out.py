@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gapo.data import Pairs, generate_pairs, read_pairs
+from gapo.data.rows import selected
 from gapo.runs.config_bases import EvaluatedPairs
 from gapo.runs.splits import evaluation_split, require_split
 
 Row = dict[str, Any]
-Rows = list[Row]
+Rows = Sequence[Row]
 
 
 def read_both(
@@ -54,7 +56,7 @@ def hold_out_share(rows: Rows, share: float, rng: np.random.Generator) -> tuple[
     """(the rest, a random `share` of the rows), both in the order of `rows`."""
     order = rng.permutation(len(rows))
     count = round(share * len(order))
-    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+    return selected(rows, np.sort(order[count:])), selected(rows, np.sort(order[:count]))
 
 
 def hold_out_prompts(rows: Rows, count: int, rng: np.random.Generator) -> tuple[Rows, Rows]:
@@ -81,8 +83,8 @@ def report_in_both(shared: int, of: int, what: str = "held-out") -> str:
 
 def in_both(rows: Iterable[Row], others: Iterable[Row]) -> int:
     """The number of `rows` that are in `others` too: same prompt, same two answers, either of them the chosen one."""
-    contents = {_content(row) for row in others}
-    return sum(_content(row) in contents for row in rows)
+    counts = Counter(map(_content, rows))  # of the fewer, since `others` may be a million
+    return sum(counts.pop(_content(row), 0) for row in others)
 
 
 def _content(row: Row) -> str:
