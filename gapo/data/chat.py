@@ -110,7 +110,7 @@ class _Template:
 
     @property
     def is_plain(self) -> bool:
-        """Whether ids are those of the rendered text: so in transformers, but not in tokenizers with their own method."""
+        """Whether ids are those of the rendered text, as in transformers; some tokenizers have their own method."""
         method = getattr(type(self._tokenizer), "apply_chat_template", None)
         return getattr(method, "__module__", "") == "transformers.tokenization_utils_base"
 

@@ -60,16 +60,14 @@ def _rows(
                 yield line, _row(names, cells, prompts)
             if foreign and not own and is_utf8_name(encoding):
                 raise PairError(
-                    f"{path} is not UTF-8, from line {foreign[0]} on ({len(foreign)} rows): if a spreadsheet on Windows "
-                    "saved it, give encoding cp1252; or save it as UTF-8"
+                    f"{path} is not UTF-8, from line {foreign[0]} on ({len(foreign)} rows): save it as UTF-8, or "
+                    "give its encoding, which is cp1252 where a spreadsheet on Windows saved it"
                 )
     finally:
         csv.field_size_limit(limit)
 
 
-def _header(
-    file: Iterable[str], path: Path, separators: str, needed: Collection[str]
-) -> tuple[list[str], str, int]:
+def _header(file: Iterable[str], path: Path, separators: str, needed: Collection[str]) -> tuple[list[str], str, int]:
     """The names of the columns, the separator, and how many lines they take."""
     lines: list[str] = []
 

@@ -110,8 +110,7 @@ def read_pairs(
     (3, [Problem(line=4, reason='chosen equals rejected')])
     """
     layout = Layout(columns, preference)
-    options = {"config": config, "revision": revision, "streaming": streaming}
-    raw = Source(str(source), split, encoding, names=layout.names, needed=layout.needed, **options)
+    raw = Source(str(source), split, encoding, config, revision, streaming, layout.names, layout.needed)
     writer, problems, first = RowWriter(), [], None
     line = 0
     try:

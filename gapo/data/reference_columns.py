@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gapo.data.collate import TOKENIZED, collate_pairs, padding_multiple
+from gapo.data.rows import WithColumns, mapped
 from gapo.pairs import REFERENCE
 
 Measure = Callable[[Mapping[str, np.ndarray]], tuple[Any, Any]]
@@ -20,7 +21,7 @@ def with_reference_logps(
     pad_token_id: int,
     batch_size: int = 16,
     progress: str | None = "reference log-probabilities",
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """The rows with "ref_chosen_logps" and "ref_rejected_logps": summed log-probabilities under the reference, nats.
 
     Rows of similar length share a batch. The result is reproducible: the same rows in the same order give the same
@@ -65,6 +66,4 @@ def with_reference_logps(
                 f"the reference log-probabilities of row {tokenized[i].get('id', i)} are {chosen} (chosen) and "
                 f"{rejected} (rejected): look at its tokens, or at the model"
             )
-    return [
-        {**row, **dict(zip(REFERENCE, pair, strict=True))} for row, pair in zip(tokenized, logps.tolist(), strict=True)
-    ]
+    return mapped(tokenized, WithColumns(REFERENCE, logps))

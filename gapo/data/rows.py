@@ -32,7 +32,7 @@ class ReadRow(dict[str, Any]):
             "[{**row, 'id': i} for i, row in enumerate(rows)]"
         )
 
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
@@ -99,6 +99,30 @@ def selected(rows: Sequence[Row], index: Iterable[int]) -> Sequence[Row]:
 def mapped(rows: Sequence[Row], function: Callable[[int, Row], Row]) -> Sequence[Row]:
     """`function` of (place, row) for each row: a view of `Rows`, a list of others."""
     return rows.map(function) if isinstance(rows, Rows) else [function(i, row) for i, row in enumerate(rows)]
+
+
+def joined(*parts: Sequence[Row]) -> Rows:
+    """The rows of several sequences behind each other, as a view."""
+    return Rows(_Joined(parts), np.arange(sum(map(len, parts))))
+
+
+class _Joined:
+    def __init__(self, parts: Sequence[Sequence[Row]]) -> None:
+        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __call__(self, place: int) -> Row:
+        part = int(np.searchsorted(self._ends, place, side="right"))
+        return self._parts[part][place - int(self._ends[part]) + len(self._parts[part])]
+
+
+class WithColumns:
+    """For `mapped`: a row with more columns, from an array (n, columns) of numbers."""
+
+    def __init__(self, names: Sequence[str], values: np.ndarray) -> None:
+        self._names, self._values = names, values
+
+    def __call__(self, place: int, row: Row) -> Row:
+        return {**row, **dict(zip(self._names, self._values[place].tolist(), strict=True))}
 
 
 class RowWriter:

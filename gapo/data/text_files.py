@@ -46,7 +46,9 @@ def open_text(path: Path, encoding: str, newline: str) -> io.TextIOWrapper:
         return io.TextIOWrapper(buffered, encoding=codec, errors="surrogateescape", newline=newline)
     except LookupError as error:
         buffered.close()
-        raise PairError(f"encoding must be a text encoding of Python such as utf-8 or cp1252, got {encoding!r}") from error
+        raise PairError(
+            f"encoding must be a text encoding of Python such as utf-8 or cp1252, got {encoding!r}"
+        ) from error
     except PairError:
         buffered.close()
         raise
@@ -74,7 +76,7 @@ class _Unpacked(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self._path, self._size = path, 0
         self._most = max(_HARMLESS, _GROWTH * path.stat().st_size)
-        self._file = gzip.open(path, "rb")
+        self._file = gzip.GzipFile(path, "rb")
 
     def readable(self) -> bool:
         return True

@@ -150,8 +150,10 @@ class _Tokenizing:
         self._framing: tuple[list[int], list[int]] | None = None
 
     def all(self, rows: Sequence[dict[str, Any]]) -> list[Tokens]:
-        """The tokens of each row. A single row raises its own ValueError; of several, _AtRow names the first bad one."""
-        checked, texts, fault = [], [], None
+        """The tokens of each row. A single row raises its own ValueError; of several, _AtRow has the first bad one."""
+        checked: list[tuple[dict[str, Any] | Chat, list[str] | None]] = []
+        texts: list[str] = []
+        fault: ValueError | None = None
         for row in rows:
             try:
                 checked.append(self._checked(row))
@@ -162,8 +164,8 @@ class _Tokenizing:
         encoded = iter(self._encoded(texts))
         tokens = []
         try:
-            for row, row_texts in checked:
-                tokens.append(self._tokens(row, [next(encoded) for _ in row_texts] if row_texts else None))
+            for pair, row_texts in checked:
+                tokens.append(self._tokens(pair, [next(encoded) for _ in row_texts] if row_texts else None))
             if fault is not None:
                 raise fault
         except ValueError as error:
@@ -215,7 +217,7 @@ class _Tokenizing:
         return _truncated(prompt, answers, self._limits, self._tokenizer.bos_token_id)
 
     def _split_text(self, encoded: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the prompt and of the answers behind it; the prompt begins with the tokenizer's own first tokens."""
+        """Token ids of the prompt, which begins with the tokenizer's own first tokens, and of the answers behind it."""
         if self._framing is None:
             self._framing = _frame(self._tokenizer)
         opening, closing = self._framing

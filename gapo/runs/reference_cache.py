@@ -16,10 +16,11 @@ import numpy as np
 from gapo.data import with_reference_logps
 from gapo.data.collate import TOKENIZED
 from gapo.data.reference_columns import Measure
+from gapo.data.rows import WithColumns, joined
 from gapo.pairs import REFERENCE
 from gapo.runs.output.tensors import kept_arrays
 
-Rows = list[dict[str, Any]]
+Rows = Sequence[dict[str, Any]]
 
 
 def with_kept_reference(
@@ -39,7 +40,7 @@ def with_kept_reference(
     Raises:
         ConfigError: the file is damaged, or of other pairs.
     """
-    rows = [*train, *held_out]
+    rows = joined(train, held_out)
 
     def columns() -> dict[str, np.ndarray]:
         measured = with_reference_logps(rows, measure, pad_token_id=pad_token_id, batch_size=batch_size)
@@ -52,7 +53,7 @@ def with_kept_reference(
         others="the reference log-probabilities of other pairs, or of another tokenizer: the data of this run have "
         "changed since it began. Give another output_dir, or --overwrite true",
     )
-    rows = [{**row, **{name: float(arrays[name][i]) for name in REFERENCE}} for i, row in enumerate(rows)]
+    rows = rows.map(WithColumns(REFERENCE, np.stack([arrays[name] for name in REFERENCE], axis=-1)))
     return rows[: len(train)], rows[len(train) :]
 
 

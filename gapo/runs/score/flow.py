@@ -171,7 +171,12 @@ def _require_same(settings: Row, earlier: Row, where: Path) -> None:
 
 
 def _measure_all(
-    pairs: list[Row], sources: list[Source], settings: Row, config: ScoreConfig, step_config: GAPOConfig, files: Files
+    pairs: Sequence[Row],
+    sources: list[Source],
+    settings: Row,
+    config: ScoreConfig,
+    step_config: GAPOConfig,
+    files: Files,
 ) -> list[Row]:
     """Measure what the log does not hold yet; write the settings, then the scores."""
     head, *lines = read_lines(files.log) or [{}]

@@ -14,7 +14,7 @@ from gapo.data import warmup_text
 from gapo.files import require_writable, write_text
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
-from gapo.runs.held_out import fingerprint
+from gapo.runs.held_out import Rows, fingerprint
 from gapo.runs.models.tiny import answer_texts, tiny_model
 from gapo.runs.train.loop import require_supported
 from gapo.runs.train.loss_option import code_digest, loss_of, require_loss_settings
@@ -77,7 +77,7 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     return summary
 
 
-def _warmup_answers(config: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
+def _warmup_answers(config: TrainConfig, rows: Rows) -> list[str]:
     if config.pairs == "demo":
         return warmup_text(2 * config.demo_size, seed=config.seed).split("\n")
     return answer_texts(rows)
@@ -94,15 +94,14 @@ def _require_folder(folder: Path, config: TrainConfig, step_config: GAPOConfig) 
     if folder.is_file():
         raise ConfigError(f"output_dir {config.output_dir!r} is a file; give a folder")
     require_writable(folder)
-    if config.model == "tiny":
-        require_writable(Path(config.cache_dir))
+    require_writable(Path(config.cache_dir))
     if config.overwrite:
         return
     if (folder / "summary.json").exists():
         raise ConfigError(f"{config.output_dir} holds a finished run: give another output_dir, or --overwrite true")
     if (folder / "config.json").exists():
         old = json.loads((folder / "config.json").read_text())
-        ignored = ("resume", "overwrite", "report_to", "logging_steps")
+        ignored = ("resume", "overwrite", "report_to", "logging_steps", "dataset_num_proc")
         new = as_dict(config, step_config)
         changed = [name for name in new if name not in ignored and old.get(name) != new[name]]
         if changed:

@@ -65,6 +65,7 @@ class TrainConfig(TrainingConfig):
         logging_steps: log every so many steps.
         bf16: train under bfloat16 autocast.
         gradient_checkpointing: trade time for memory.
+        dataset_num_proc: processes that tokenise; none for one. Tokens are kept in cache_dir for the next run.
         report_to: trackers of transformers, comma separated, or "none".
         drift: measure the drift from the starting policy at each checkpoint.
         drift_pairs: training and held-out pairs to measure it on, so many of each.
@@ -103,6 +104,7 @@ class TrainConfig(TrainingConfig):
     logging_steps: int = 10
     bf16: bool = False
     gradient_checkpointing: bool = False
+    dataset_num_proc: int | None = None
     report_to: str = "none"
     drift: bool = False
     drift_pairs: int = 32
@@ -117,6 +119,8 @@ class TrainConfig(TrainingConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         require_seed("flip_seed", self.flip_seed)
+        if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
+            raise ValueError(f"dataset_num_proc must be >= 1, or none for one process; got {self.dataset_num_proc}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be >= 1, or -1 for all epochs; got {self.max_steps}")
         if self.eval_pairs is None and self.pairs != "demo" and not 0 < self.eval_fraction < 1:
