@@ -34,6 +34,7 @@ def make_parser() -> Any:
     with named_extra("gapo score", "cli"):
         from jsonargparse import ArgumentParser
 
+        from gapo.runs.config_bases import PairSource
         from gapo.runs.options import add_fields
         from gapo.runs.score.score_config import ScoreConfig
 
@@ -43,17 +44,18 @@ def make_parser() -> Any:
         epilog="example: gapo score pairs.jsonl --model runs/mine/model --rho 0.05 --repeats 3 --output scores.jsonl "
         "--select lowest 0.7 --select_output kept.jsonl",
     )
-    help_of = docstring_entries(ScoreConfig.__doc__ or "")
+    help_of = docstring_entries(PairSource.__doc__ or "") | docstring_entries(ScoreConfig.__doc__ or "")
     # By hand those that a command line spells in its own way.
-    parser.add_argument("pairs", help="a file (.json, .jsonl, each also .gz, .csv, .parquet) or the name of a data set")
+    parser.add_argument("pairs", help=help_of["pairs"])
     parser.add_argument("--model", nargs="+", action="extend", default=[], help=help_of["model"])
     parser.add_argument("--checkpoints", "--epochs-of-checkpoints", help=help_of["checkpoints"])
     parser.add_argument(
         "--select", nargs=2, metavar=("WHICH", "SHARE"), help="lowest or highest gaps, share of the pairs"
     )
-    for switch in ("strict", "overwrite"):
+    switches = {"strict", "overwrite", "streaming"}
+    for switch in sorted(switches):
         parser.add_argument(f"--{switch}", action="store_true", help=help_of[switch])
-    add_fields(parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", "strict", "overwrite"})
+    add_fields(parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", *switches})
     add_fields(parser, GAPOConfig, skip={"sft_weight"})
     return parser
 

@@ -142,6 +142,28 @@ class Layout:
         raise ValueError(f"column {self._preference!r} has {value!r}; accepted are {_ACCEPTED}")
 
 
+def parse_columns(columns: Mapping[str, str] | str | None) -> dict[str, str] | None:
+    """`prompt=question,chosen=good` as a mapping; a mapping is returned as it is.
+
+    Raises:
+        ValueError: a part of the text is no `name=column`, or a name comes twice.
+
+    >>> parse_columns("prompt=question, chosen=good")
+    {'prompt': 'question', 'chosen': 'good'}
+    """
+    if columns is None or not isinstance(columns, str):
+        return None if columns is None else dict(columns)
+    parsed: dict[str, str] = {}
+    for part in columns.split(","):
+        name, equals, source = (word.strip() for word in part.partition("="))
+        if not (name and equals and source):
+            raise ValueError(f"columns must be name=column, several with commas between them; got {columns!r}")
+        if name in parsed:
+            raise ValueError(f"columns names {name!r} twice: {columns!r}")
+        parsed[name] = source
+    return parsed
+
+
 def listed_columns(keys: Any) -> str:
     """The names of columns for an error, as many as can be read."""
     names = list(map(str, keys))

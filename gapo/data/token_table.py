@@ -47,7 +47,7 @@ def tokenized_rows(
     """
     with named_extra("tokenising into a file", "hf"):
         import datasets
-    key = _digest(rows, tokenizer, limits)
+    key = _digest(rows, tokens_key(tokenizer, limits))
     folder.mkdir(parents=True, exist_ok=True)
     ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
     features = {**dict.fromkeys(TOKENIZED, ids), **dict.fromkeys(NOTES[:2], number), NOTES[2]: datasets.Value("bool")}
@@ -87,7 +87,7 @@ class _Tokenize:
 
     def __call__(self, places: list[int]) -> dict[str, list[Any]]:
         rows = (self._rows[place] for place in places)
-        each = tokens_of_each(rows, self._tokenizer, self._limits, name=self._name, first=places[0])
+        each = tokens_of_each(rows, self._tokenizer, self._limits, name=self._name, numbers=places)
         return columns_of([tokens for _, tokens in each])
 
 
@@ -101,15 +101,18 @@ class _WithTokens:
         return {**self._rows[place], **self._table[place]}
 
 
-def _digest(rows: Sequence[Row], tokenizer: Any, limits: Limits) -> str:
-    """Of everything that the tokens depend on."""
-    digest = hashlib.sha256()
-    for part in (limits, *_identity(text_tokenizer(tokenizer))):
-        digest.update(repr(part).encode())
-    for file in _CODE:
-        digest.update(Path(__file__).with_name(file).read_bytes())
+def _digest(rows: Sequence[Row], key: str) -> str:
+    digest = hashlib.sha256(key.encode())
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return digest.hexdigest()[:32]
+
+
+def tokens_key(tokenizer: Any, limits: Limits) -> str:
+    """A digest of everything but the rows that tokens depend on: the tokenizer, the limits, the code, the libraries."""
+    digest = hashlib.sha256(repr((limits, _identity(text_tokenizer(tokenizer)))).encode())
+    for file in _CODE:
+        digest.update(Path(__file__).with_name(file).read_bytes())
     return digest.hexdigest()[:32]
 
 

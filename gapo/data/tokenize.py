@@ -108,11 +108,14 @@ def tokenize_pairs(
 
 def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
     """The tokens of `tokenize_pair`, with the number of tokens removed; equal answers are not refused."""
-    return _Tokenizing(tokenizer, limits).all([row])[0]
+    try:
+        return _Tokenizing(tokenizer, limits).all([row])[0]
+    except _AtRow as error:
+        raise ValueError(str(error.__cause__)) from error.__cause__
 
 
 def tokens_of_each(
-    rows: Iterable[dict[str, Any]], tokenizer: Any, limits: Limits, *, name: str, first: int = 0
+    rows: Iterable[dict[str, Any]], tokenizer: Any, limits: Limits, *, name: str, numbers: Sequence[int] | None = None
 ) -> Iterator[tuple[dict[str, Any], Tokens]]:
     """Each row with its tokens, as `tokens_of`. The tokenizer gets the texts of many rows in one call, which is faster.
 
@@ -121,18 +124,20 @@ def tokens_of_each(
         tokenizer: as for `tokenize_pair`.
         limits: likewise.
         name: names the rows in errors.
-        first: the number of the first row.
+        numbers: the rows' numbers in errors; None counts from 0.
 
     Raises:
         ValueError: as `tokenize_pair`, naming the row.
     """
-    tokenizing, remaining = _Tokenizing(tokenizer, limits), iter(rows)
+    tokenizing, remaining, done = _Tokenizing(tokenizer, limits), iter(rows), 0
     while chunk := list(islice(remaining, _AT_ONCE)):
         try:
             yield from zip(chunk, tokenizing.all(chunk), strict=True)
         except _AtRow as error:
-            raise ValueError(f"row {first + error.place} of {name}: {error.__cause__}") from error.__cause__
-        first += len(chunk)
+            place = done + error.place
+            number = place if numbers is None else numbers[place]
+            raise ValueError(f"row {number} of {name}: {error.__cause__}") from error.__cause__
+        done += len(chunk)
 
 
 class _AtRow(Exception):
@@ -150,7 +155,7 @@ class _Tokenizing:
         self._framing: tuple[list[int], list[int]] | None = None
 
     def all(self, rows: Sequence[dict[str, Any]]) -> list[Tokens]:
-        """The tokens of each row. A single row raises its own ValueError; of several, _AtRow has the first bad one."""
+        """The tokens of each row. Raises _AtRow for the first that cannot be tokenised."""
         checked: list[tuple[dict[str, Any] | Chat, list[str] | None]] = []
         texts: list[str] = []
         fault: ValueError | None = None
@@ -169,8 +174,6 @@ class _Tokenizing:
             if fault is not None:
                 raise fault
         except ValueError as error:
-            if len(rows) == 1:
-                raise
             raise _AtRow(len(tokens)) from error
         return tokens
 

@@ -18,9 +18,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from gapo.config import GAPOConfig
-from gapo.data import read_pairs
 from gapo.files import JsonLines, read_lines, require_writable, write_text
 from gapo.runs import held_out
+from gapo.runs.config_bases import READING
 from gapo.runs.errors import ConfigError
 from gapo.runs.output.tables import Row, read_table, write_table
 from gapo.runs.ranks import require_one
@@ -36,14 +36,13 @@ from gapo.runs.score.sources import (
     tokenizers_differ,
     tokenizers_fingerprint,
 )
-from gapo.runs.splits import require_split
 from gapo.runs.versions import versions
 
 logger = logging.getLogger(__name__)
 
 # Options that change no score, or whose content is compared instead of their name.
 _NAMES = ("pairs", "output", "select_output", "model", "adapter", "checkpoints")
-_FREE = (*_NAMES, "overwrite", "select", "strict", "device")
+_FREE = (*_NAMES, *READING, "overwrite", "select", "strict", "device")
 _DRAWS = 2  # version of the drawing of batches: a log of another version is not continued
 
 
@@ -85,8 +84,7 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
                 "the models have different tokenizers: nats per token are of other tokens for each, so compare the "
                 "order of gaps, and take no mean over these models"
             )
-    require_split(config.pairs, config.split)
-    pairs = read_pairs(config.pairs, split=config.split, strict=config.strict, limit=config.limit)
+    pairs = held_out.read_source(config, strict=config.strict, limit=config.limit)
     print(pairs.summary(), flush=True)
     settings = _settings(config, step, pairs.rows, sources)
     if files.finished() and not config.overwrite:

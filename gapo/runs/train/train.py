@@ -13,6 +13,7 @@ from gapo.config import GAPOConfig
 from gapo.data import warmup_text
 from gapo.files import require_writable, write_text
 from gapo.runs import ranks
+from gapo.runs.config_bases import READING
 from gapo.runs.errors import ConfigError
 from gapo.runs.held_out import Rows, fingerprint
 from gapo.runs.models.tiny import answer_texts, tiny_model
@@ -78,7 +79,7 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
 
 
 def _warmup_answers(config: TrainConfig, rows: Rows) -> list[str]:
-    if config.pairs == "demo":
+    if config.pairs == "demo" and not config.mixture:
         return warmup_text(2 * config.demo_size, seed=config.seed).split("\n")
     return answer_texts(rows)
 
@@ -101,7 +102,7 @@ def _require_folder(folder: Path, config: TrainConfig, step_config: GAPOConfig) 
         raise ConfigError(f"{config.output_dir} holds a finished run: give another output_dir, or --overwrite true")
     if (folder / "config.json").exists():
         old = json.loads((folder / "config.json").read_text())
-        ignored = ("resume", "overwrite", "report_to", "logging_steps", "dataset_num_proc")
+        ignored = ("resume", "overwrite", "report_to", "logging_steps", "dataset_num_proc", "mixture", *READING)
         new = as_dict(config, step_config)
         changed = [name for name in new if name not in ignored and old.get(name) != new[name]]
         if changed:

@@ -123,7 +123,7 @@ class TrainConfig(TrainingConfig):
             raise ValueError(f"dataset_num_proc must be >= 1, or none for one process; got {self.dataset_num_proc}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be >= 1, or -1 for all epochs; got {self.max_steps}")
-        if self.eval_pairs is None and self.pairs != "demo" and not 0 < self.eval_fraction < 1:
+        if self.evaluated is None and (self.mixture or self.pairs != "demo") and not 0 < self.eval_fraction < 1:
             raise ValueError(
                 f"eval_fraction must be in (0, 1) without eval_pairs, to leave pairs on both sides; "
                 f"got {self.eval_fraction!r}"
