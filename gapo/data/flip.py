@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gapo.data.lazy_rows import mapped
 from gapo.data.messages import text_of
-from gapo.data.rows import mapped
 
 MODES = ("random", "length")
 FAVOURS = ("longer", "shorter")

@@ -36,9 +36,7 @@ class Layout:
         accepted = ("prompt", *self.answers, *_OPTIONAL)
         for name, source in self._columns.items():
             if name not in accepted:
-                raise ValueError(
-                    f"columns names {name!r}; accepted are {', '.join(accepted)}, each with a column's name"
-                )
+                raise ValueError(f"columns has the key {name!r}; accepted are {', '.join(accepted)}")
             if not isinstance(source, str) or not source:
                 raise ValueError(f"columns must give {name!r} the name of a column, got {source!r}")
         sources = [source.lower() for source in self._columns.values()]

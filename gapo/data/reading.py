@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gapo.data.layouts import Layout, listed_columns
+from gapo.data.lazy_rows import RowWriter
 from gapo.data.pair_rows import RowFault, as_pair
 from gapo.data.raw_rows import Source, read_rows
-from gapo.data.rows import RowWriter
 from gapo.data.text_files import PairError, Unreadable
 
 _logger = logging.getLogger("gapo")

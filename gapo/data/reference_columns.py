@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gapo.data.collate import TOKENIZED, collate_pairs, padding_multiple
-from gapo.data.rows import WithColumns, mapped
+from gapo.data.lazy_rows import WithColumns, mapped
 from gapo.pairs import REFERENCE
 
 Measure = Callable[[Mapping[str, np.ndarray]], tuple[Any, Any]]

@@ -14,8 +14,8 @@ import numpy as np
 
 from gapo._extras import named_extra
 from gapo.data.collate import TOKENIZED
+from gapo.data.lazy_rows import Row, Rows
 from gapo.data.limits import Cuts, Limits
-from gapo.data.rows import Row, Rows
 from gapo.data.tokenize import Tokens, text_tokenizer, tokens_of_each
 
 # Columns that a table has while it is made: how many tokens of a row were cut, and whether it is left out.

@@ -16,7 +16,7 @@ import numpy as np
 
 from gapo.data import Pairs, Problem, generate_pairs, read_pairs
 from gapo.data.layouts import parse_columns
-from gapo.data.rows import joined, selected
+from gapo.data.lazy_rows import joined, selected
 from gapo.data.streams import stream
 from gapo.runs.config_bases import READING, EvaluatedPairs, PairSource, source_of
 from gapo.runs.splits import evaluation_split, require_split

@@ -15,8 +15,8 @@ import numpy as np
 
 from gapo.data import with_reference_logps
 from gapo.data.collate import TOKENIZED
+from gapo.data.lazy_rows import WithColumns, joined
 from gapo.data.reference_columns import Measure
-from gapo.data.rows import WithColumns, joined
 from gapo.pairs import REFERENCE
 from gapo.runs.output.tensors import kept_arrays
 

@@ -12,8 +12,8 @@ from datasets.fingerprint import Hasher
 from gapo.adapters.hf.arguments import GAPOConfig
 from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.data.collate import TOKENIZED
+from gapo.data.lazy_rows import Rows
 from gapo.data.limits import Cuts
-from gapo.data.rows import Rows
 from gapo.data.token_table import NOTES, columns_of, tokenized_rows, tokens_key
 
 _STREAMED = 64  # pairs of a stream that are tokenised at a time

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from gapo.config import GAPOConfig
 from gapo.data import batches
 from gapo.data.collate import collate_pairs, padding_multiple
-from gapo.data.rows import joined
+from gapo.data.lazy_rows import joined
 from gapo.files import JsonLines, read_lines, whole
 from gapo.metrics import combine, evaluation_columns, evaluation_metrics
 from gapo.objectives import LogProbs, Loss

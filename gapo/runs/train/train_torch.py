@@ -26,7 +26,7 @@ from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.reference_model import summed_logps
 from gapo.config import GAPOConfig
-from gapo.data.rows import WithColumns, joined, mapped
+from gapo.data.lazy_rows import WithColumns, joined, mapped
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, load_tokenizer, require_fit, require_model
