@@ -58,7 +58,9 @@ _COMMANDS = {
     "train": "tune a language model on preference pairs, with a report",
     "study": "compare objectives under flipped labels, with statistics and a report",
     "score": "the gap and the weight of each pair, under one model or several",
+    "generate": "answer prompts, in the formats that benchmarks read",
     "flip": "flip a known share of the labels, to study noise",
+    "examples": "list the examples and recipes that come with gapo, or copy them",
 }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from gapo._extras import named_extra
 from gapo._fields import docstring_entries
-from gapo.config import GAPOConfig
+from gapo.config import OF_THE_UPDATE, GAPOConfig
 
 if TYPE_CHECKING:
     from gapo.runs.score.score_config import ScoreConfig
@@ -22,6 +23,10 @@ def main(arguments: Sequence[str]) -> int:
 
     scores = score(config, step_config)
     files = Files(config.output)
+    if config.shard is not None and not scores:
+        merge = f"gapo score {config.pairs} --output {config.output} --merge"
+        print(f"shard {config.shard} is measured; when all are: {merge}")
+        return 0
     print(f"{len(scores)} scores: {files.output}; settings {files.sidecar.name}, page {files.page}")
     if config.select is not None:
         which, share = config.select
@@ -52,11 +57,13 @@ def make_parser() -> Any:
     parser.add_argument(
         "--select", nargs=2, metavar=("WHICH", "SHARE"), help="lowest or highest gaps, share of the pairs"
     )
-    switches = {"strict", "overwrite", "streaming"}
-    for switch in sorted(switches):
+    of_environment = " In a SLURM job array and under torchrun it is theirs; 0/1 is the whole there too."
+    parser.add_argument("--shard", metavar="I/N", help=help_of["shard"] + of_environment)
+    switches = ("strict", "merge", "overwrite", "streaming")
+    for switch in switches:
         parser.add_argument(f"--{switch}", action="store_true", help=help_of[switch])
-    add_fields(parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", *switches})
-    add_fields(parser, GAPOConfig, skip={"sft_weight"})
+    add_fields(parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", "shard", *switches})
+    add_fields(parser, GAPOConfig, skip=OF_THE_UPDATE)
     return parser
 
 
@@ -68,11 +75,23 @@ def parse(arguments: Sequence[str]) -> tuple[ScoreConfig, GAPOConfig]:
     values = parser.parse_args(list(arguments))
     try:
         lists = {"model": tuple(values["model"]), "select": _selection(values["select"])}
-        config = ScoreConfig(**{f.name: values[f.name] for f in fields(ScoreConfig)} | lists)
-        step_config = GAPOConfig(**{f.name: values[f.name] for f in fields(GAPOConfig) if f.name != "sft_weight"})
+        shard = {"shard": _shard(values["shard"], merge=values["merge"])}
+        config = ScoreConfig(**{f.name: values[f.name] for f in fields(ScoreConfig)} | lists | shard)
+        step_config = GAPOConfig(**{f.name: values[f.name] for f in fields(GAPOConfig) if f.name not in OF_THE_UPDATE})
     except ValueError as error:
         parser.error(str(error))
     return config, step_config
+
+
+def _shard(text: str | None, merge: bool) -> str | None:
+    """`--shard`, or what the environment says, as `ScoreConfig` takes it; the whole, 0/1, is none."""
+    from gapo.runs.score.shards import shard_of_environment
+
+    if text is None and not merge and (started := shard_of_environment(os.environ)) is not None:
+        shard, names = started
+        print(f"shard {shard}, by {names}; --shard 0/1 measures the whole here", flush=True)
+        return str(shard)
+    return None if text == "0/1" else text
 
 
 def _selection(words: list[str] | None) -> tuple[str, float] | None:

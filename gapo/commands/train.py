@@ -27,6 +27,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     with named_extra("gapo train", "cli"):
         from gapo.runs import ranks
+        from gapo.runs.launch import launch
+
+        if (status := launch(config, arguments)) is not None:
+            return status
         from gapo.runs.train.train import train
 
     summary = train(config, step_config)
@@ -66,7 +70,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, GAPOConfig]:
 
     def check(config: TrainConfig, step_config: GAPOConfig) -> None:
         _require_trust(config, arguments)  # before the loss is imported
-        require_loss_settings(config.loss, step_config, config.loss_settings)
+        require_loss_settings(config.loss, step_config, config.loss_settings, config.logp_options)
 
     config, step_config = parse_fields(parser, arguments, (TrainConfig, GAPOConfig), check)
     return config, step_config

@@ -31,16 +31,14 @@ class Chat:
         tokenizer: has the chat template.
 
     Raises:
-        ValueError: the prompt has no message, or an answer does not begin and end with the policy's own. `texts` and
-            `split` raise it where the template refuses the messages.
+        ValueError: the prompt has no message. `texts` and `split` raise it where an answer does not begin and end with
+            the policy's own messages, or the template refuses them.
     """
 
     def __init__(self, row: dict[str, Any], tokenizer: Any) -> None:
         if not row["prompt"]:
             raise ValueError("the prompt has no message, and a chat template begins an answer behind one")
         self.row, self._template = row, _Template(tokenizer, row)
-        for side in SIDES:
-            require_turns(side, row[side])
 
     def texts(self) -> list[str] | None:
         """The three conversations as the template renders them; None where the tokenizer has its own way to ids."""
@@ -48,7 +46,11 @@ class Chat:
 
     def _rendered(self, render: Callable[..., Any]) -> list[Any]:
         prompt = self.row["prompt"]
-        return [render(prompt, generation=True), *(render([*prompt, *self.row[side]]) for side in SIDES)]
+        rendered = [render(prompt, generation=True)]
+        for side in SIDES:
+            require_turns(side, self.row[side])
+            rendered.append(render([*prompt, *self.row[side]]))
+        return rendered
 
     def split(self, ids: list[list[int]] | None) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt, and of "chosen" and "rejected" behind it.
@@ -71,6 +73,11 @@ class Chat:
         # A token may merge the prompt's last characters with the answer's first: the prompt ends before it.
         shared = min(common_length(prompt, conversation) for conversation in conversations)
         return prompt[:shared], [conversation[shared:] for conversation in conversations]
+
+
+def chat_prompt(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Token ids of the prompt's messages, with the template's generation prompt. Raises ValueError as `Chat.split`."""
+    return _Template(tokenizer, row).ids(row["prompt"], generation=True)
 
 
 def require_text(row: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from gapo.data.chat import Chat, has_turns_of_others, require_text, warn_once
+from gapo.data.chat import Chat, chat_prompt, has_turns_of_others, require_text, warn_once
 from gapo.data.limits import Cuts, Limits
 from gapo.data.messages import common_length
 from gapo.data.pair_rows import name_of, require_columns, with_prompt
@@ -106,6 +106,23 @@ def tokenize_pairs(
     return pairs
 
 
+def tokenize_prompt(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    """The ids of the prompt of `row`, as `tokenize_pair` puts them before an answer: what a model continues.
+
+    Args:
+        row: "prompt", text or a list of messages, and for the chat template "tools" and "chat_template_kwargs".
+        tokenizer: as for `tokenize_pair`.
+
+    Raises:
+        ValueError: the chat template refuses the messages.
+    """
+    tokenizer = text_tokenizer(tokenizer)
+    if not isinstance(row["prompt"], str):
+        return chat_prompt(row, tokenizer)
+    ids = list(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
+    return _behind(_frame(tokenizer)[0], ids) or [_start(tokenizer)]
+
+
 def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
     """The tokens of `tokenize_pair`, with the number of tokens removed; equal answers are not refused."""
     try:
@@ -193,7 +210,7 @@ class _Tokenizing:
         return row, [row["prompt"], *(row["prompt"] + row[side] for side in SIDES)]
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
-        # Special tokens are added here, not by the tokenizer, which would repeat one that the text already has.
+        # Special tokens are added by `_behind`.
         if texts and hasattr(self._tokenizer, "is_fast"):  # those of transformers take lists
             return list(self._tokenizer(texts, add_special_tokens=False)["input_ids"])
         return [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -225,7 +242,7 @@ class _Tokenizing:
             self._framing = _frame(self._tokenizer)
         opening, closing = self._framing
         eos = self._tokenizer.eos_token_id
-        prompt, *wholes = [[*([] if ids[: len(opening)] == opening else opening), *ids] for ids in encoded]
+        prompt, *wholes = [_behind(opening, list(ids)) for ids in encoded]
         for whole in wholes:
             if eos is not None and whole[-1:] != [eos]:
                 whole.append(eos)
@@ -266,6 +283,11 @@ def _truncated(prompt: list[int], answers: list[list[int]], limits: Limits, bos:
         columns[f"{side}_input_ids"] = short + answer
         columns[f"{side}_labels"] = [IGNORE_INDEX] * len(short) + answer
     return Tokens(columns, len(prompt) - len(short), sum(map(len, answers)) - sum(map(len, short_answers)))
+
+
+def _behind(opening: list[int], ids: list[int]) -> list[int]:
+    """`ids` behind `opening`, which the tokenizer itself would add again where the text has it already."""
+    return ids if ids[: len(opening)] == opening else opening + ids
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from gapo._fields import choices_of
 from gapo.runs.errors import ConfigError
+from gapo.runs.shipped import configuration, configuration_names
 from gapo.runs.yaml_file import require_plain_yaml
 
 
@@ -69,9 +70,16 @@ def parse_fields(
 
 
 def with_config(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--config` before a file that stands first."""
-    first = ["--config"] if arguments and not arguments[0].startswith("-") else []
-    return [*first, *arguments]
+    """The arguments with `--config` before a file that stands first; the name of a shipped one becomes its path."""
+    completed = list(arguments)
+    if completed and not completed[0].startswith("-"):
+        completed.insert(0, "--config")
+    for i, argument in enumerate(completed):
+        if argument.startswith("--config="):
+            completed[i] = f"--config={configuration(argument.removeprefix('--config='))}"
+        elif argument == "--config" and i + 1 < len(completed):
+            completed[i + 1] = configuration(completed[i + 1])
+    return completed
 
 
 def config_files(arguments: Sequence[str]) -> list[Path]:
@@ -79,7 +87,10 @@ def config_files(arguments: Sequence[str]) -> list[Path]:
     names = values_of("config", arguments)
     for name in names:
         if not os.path.isfile(name):
-            raise ConfigError(f"there is no configuration file {name!r}")
+            raise ConfigError(
+                f"there is no configuration file {name!r}, and gapo ships none of that name: it has "
+                f"{', '.join(configuration_names())} (gapo examples lists them)"
+            )
     return [Path(name) for name in names]
 
 

@@ -94,7 +94,7 @@ def assert_equal_to_one_process(scenario: str, ranks: list[dict[str, Any]], rtol
             continue
         assert_near(torch.cat([r.anchor_gaps for r in taken]), result.anchor_gaps, **near)
         changed = ("changed_fraction",) if step < 2 or rtol == 1e-9 else ()  # one weight more or less is no rounding
-        for name in ("radius", "grad_norm", *changed):
+        for name in ("rho", "radius", "grad_norm", *changed):
             for r in taken:
                 expected = pytest.approx(float(getattr(result, name)), rel=50 * max(near["rtol"], 2e-7))
                 assert float(getattr(r, name)) == expected, f"{scenario}: {name} of micro-step {step}"

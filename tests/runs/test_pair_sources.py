@@ -64,9 +64,7 @@ def test_a_configuration_or_split_that_is_not_there(hub: Path) -> None:
         load_data(TrainConfig(pairs=str(hub), dataset_config="prefs", split="train_prefs", eval_split="test"))
     with pytest.raises(ConfigError, match="has no split 'train'; it has train_prefs, test_prefs: give split"):
         load_data(TrainConfig(pairs=str(hub), dataset_config="prefs"))
-    with pytest.raises(
-        data.PairError, match=r"could be loaded \(split 'train', config 'gone', revision 'v2'\)"
-    ):
+    with pytest.raises(data.PairError, match=r"could be loaded \(split 'train', config 'gone', revision 'v2'\)"):
         data.read_pairs(hub, config="gone", revision="v2")
 
 

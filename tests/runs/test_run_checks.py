@@ -263,7 +263,7 @@ def test_lines_of_processes_are_joined_without_pairs_seen_before() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train --backend jax", "study --seeds 1", "score a.jsonl --model m --output b.jsonl"]
+    "command", ["train --backend jax", "study --seeds 1", "score a.jsonl --model m --output b.jsonl --shard 0/1"]
 )
 def test_what_runs_in_one_process_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 import gapo
 from gapo._fields import carried
+from gapo.logp_options import LogpOptions
 from gapo.objectives import OBJECTIVES, resolve
 from gapo.objectives.loss import require_own_settings
 
@@ -48,6 +49,7 @@ class GAPOConfig(TrainingArguments):
     anchor: str = carried(gapo.GAPOConfig, "anchor")
     perturb: str = carried(gapo.GAPOConfig, "perturb")
     last_layers: int | None = carried(gapo.GAPOConfig, "last_layers")
+    update: str = carried(gapo.GAPOConfig, "update")
     loss_type: str = carried(gapo.GAPOConfig, "loss_type")
     label_smoothing: float = carried(gapo.GAPOConfig, "label_smoothing")
     sft_weight: float = carried(gapo.GAPOConfig, "sft_weight")
@@ -64,6 +66,9 @@ class GAPOConfig(TrainingArguments):
         default=None,
         metadata={"help": 'Settings of the other objectives, such as {"beta": 0.1}; their defaults without.'},
     )
+
+    ld_alpha: float | None = carried(LogpOptions, "ld_alpha")
+    use_weighting: bool = carried(LogpOptions, "use_weighting")
 
     max_length: int | None = field(
         default=1024, metadata={"help": "Most tokens of prompt and answer together; None for no limit."}
@@ -84,14 +89,20 @@ class GAPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         settings: Any = self.objective_settings  # text was parsed above
+        logps = LogpOptions(self.ld_alpha, self.use_weighting)
         loss = resolve(self.objective, self.step_config(), settings)
         require_own_settings(loss, self.step_config(), settings or {}, "objective_settings={{{name!r}: {value!r}}}")
+        logps.require_weightable(loss.name, loss.objective.coupled)
         for name in ("max_length", "max_prompt_length", "pad_to_multiple_of"):
             _require_count(name, getattr(self, name))
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same
             if getattr(self, name, False):  # torch's checkpoint is re-entrant where it is not told
                 options: Any = getattr(self, f"{name}_kwargs") or {}
                 setattr(self, f"{name}_kwargs", {"use_reentrant": False, **options})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the base class's, with masks of `perturb` as their description, since JSON holds no arrays."""
+        return {**super().to_dict(), "perturb": gapo.config.plain(self.step_config())["perturb"]}
 
     def step_config(self) -> gapo.GAPOConfig:
         """The settings of the step alone, checked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gapo.adapters.hf.callback import GAPOCallback
 from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.adapters.hf.tokenized import tokenized
 from gapo.config import named
+from gapo.logp_options import LogpOptions
 from gapo.objectives import Objective
 
 _CARD = """
@@ -129,8 +131,10 @@ class GAPOTrainer(Trainer):
             objective=objective,
             objective_settings=objective_settings,
             disable_dropout=args.disable_dropout,
+            ld_alpha=args.ld_alpha,
+            use_weighting=args.use_weighting,
         )
-        self._loss = step.loss
+        self._loss, self._options = step.loss, step.options
         super().__init__(
             model,
             args,
@@ -166,9 +170,11 @@ class GAPOTrainer(Trainer):
         """The section of the model card on the objective."""
         loss, config = self._loss, self.args.step_config()
         settings = dict(loss.settings)
-        if loss.needs_anchor:
+        if loss.needs_anchor or config.updates_at_anchor:
             radius = {"rho": config.rho} if config.target_gap is None else {"target_gap": config.target_gap}
-            settings |= {**radius, "anchor": config.anchor}
+            update = {"update": config.update} if config.updates_at_anchor else {}
+            settings |= {**radius, "anchor": config.anchor, **update}
+        settings |= {name: x for name, x in asdict(self._options).items() if x != getattr(LogpOptions, name)}
         paper = f" ({loss.objective.paper})" if loss.objective.paper else ""
         listed = ", ".join(f"{name} {value}" for name, value in settings.items()) or "no settings"
         card = _CARD.format(name=loss.name, paper=paper, settings=listed)

@@ -21,6 +21,7 @@ from gapo.data import batches
 from gapo.data.collate import collate_pairs, padding_multiple
 from gapo.data.lazy_rows import joined
 from gapo.files import JsonLines, read_lines, whole
+from gapo.logp_options import LogpOptions
 from gapo.metrics import combine, evaluation_columns, evaluation_metrics
 from gapo.objectives import LogProbs, Loss
 from gapo.pairs import BatchConstants
@@ -47,8 +48,11 @@ class Trainee(Protocol):
     def train_step(self, batch: Mapping[str, np.ndarray], learning_rate: float) -> tuple[Mapping[str, Any], StepResult]:
         """One micro-batch: metrics, and the step's result, whose running statistics the next one goes on from."""
 
-    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
-        """(chosen_logps, rejected_logps) of a batch, each (N,), nats per token, as arrays of the framework."""
+    def measured(self, batch: Mapping[str, np.ndarray]) -> tuple[tuple[Any, Any], Any]:
+        """((chosen_logps, rejected_logps), weights of the pairs or None) of a batch, by the run's `logp_options`.
+
+        Arrays (N,) of the framework, nats per token.
+        """
 
     def state(self) -> dict[str, np.ndarray]:
         """Weights and optimiser state by name."""
@@ -89,10 +93,11 @@ def train(
         train_rows, held_out = with_kept_reference(
             train_rows,
             held_out,
-            lambda batch: _sums(trainee, batch),
+            lambda batch: _sums(trainee, batch, config.logp_options),
             folder / "reference.safetensors",
             pad_token_id=pad,
             batch_size=4 * config.batch_size,
+            ld_alpha=config.ld_alpha,
         )
     total = total_steps(config, len(train_rows))
     every = steps_between_evaluations(config, total)
@@ -182,19 +187,21 @@ def evaluate(
     parts = []
     for i in range(0, len(rows), size):
         batch = collate_pairs(rows[i : i + size], pad_token_id=pad_token_id, pad_to_multiple_of=multiple)
-        columns = evaluation_columns(loss, _log_probs(trainee, batch))
+        columns = evaluation_columns(loss, *_log_probs(trainee, batch, config.logp_options))
         parts.append({name: np.asarray(column) for name, column in columns.items()})
     every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {f"eval_{name}": float(value) for name, value in evaluation_metrics(every, step_config).items()}
 
 
-def _log_probs(trainee: Trainee, batch: Mapping[str, np.ndarray]) -> LogProbs:
-    constants = BatchConstants.of(batch)
-    return LogProbs.of_step(trainee.logps(batch), constants)
+def _log_probs(trainee: Trainee, batch: Mapping[str, np.ndarray], options: LogpOptions) -> tuple[LogProbs, Any]:
+    """The batch's log-probabilities, and the weights of its pairs or None."""
+    constants = BatchConstants.of(options.checked(batch))
+    logps, weights = trainee.measured(batch)
+    return LogProbs.of_step(logps, constants), weights
 
 
-def _sums(trainee: Trainee, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    logps = _log_probs(trainee, batch)
+def _sums(trainee: Trainee, batch: Mapping[str, np.ndarray], options: LogpOptions) -> tuple[np.ndarray, np.ndarray]:
+    logps, _ = _log_probs(trainee, batch, options)
     return np.asarray(logps.chosen), np.asarray(logps.rejected)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
         gapo.data.PairError: the pairs cannot be read.
         ModuleNotFoundError: the backend's libraries are not installed.
     """
-    require_loss_settings(config.loss, step_config, config.loss_settings)
+    require_loss_settings(config.loss, step_config, config.loss_settings, config.logp_options)
     loop = _loop(config.backend)
     folder = Path(config.output_dir)
     _require_folder(folder, config, step_config)
@@ -101,8 +102,9 @@ def _require_folder(folder: Path, config: TrainConfig, step_config: GAPOConfig) 
     if (folder / "summary.json").exists():
         raise ConfigError(f"{config.output_dir} holds a finished run: give another output_dir, or --overwrite true")
     if (folder / "config.json").exists():
-        old = json.loads((folder / "config.json").read_text())
-        ignored = ("resume", "overwrite", "report_to", "logging_steps", "dataset_num_proc", "mixture", *READING)
+        old = {**asdict(GAPOConfig()), **json.loads((folder / "config.json").read_text())}
+        ignored = {"resume", "overwrite", "report_to", "logging_steps", "num_processes", "dataset_num_proc"}
+        ignored |= {"mixture", *READING}  # the pairs themselves are compared
         new = as_dict(config, step_config)
         changed = [name for name in new if name not in ignored and old.get(name) != new[name]]
         if changed:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from gapo.config import GAPOConfig
+from gapo.config import GAPOConfig, plain
+from gapo.logp_options import LogpOptions
 from gapo.runs.config_bases import TrainingConfig, require_not_negative, require_positive
 from gapo.runs.errors import require_seed
 from gapo.runs.train.loss_option import require_loss
@@ -46,8 +47,14 @@ class TrainConfig(TrainingConfig):
             returns (N,) losses.
         loss_settings: settings of the other objectives, such as {beta: 0.1}; those left out keep their defaults. "gapo"
             and "simpo" take theirs from the fields of GAPOConfig.
+        ld_alpha: LD-DPO's alpha in [0, 1], how much the tail of a pair's longer answer counts in its log-probability,
+            for policy and reference; none for 1.
+        use_weighting: multiply each pair's loss by WPO's weight, how likely the policy is to have written both answers.
         trust_code: let a YAML file name a loss of its own code. It is accepted on the command line alone.
         backend: framework that trains.
+        num_processes: processes to start, one to a device; none for as many as there are GPUs (backend torch).
+        accelerate_config: how they share the work, a file of `accelerate config` or one of gapo's own: fsdp2, single,
+            zero2, zero3; none for DDP.
         output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
         resume: resume from the last checkpoint in output_dir, if there is one.
         seed: of the shuffling, the initial weights and the held-out split.
@@ -86,8 +93,12 @@ class TrainConfig(TrainingConfig):
     lora_targets: str | None = None
     loss: str = "gapo"
     loss_settings: dict[str, float] = field(default_factory=dict)
+    ld_alpha: float | None = None
+    use_weighting: bool = False
     trust_code: bool = False
     backend: Literal["torch", "jax", "mlx"] = "torch"
+    num_processes: int | None = None
+    accelerate_config: str | None = None
     output_dir: str = "runs/gapo"
     resume: bool = True
     epochs: float = 1.0
@@ -121,6 +132,8 @@ class TrainConfig(TrainingConfig):
         require_seed("flip_seed", self.flip_seed)
         if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
             raise ValueError(f"dataset_num_proc must be >= 1, or none for one process; got {self.dataset_num_proc}")
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"num_processes must be >= 1, got {self.num_processes}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be >= 1, or -1 for all epochs; got {self.max_steps}")
         if self.evaluated is None and (self.mixture or self.pairs != "demo") and not 0 < self.eval_fraction < 1:
@@ -129,8 +142,14 @@ class TrainConfig(TrainingConfig):
                 f"got {self.eval_fraction!r}"
             )
         require_loss(self.loss)
+        self.logp_options  # noqa: B018  # raises for what they do not take
+
+    @property
+    def logp_options(self) -> LogpOptions:
+        """How log-probabilities are measured, and pairs weighted."""
+        return LogpOptions(self.ld_alpha, self.use_weighting)
 
 
 def as_dict(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     """Both configurations as one flat dict, without `trust_code`, which is of the call and not of the run."""
-    return {name: value for name, value in {**asdict(config), **asdict(step_config)}.items() if name != "trust_code"}
+    return {name: value for name, value in {**asdict(config), **plain(step_config)}.items() if name != "trust_code"}

@@ -58,10 +58,11 @@ def run(
             train_rows, held_out = with_kept_reference(
                 train_rows,
                 held_out,
-                partial(summed_logps, model),
+                partial(summed_logps, model, options=config.logp_options),
                 folder / "reference.safetensors",
                 pad_token_id=0,  # padding never counts
                 batch_size=4 * config.batch_size,
+                ld_alpha=config.ld_alpha,
             )
     checkpoints = folder / "checkpoints"
     if config.overwrite and ranks.is_first():
@@ -79,6 +80,8 @@ def run(
         objective=objective_of(config.loss),
         objective_settings=config.loss_settings,
         on_step=recorder.on_step,
+        ld_alpha=config.ld_alpha,
+        use_weighting=config.use_weighting,
     )
     trainer = TrainerWithFlips(
         model,
@@ -208,6 +211,12 @@ def require(config: TrainConfig) -> None:
     if arguments.world_size != ranks.count():
         raise ConfigError(
             f"{ranks.count()} processes were started, which PyTorch makes no group of on {arguments.device}: start one"
+        )
+    precision = "bf16" if config.bf16 else "no"
+    if arguments.mixed_precision != precision:
+        raise ConfigError(
+            f"accelerate's configuration has mixed_precision {arguments.mixed_precision!r}, and bf16={config.bf16} is "
+            f"{precision!r}: let them agree"
         )
     if arguments.n_gpu > 1:
         raise ConfigError(
