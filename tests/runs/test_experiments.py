@@ -328,7 +328,7 @@ def test_what_other_backends_cannot(
         ("train --output_dir=new", "matplotlib"),
         ("train --output_dir=new", "jinja2"),
         ("study --pairs=new.jsonl --output_dir=new", "scipy"),
-        ("score new.jsonl --model=new --output=scores.jsonl", "jinja2"),
+        ("score new --model=new --output=scores.jsonl", "jinja2"),
     ],
 )
 def test_a_library_of_the_command_line_that_is_not_installed_is_named_before_any_work(
