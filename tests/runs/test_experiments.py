@@ -424,7 +424,8 @@ def test_help_names_every_key_and_is_quick() -> None:
     text = make_parser().format_help()
     options = text[text.index("options:") :]
     for key in known_keys((TrainConfig, GAPOConfig)):
-        described = options.split(f"--{key} ")[1].split("--")[0]
+        last = f"--{key}+ " if f"--{key}+ " in options else f"--{key} "  # a list has two forms
+        described = options.split(last)[1].split("--")[0]
         assert len(described.split("(type")[0].split()) >= 3, key
     done = subprocess.run([sys.executable, "-m", "gapo", "--help"], capture_output=True, text=True, check=True)
     assert "train" in done.stdout
