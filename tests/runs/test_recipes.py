@@ -47,6 +47,7 @@ def test_each_recipe_has_the_numbers_of_the_documentation() -> None:
         assert (step.beta, step.gamma, config.learning_rate, step.rho) == numbers, name
         assert (step.adaptive, step.probe, config.scheduler, config.warmup_ratio) == (True, "loss", "cosine", 0.1)
         assert (8 * config.batch_size, 8 * config.batch_size * config.accumulation) == (MODELS[name][1], 128)
+        assert config.bf16 is False  # with the exact anchor, on shards
         assert config_file(str(config.accelerate_config)).parent == CONFIGS
 
 

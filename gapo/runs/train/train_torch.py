@@ -171,11 +171,11 @@ def require(config: TrainConfig, step_config: GAPOConfig) -> TrainConfig:
         raise ConfigError(
             f"{ranks.count()} processes were started, which PyTorch makes no group of on {arguments.device}: start one"
         )
-    precision = "bf16" if config.bf16 else "no"
-    if arguments.mixed_precision != precision:
+    own = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
+    if arguments.mixed_precision != own:
         raise ConfigError(
-            f"accelerate's configuration has mixed_precision {arguments.mixed_precision!r}, and bf16={config.bf16} is "
-            f"{precision!r}: let them agree"
+            f"accelerate's configuration has mixed_precision {arguments.mixed_precision!r}, and the run's own is {own!r}"
+            ": let them agree"
         )
     if arguments.n_gpu > 1:
         raise ConfigError(
