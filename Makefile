@@ -1,6 +1,8 @@
-# A newcomer needs one command: each target makes .venv from pyproject.toml and constraints.txt if it is missing.
+# A newcomer needs one command: each target makes .venv from pyproject.toml and constraints.txt if it is missing, with what
+# it needs. The demonstration takes gapo[cli]; the others add every extra, and the tools, to the same .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+CLI := .venv/installed-cli
 INSTALLED := .venv/installed
 LOWEST := .venv-lowest
 DOCS_ADDRESS ?= 127.0.0.1:8000
@@ -9,7 +11,7 @@ PYTEST := pytest -n auto --dist worksteal --durations=25
 
 .PHONY: demo test test-lowest test-machines lint bench docs docs-build clean
 
-demo: $(INSTALLED)  ## tune a small language model on noisy pairs; leaves runs/demo/report.html
+demo: $(CLI)  ## tune a small language model on noisy pairs; leaves runs/demo/report.html
 	$(BIN)/gapo train examples/demo.yaml --overwrite
 
 test: $(INSTALLED)  ## all tests
@@ -38,15 +40,19 @@ docs-build: $(INSTALLED)  ## the documentation, in site/; a warning fails
 clean:  ## remove what the targets made, except the runs
 	rm -rf .venv $(LOWEST) site
 
-$(INSTALLED): pyproject.toml constraints.txt
-	$(call install,.venv,constraints.txt)
+$(CLI): pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt,cli)
+
+$(INSTALLED): $(CLI)
+	$(call install,.venv,constraints.txt,all$(comma)dev)
 
 $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
-	$(call install,$(LOWEST),constraints-lowest.txt)
+	$(call install,$(LOWEST),constraints-lowest.txt,all$(comma)dev)
 
+comma := ,
 define install
 $(PYTHON) -m venv $(1)
 $(1)/bin/python -m pip install --upgrade pip
-$(1)/bin/python -m pip install --constraint $(2) --editable ".[all,dev]"
+$(1)/bin/python -m pip install --constraint $(2) --editable ".[$(3)]"
 touch $@
 endef

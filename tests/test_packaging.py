@@ -50,7 +50,7 @@ def test_the_wheel_holds_the_package_and_no_more(built: Path, wheel: zipfile.Zip
     inside = {str(path.relative_to(ROOT)) for path in (ROOT / "gapo").rglob("*") if path.is_file()}
     wanted = {name for name in inside if "__pycache__" not in name}
     assert {name for name in names if name.startswith("gapo/")} == wanted
-    assert {"gapo/py.typed", "gapo/runs/output/page.html.jinja"} <= wanted
+    assert {"gapo/py.typed", "gapo/runs/output/page.html.jinja", "gapo/examples/demo.yaml"} <= wanted
 
 
 def test_the_source_archive_builds_the_same(built: Path, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_the_source_archive_builds_the_same(built: Path, wheel: zipfile.ZipFile,
         assert not any(member.issym() or member.islnk() for member in members)
         opened.extractall(tmp_path, filter="data")
     top = {member.name.split("/")[1] for member in members}
-    assert {"gapo", "tests", "docs", "examples", "benchmarks", "README.md", "LICENSE", "pyproject.toml"} <= top
-    assert not top & {"adapters", "backends", "runs", ".venv"}
+    assert {"gapo", "tests", "docs", "benchmarks", "README.md", "LICENSE", "pyproject.toml"} <= top
+    assert not top & {"adapters", "backends", "examples", "runs", ".venv"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path / f"gapo-{gapo.__version__}")
         again = zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path)))

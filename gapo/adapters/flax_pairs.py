@@ -12,6 +12,7 @@ from flax import nnx
 
 from gapo import pairs
 from gapo.adapters.flax_inputs import LogitsFn, refused_batch_statistics
+from gapo.backends.base import gradients
 from gapo.backends.jax import JaxBackend, JaxForward
 from gapo.config import GAPOConfig, step_settings
 from gapo.logp_options import LogpOptions
@@ -19,7 +20,7 @@ from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Loss, Objective, resolve
 from gapo.pairs import BatchConstants, LogProbs, require_reference
 from gapo.result import StepResult
-from gapo.step import run
+from gapo.step import makes_anchor, run
 
 Metrics = dict[str, jax.Array]
 ObjectiveLike = str | Objective | Callable[[LogProbs], jax.Array]
@@ -139,15 +140,15 @@ class PairStep:
             ValueError: `running` holds other statistics than those of the objective.
         """
         constants = BatchConstants.of(batch)
-        of_anchor = self.config if self.loss.needs_anchor and not constants.has_anchor else None
+        of_anchor = self.config if makes_anchor(self.loss, self.config, constants) else None
         forward = JaxForward(
             margin_fn, params, batch, self.axis_name, True, of_anchor, trainable=trainable, by_side=self.loss.by_side
         )
         state, weights = forward.aux
         constants = replace(constants, pair_weights=weights)
-        result, cotangents = run(forward, self.config, self.backend, loss=self.loss, constants=constants, **inputs)
+        result, update = run(forward, self.config, self.backend, loss=self.loss, constants=constants, **inputs)
         _require_own_statistics(self.loss.name, inputs.get("running"), result)
-        grads = {name: self.backend.all_reduce(g, "mean") for name, g in forward.pullback(cotangents).items()}
+        grads = {name: self.backend.all_reduce(g, "mean") for name, g in gradients(forward, update).items()}
         metrics = {"loss": result.loss, **step_metrics(result, self.config)}
         return result, metrics, forward.pack(grads), state
 

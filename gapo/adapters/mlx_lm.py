@@ -113,6 +113,7 @@ def make_loss(
     logps = PairLogps(row_logits, options)
     backend, watch = MlxBackend(), Watch(config, target)
     statistics = RunningStatistics(running)
+    takes_anchor = target.needs_anchor or config.updates_at_anchor
 
     def loss(
         model: nn.Module, ids: mx.array, labels: mx.array, reference: mx.array | None = None
@@ -130,21 +131,23 @@ def make_loss(
         _warn_of_a_bare_quantised_base(model)
         # The module's parameters are the tracers of mlx-lm's gradient here, which `as_loss` answers.
         logps.await_batch(batch)
-        forward = backend.forward(logps, model, batch, config, anchor=target.needs_anchor, by_side=target.by_side)
+        forward = backend.forward(logps, model, batch, config, anchor=takes_anchor, by_side=target.by_side)
         constants = replace(constants, pair_weights=logps.pair_weights())
         before = statistics.of(model)
-        result, cotangents = run(forward, config, backend, loss=target, constants=constants, running=before)
+        result, update = run(forward, config, backend, loss=target, constants=constants, running=before)
         forward.require_repeatable()
-        if target.needs_anchor:  # the step has read values; without an anchor it stays lazy, and so does its result
+        if takes_anchor:  # the step has read values; without an anchor it stays lazy, and so does its result
             result = detached(result)
         statistics.keep(model, result.running)
         metrics = keep_training(model, step_metrics(result, config), watch)
         # A figure that nobody evaluates would keep the batch's graph alive. `depends` evaluates it with the gradient.
         figures = [*metrics, *(x for _, x in tree_flatten(vars(result)) if x is not None)]
-        cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], figures)
+        by_name: Any = update if isinstance(update, Mapping) else dict(enumerate(update))
+        arrays = mx.depends([mx.stop_gradient(x) for x in by_name.values()], figures)
+        update = dict(zip(by_name, arrays, strict=True)) if by_name is update else arrays
         if on_step is not None:
             on_step(result)
-        return forward.as_loss(result.loss, cotangents), mx.sum(batch[1] != IGNORE_INDEX)
+        return forward.as_loss(result.loss, update), mx.sum(batch[1] != IGNORE_INDEX)
 
     def evaluation_loss(
         model: nn.Module, batch: tuple[mx.array, mx.array], constants: BatchConstants
@@ -158,7 +161,7 @@ def make_loss(
         value: Any = metrics.pop("loss")
         pairs = len(columns["loss"])
         keep_evaluation(model, metrics, pairs)
-        if target.needs_anchor or target.sft_weight:  # the gradient of another loss than the training's
+        if takes_anchor or target.sft_weight:  # the gradient of another loss than the training's
             value = _without_gradient(value)
         return value, mx.array(pairs)
 

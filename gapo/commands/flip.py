@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from gapo.commands.one_line import OneLineParser
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo flip` with `arguments`; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="gapo flip",
         description="Swap chosen and rejected in a known share of the pairs, and mark every row with is_flipped.",
         epilog="example: gapo flip pairs.jsonl --rate 0.2 --output noisy.jsonl",
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     from gapo.data import flip_pairs, read_pairs, write_rows
     from gapo.data.flip import evaluation_name
     from gapo.files import require_writable
+    from gapo.runs.paths import require_there
 
     name = evaluation_name(options.pairs, options.split)
     if name is not None and not options.allow_eval:
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
             "them: flip training pairs, or give --allow-eval"
         )
     require_writable(Path(options.output).parent)
+    require_there("pairs", options.pairs)
     pairs = read_pairs(options.pairs, split=options.split, strict=options.strict)
     rows = flip_pairs(pairs.rows, mode=options.mode, rate=options.rate, seed=options.seed, favour=options.favour)
     write_rows(options.output, rows)

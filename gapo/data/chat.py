@@ -49,6 +49,11 @@ def split_chat(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[lis
     return prompt[:shared], [conversation[shared:] for conversation in conversations]
 
 
+def chat_prompt(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Token ids of the prompt's messages, with the template's generation prompt. Raises ValueError as `split_chat`."""
+    return _Template(tokenizer, row).ids(row["prompt"], generation=True)
+
+
 def require_text(row: dict[str, Any]) -> None:
     """Raise ValueError if `row` holds pictures or sounds, which the tokenizer would drop silently."""
     for name in _MEDIA_COLUMNS:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gapo.data.chat import has_turns_of_others, require_text, split_chat, warn_once
+from gapo.data.chat import chat_prompt, has_turns_of_others, require_text, split_chat, warn_once
 from gapo.data.limits import Cuts, Limits
 from gapo.data.messages import common_length
 from gapo.data.pair_rows import name_of, require_columns, with_prompt
@@ -108,6 +108,22 @@ def tokenize_pairs(
     return pairs
 
 
+def tokenize_prompt(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    """The ids of the prompt of `row`, as `tokenize_pair` puts them before an answer: what a model continues.
+
+    Args:
+        row: "prompt", text or a list of messages, and for the chat template "tools" and "chat_template_kwargs".
+        tokenizer: as for `tokenize_pair`.
+
+    Raises:
+        ValueError: the chat template refuses the messages.
+    """
+    tokenizer = text_tokenizer(tokenizer)
+    if not isinstance(row["prompt"], str):
+        return chat_prompt(row, tokenizer)
+    return _encode(row["prompt"], tokenizer, _frame(tokenizer)[0]) or [_start(tokenizer)]
+
+
 def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
     """The tokens of `tokenize_pair`, with the number of tokens removed; equal answers are not refused."""
     tokenizer = text_tokenizer(tokenizer)
@@ -162,20 +178,14 @@ def _split_text(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[li
     """Token ids of the prompt and of the answers behind it; the prompt begins with the tokenizer's own first tokens."""
     opening, closing = _frame(tokenizer)
     eos = tokenizer.eos_token_id
-
-    # Special tokens are added here, not by the tokenizer, which would repeat one that the text already has.
-    def encode(text: str) -> list[int]:
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ids if ids[: len(opening)] == opening else opening + ids
-
     if row["prompt"].strip() and all(row[side].startswith(row["prompt"]) for side in SIDES):
         warn_once(
             "both answers of some pairs begin with the whole prompt, so that the model reads it twice: if the answers "
             "are whole texts, leave out the column 'prompt', and their common start becomes the prompt"
         )
-    prompt, wholes = encode(row["prompt"]), []
+    prompt, wholes = _encode(row["prompt"], tokenizer, opening), []
     for side in SIDES:
-        whole = encode(row["prompt"] + row[side])
+        whole = _encode(row["prompt"] + row[side], tokenizer, opening)
         if eos is not None and whole[-1:] != [eos]:
             whole.append(eos)
         wholes.append(whole if closing in ([], [eos]) else whole + closing)
@@ -187,6 +197,12 @@ def _split_text(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[li
             "tokens stay. The answer's first token is therefore undefined: check that the tokenizer is not random"
         )
     return prompt[:shared], [whole[shared:] for whole in wholes]
+
+
+def _encode(text: str, tokenizer: Any, opening: list[int]) -> list[int]:
+    """The ids of `text` behind `opening`, which the tokenizer itself would add again where the text has it already."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids if ids[: len(opening)] == opening else opening + ids
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -35,7 +35,7 @@ from gapo.adapters.hf.batches import stack_pairs
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import constants_of, rows_logps
 from gapo.adapters.hf.models import PreparedModel, forward_parameters, has_wide_weights, require_causal, require_graph
-from gapo.adapters.hf.supported import left_out, require_supported, with_trls_alpha
+from gapo.adapters.hf.supported import left_out, require_supported, require_update, with_trls_alpha
 from gapo.adapters.hf.window import MetricsWindow
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.sharded import is_shard
@@ -82,6 +82,7 @@ class Attachment:
         self._window = MetricsWindow()
         self._evaluated: dict[str, list[Tensor]] = defaultdict(list)
         require_supported(trainer, settings.options)
+        require_update(trainer, settings.config)
         self._logps = rows_logps(settings.options)  # one for all steps: what is proved of the model is kept for it
         self._prepared = PreparedModel(settings.disable_dropout)
         self._prepared.prepare(trainer.model)
@@ -168,21 +169,22 @@ class Attachment:
         loss, config = self._settings.loss, self._config
         if loss.needs_reference:
             require_reference(loss.name, inputs, "gapo.adapters.hf.with_reference_logps")
+        takes_anchor = loss.needs_anchor or config.updates_at_anchor
         bare = self.trainer.accelerator.unwrap_model(model)
         rows = stack_pairs(inputs, forward_parameters(bare))
         self._logps.await_batch(rows)
         forward = self._backend.forward(
-            self._logps, bare, rows, config, anchor=loss.needs_anchor, by_side=loss.by_side, wrapper=model
+            self._logps, bare, rows, config, anchor=takes_anchor, by_side=loss.by_side, wrapper=model
         )
         constants = self._constants(inputs, rows)
-        result, cotangents = run(forward, config, self._backend, loss=loss, constants=constants, running=self.running)
-        scalar = forward.as_loss(result.loss, cotangents)
+        result, update = run(forward, config, self._backend, loss=loss, constants=constants, running=self.running)
+        scalar = forward.as_loss(result.loss, update)
         self._require_causal(model, rows)
         self.running = result.running or {}
         metrics = step_metrics(result, config)
         if result.radius is not None:
             metrics["gapo/anchor_pairs"] = torch.tensor(float(self._anchor_pairs(result)))
-            self._warn_of_no_perturbation(result)
+            self._warn_of_no_perturbation(result.radius)
         self._window.add(metrics, len(result.margins))
         self._settings.on_step(result, inputs)
         return (scalar, {}) if return_outputs else scalar
@@ -192,8 +194,8 @@ class Attachment:
         checked = self._settings.options.checked(with_trls_alpha(inputs, self.trainer))
         return replace(constants_of(checked, rows), pair_weights=self._logps.pair_weights())
 
-    def _warn_of_no_perturbation(self, result: StepResult) -> None:
-        if float(result.radius) == 0 and self._config.moves:
+    def _warn_of_no_perturbation(self, radius: torch.Tensor) -> None:
+        if float(radius) == 0 and self._config.moves:
             self._warn(
                 "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is "
                 "0); it ends with the first update. With adaptive=False it does not happen"

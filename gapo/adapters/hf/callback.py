@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from gapo.adapters.hf.attachment import Attachment, Settings
-from gapo.config import GAPOConfig, step_settings
+from gapo.config import GAPOConfig, plain, step_settings
 from gapo.logp_options import LogpOptions
 from gapo.objectives import Objective, resolve
+from gapo.objectives.loss import warn_of_scale
 from gapo.step import Running, StepResult
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class GAPOCallback(TrainerCallback):
         self.options = LogpOptions(ld_alpha, use_weighting)
         self.config = step_settings(config, name, objective_settings, **asdict(self.options))
         self.loss = resolve(objective, self.config, objective_settings)
+        warn_of_scale(self.loss)
         self.options.require_weightable(self.loss.name, self.loss.objective.coupled)
         self.objective = self.loss.name
         self.on_step = on_step
@@ -152,7 +154,7 @@ class GAPOCallback(TrainerCallback):
         """
         settings = self._settings()
         entry = state.stateful_callbacks.get(_STATE, {})
-        old = {**asdict(LogpOptions()), **entry.get("attributes", settings)}
+        old = {**plain(GAPOConfig()), **asdict(LogpOptions()), **entry.get("attributes", settings)}
         changes = [f"{name}: {old.get(name)!r} -> {new!r}" for name, new in settings.items() if old.get(name) != new]
         if changes:
             logger.warning("the checkpoint was trained with other settings of GAPO: %s", ", ".join(changes))
@@ -175,7 +177,7 @@ class GAPOCallback(TrainerCallback):
 
     def _settings(self) -> dict[str, Any]:
         of_objective = {name: _plain(value) for name, value in self.loss.settings.items()}
-        return {"objective": self.objective, **of_objective, **asdict(self.config), **asdict(self.options)}
+        return {"objective": self.objective, **of_objective, **plain(self.config), **asdict(self.options)}
 
     def _attach_to_caller(self) -> None:
         trainer = calling_trainer(self)

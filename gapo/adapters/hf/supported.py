@@ -13,6 +13,7 @@ from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.adapters.hf.models import REENTRANT, peft_model, text_config
 from gapo.columns import REFERENCE_ALPHA
+from gapo.config import GAPOConfig
 from gapo.logp_options import LogpOptions
 from gapo.pairs import COLUMNS, REFERENCE
 
@@ -54,6 +55,15 @@ def trls_alpha(trainer: Trainer) -> float | None:
 
 def _measures_reference(trainer: Trainer) -> bool:
     return bool(getattr(trainer.args, "precompute_ref_log_probs", False))
+
+
+def require_update(trainer: Trainer, config: GAPOConfig) -> None:
+    """Raise ValueError where the update's backward, taken at moved weights, would miss float16's gradient scaler."""
+    if config.updates_at_anchor and trainer.accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "update='anchor' is not supported with fp16=True, whose gradient scaler would not see its backward: train "
+            "in float32, or set update='policy'"
+        )
 
 
 def left_out(trainer: Trainer) -> Iterator[str]:
