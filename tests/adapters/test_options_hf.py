@@ -88,10 +88,10 @@ def test_value_gradient_and_evaluation_by_hand(tmp_path: Path, objective: str) -
         value = (weights * -torch.nn.functional.logsigmoid(config.beta * gaps - config.gamma)).mean()
         held_out = (weights * -torch.nn.functional.logsigmoid(config.beta * margins - config.gamma)).mean()
     loss.backward()
-    assert float(results[0].loss) == pytest.approx(float(value), rel=1e-6)
+    assert float(results[0].loss) == pytest.approx(float(value.detach()), rel=1e-6)
     for name, p in policy.named_parameters():
         torch.testing.assert_close(gradients.first[name], p.grad, rtol=1e-4, atol=1e-6)
-    assert evaluated["eval_loss"] == pytest.approx(float(held_out), rel=1e-5)
+    assert evaluated["eval_loss"] == pytest.approx(float(held_out.detach()), rel=1e-5)
     assert evaluated["eval_logps/chosen"] == pytest.approx(float(means[:4].detach().mean()), rel=1e-6)
 
 
