@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"out of memory ({error}): lower batch_size or max_length, or set gradient_checkpointing, in another "
                 "output_dir; the same command resumes from its last checkpoint"
             )
-        print(f"gapo: error: {_printable(' '.join(str(message).split()))}", file=sys.stderr)
+        lines = str(message).split("\n") if type(error).__name__ == "PairError" else [str(message)]  # a row on each
+        text = "\n  ".join(_printable(" ".join(line.split())) for line in lines)
+        print(f"gapo: error: {text}", file=sys.stderr)
         return 1
 
 

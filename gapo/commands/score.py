@@ -50,6 +50,7 @@ def make_parser() -> Any:
     with named_extra("gapo score", "cli"):
         from jsonargparse import ArgumentParser
 
+        from gapo.runs.config_bases import PairSource
         from gapo.runs.options import add_fields
         from gapo.runs.score.score_config import ScoreConfig
 
@@ -61,9 +62,9 @@ def make_parser() -> Any:
         epilog="example: gapo score pairs.jsonl --model runs/mine/model --rho 0.05 --repeats 3 --output scores.jsonl "
         "--select lowest 0.7 --select_output kept.jsonl",
     )
-    help_of = docstring_entries(ScoreConfig.__doc__ or "")
+    help_of = docstring_entries(PairSource.__doc__ or "") | docstring_entries(ScoreConfig.__doc__ or "")
     # By hand those that a command line spells in its own way.
-    parser.add_argument("pairs", help="a file (.json, .jsonl, each also .gz, .csv, .parquet) or the name of a data set")
+    parser.add_argument("pairs", help=help_of["pairs"])
     parser.add_argument("--model", nargs="+", action="extend", default=[], help=help_of["model"])
     parser.add_argument("--checkpoints", "--epochs-of-checkpoints", help=help_of["checkpoints"])
     parser.add_argument(
@@ -71,11 +72,10 @@ def make_parser() -> Any:
     )
     of_environment = " In a SLURM job array and under torchrun it is theirs; 0/1 is the whole there too."
     parser.add_argument("--shard", metavar="I/N", help=help_of["shard"] + of_environment)
-    for switch in ("strict", "merge", "overwrite"):
+    switches = ("strict", "merge", "overwrite", "streaming")
+    for switch in switches:
         parser.add_argument(f"--{switch}", action="store_true", help=help_of[switch])
-    add_fields(
-        parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", "shard", "strict", "merge", "overwrite"}
-    )
+    add_fields(parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", "shard", *switches})
     add_fields(parser, GAPOConfig, skip=OF_THE_UPDATE)
     return parser
 

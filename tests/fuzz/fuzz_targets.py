@@ -92,7 +92,7 @@ def _again(rows: list[dict[str, Any]]) -> str:
             raise
         return "not for JSON"
     again = data.read_pairs(copy, strict=True).rows
-    if json.dumps(data.flip_pairs(rows, rate=1.0)) != json.dumps(again):
+    if json.dumps(list(data.flip_pairs(rows, rate=1.0))) != json.dumps(list(again)):
         raise Finding("written and read again it is another")
     return "written"
 

@@ -122,8 +122,12 @@ def require_fit(settings: Any, name: str, *, highest: int, longest: int) -> None
 
 def extent(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
     """(greatest token id, most tokens) of tokenised rows, for `require_fit`."""
-    ids = [row[f"{side}_input_ids"] for row in rows for side in ("chosen", "rejected")]
-    return max(map(max, ids)), max(map(len, ids))
+    highest = longest = 0
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            ids = row[f"{side}_input_ids"]
+            highest, longest = max(highest, max(ids)), max(longest, len(ids))
+    return highest, longest
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:

@@ -13,8 +13,9 @@ from gapo.config import GAPOConfig
 from gapo.data import warmup_text
 from gapo.files import read_lines, write_text
 from gapo.runs import ranks
+from gapo.runs.config_bases import READING
 from gapo.runs.errors import ConfigError
-from gapo.runs.held_out import fingerprint
+from gapo.runs.held_out import Rows, fingerprint
 from gapo.runs.models.tiny import answer_texts, tiny_model
 from gapo.runs.train.loop import require_supported
 from gapo.runs.train.loss_option import code_digest, loss_of, require_loss_settings
@@ -35,6 +36,7 @@ _DRAWS = 2
 _FREE = (
     *("resume", "overwrite", "report_to", "logging_steps", "num_processes"),
     *("run_name", "disable_tqdm", "log_level", "push_to_hub"),
+    *("dataset_num_proc", "mixture", *READING),  # the pairs themselves are compared
 )
 
 
@@ -88,8 +90,8 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     return summary
 
 
-def _warmup_answers(config: TrainConfig, rows: list[dict[str, Any]]) -> list[str]:
-    if config.pairs == "demo":
+def _warmup_answers(config: TrainConfig, rows: Rows) -> list[str]:
+    if config.pairs == "demo" and not config.mixture:
         return warmup_text(2 * config.demo_size, seed=config.seed).split("\n")
     return answer_texts(rows)
 

@@ -71,6 +71,7 @@ class TrainConfig(ModelOptions, TrainingConfig):
         logging_steps: log every so many steps.
         bf16: train under bfloat16 autocast; none for "on a GPU that has it, unless the model is tiny".
         gradient_checkpointing: trade time for memory; none for "on a GPU, unless the model is tiny".
+        dataset_num_proc: processes that tokenise; none for one. Tokens are kept in cache_dir for the next run.
         report_to: trackers of transformers, comma separated, or "none".
         training_arguments: other fields of `transformers.TrainingArguments`, by their names.
         drift: measure the drift from the starting policy at each checkpoint.
@@ -109,6 +110,7 @@ class TrainConfig(ModelOptions, TrainingConfig):
     logging_steps: int = 10
     bf16: bool | None = None
     gradient_checkpointing: bool | None = None
+    dataset_num_proc: int | None = None
     report_to: str | list[str] = "none"
     training_arguments: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
     drift: bool = False
@@ -125,11 +127,13 @@ class TrainConfig(ModelOptions, TrainingConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         require_seed("flip_seed", self.flip_seed)
+        if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
+            raise ValueError(f"dataset_num_proc must be >= 1, or none for one process; got {self.dataset_num_proc}")
         if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(f"num_processes must be >= 1, got {self.num_processes}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be >= 1, or -1 for all epochs; got {self.max_steps}")
-        if self.eval_pairs is None and self.pairs != "demo" and not 0 < self.eval_fraction < 1:
+        if self.evaluated is None and (self.mixture or self.pairs != "demo") and not 0 < self.eval_fraction < 1:
             raise ValueError(
                 f"eval_fraction must be in (0, 1) without eval_pairs, to leave pairs on both sides; "
                 f"got {self.eval_fraction!r}"

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.integrations import get_available_reporting_integrations
 
@@ -20,6 +21,7 @@ from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.models.peft_models import with_adapters
 from gapo.adapters.hf.reference_model import summed_logps
 from gapo.config import GAPOConfig
+from gapo.data.lazy_rows import WithColumns, joined, mapped
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, load_tokenizer, require_fit, require_model
@@ -45,9 +47,9 @@ def run(
     collator = PreferenceCollator(tokenizer, max_length=config.max_length)
     flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped", "pair"))
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
-    train_rows = [{**row, "pair": i} for i, row in enumerate(train_rows)]
+    train_rows = mapped(train_rows, WithColumns(("pair",), np.arange(len(train_rows))[:, None]))
     _require_pairs(config, train_rows)
-    highest, longest = extent([*train_rows, *held_out])
+    highest, longest = extent(joined(train_rows, held_out))
     settings = require_model(model_name, tokenizer=config.tokenizer, revision=revision)
     require_fit(settings, model_name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
     checkpoints = folder / "checkpoints"
