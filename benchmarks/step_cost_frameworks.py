@@ -50,6 +50,42 @@ class LowRank:
         return x @ self._weight.T + (x @ self._down.T) @ self._up.T
 
 
+def vmapped(margin_fn: Callable[..., Any], config: gapo.GAPOConfig) -> Callable[..., Any]:
+    """First-order GAPO by `jax.vmap` of each pair's gradient: N times the weights, where no operation is looked at.
+
+    The parameters are a dict of which "lm_head.weight" is not perturbed; "weights" of the batch is no pair's.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def margin(params: Any, pair: Any, fixed: Any) -> Any:
+        chosen, rejected = margin_fn(params, {name: x[None] for name, x in pair.items()} | fixed)
+        return (chosen - rejected)[0]
+
+    def step(params: Any, batch: Any) -> Any:
+        fixed = {name: x for name, x in batch.items() if name == "weights"}
+        pairs = {name: x for name, x in batch.items() if name not in fixed}
+        margins, grads = jax.vmap(jax.value_and_grad(margin), (None, 0, None))(params, pairs, fixed)
+
+        def weighted(weights: Any) -> Any:
+            return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), grads)
+
+        pull = jax.nn.sigmoid(config.gamma - config.beta * margins)
+        moved = {name: (params[name], g) for name, g in weighted(-pull).items() if name != "lm_head.weight"}
+        scaled = {name: jax.tree.map(jnp.multiply, *pair) for name, pair in moved.items()}
+        norm = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(scaled)))
+        delta = {
+            name: jax.tree.map(lambda t, x: config.rho * t * x / norm, params[name], x) for name, x in scaled.items()
+        }
+        along = [jax.tree.map(lambda g, d: jnp.tensordot(g, d, d.ndim), grads[name], d) for name, d in delta.items()]
+        anchors = margins + sum(jax.tree.leaves(along))
+        zeros = jnp.zeros_like(margins)
+        loss, slopes = jax.value_and_grad(lambda m: gapo.loss(m, zeros, anchors, zeros))(margins)
+        return loss, weighted(slopes)
+
+    return step
+
+
 def jax_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Step]:
     import jax
     import jax.numpy as jnp
@@ -91,6 +127,8 @@ def jax_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Names
     functions |= {
         f"gapo {a}": gapo.value_and_grad(margin_fn, gapo.GAPOConfig(anchor=a), backend="jax") for a in ANCHORS
     }
+    if options.vmap:
+        functions["vmap first_order"] = vmapped(margin_fn, gapo.GAPOConfig())
     return {name: prepared(function) for name, function in functions.items()}
 
 
@@ -230,6 +268,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--framework", choices=("jax", "mlx"), required=True, help="the framework to time")
     shared.add_size_arguments(parser, pairs=4, tokens=256, width=256, depth=8, vocab=8192)
     parser.add_argument("--lora", action="store_true", help=f"train LoRA adapters of rank {RANK} on attention only")
+    parser.add_argument("--vmap", action="store_true", help="JAX: also first order by jax.vmap of each pair's gradient")
     parser.add_argument("--eager", action="store_true", help="MLX without mx.compile; JAX always compiles")
     parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where other programs run too")
     parser.add_argument("--seconds", type=float, default=120, help="duration of the measurement, at least five rounds")
