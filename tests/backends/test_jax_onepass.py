@@ -14,6 +14,7 @@ import pytest
 import gapo
 from gapo.backends import jax_onepass
 from gapo.backends.jax import JaxForward
+from gapo.backends.jaxrows.group_gradients import UNROLLED, _weighted_sum
 from gapo.backends.jaxrows.labels import Mixes, carry
 
 VOCAB, WIDTH, TOKENS, PAIRS, LAYERS = 11, 6, 5, 3, 3
@@ -286,6 +287,22 @@ def test_flops_and_memory(anchor: str, bar: float) -> None:
     plain_flops, plain_memory = cost(jax.grad(lambda p, ids: jax.nn.softplus(-margin_fn(p, ids)).mean()))
     assert flops / plain_flops < bar
     assert memory / plain_memory < 1.15
+
+
+@pytest.mark.parametrize("groups", [1, 2, UNROLLED, UNROLLED + 3])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_sums_over_groups_in_float32_or_wider(groups: int, axis: int) -> None:
+    shape = [4, 3]
+    shape.insert(axis, groups)
+    x, weights = DRAWS.integers(-8, 8, shape), DRAWS.integers(-(2**12), 2**12, groups)
+    exact = np.zeros((4, 3))
+    for i in range(groups):
+        exact += weights[i] * x.take(i, axis)
+    # bfloat16 holds x, but neither the weights nor partial sums.
+    total = _weighted_sum(jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.float32), axis)
+    assert total.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(total, jnp.asarray(exact, jnp.bfloat16))
+    np.testing.assert_array_equal(_weighted_sum(jnp.asarray(x, jnp.float32), jnp.asarray(weights), axis), exact)
 
 
 def test_labels_are_refused_where_entries_meet() -> None:
