@@ -9,6 +9,7 @@ import numpy as np
 
 from gapo.columns import REFERENCE_ALPHA
 from gapo.data.collate import TOKENIZED, collate_pairs, padding_multiple
+from gapo.data.lazy_rows import WithColumns, mapped
 from gapo.objective import require_number
 from gapo.pairs import REFERENCE
 
@@ -23,7 +24,7 @@ def with_reference_logps(
     batch_size: int = 16,
     ld_alpha: float | None = None,
     progress: str | None = "reference log-probabilities",
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """The rows with "ref_chosen_logps" and "ref_rejected_logps": summed log-probabilities under the reference, nats.
 
     Rows of similar length share a batch. The result is reproducible: the same rows in the same order give the same
@@ -74,10 +75,9 @@ def with_reference_logps(
                 f"the reference log-probabilities of row {tokenized[i].get('id', i)} are {chosen} (chosen) and "
                 f"{rejected} (rejected): look at its tokens, or at the model"
             )
-    return [
-        {**row, **dict(zip(REFERENCE, pair, strict=True)), **alpha_column(ld_alpha)}
-        for row, pair in zip(tokenized, logps.tolist(), strict=True)
-    ]
+    rows = mapped(tokenized, WithColumns(REFERENCE, logps))
+    alpha = alpha_column(ld_alpha)
+    return mapped(rows, WithColumns(tuple(alpha), np.full((len(rows), 1), ld_alpha))) if alpha else rows
 
 
 def alpha_column(ld_alpha: float | None) -> dict[str, float]:

@@ -15,11 +15,12 @@ import numpy as np
 
 from gapo.data import with_reference_logps
 from gapo.data.collate import TOKENIZED
+from gapo.data.lazy_rows import WithColumns, joined
 from gapo.data.reference_columns import Measure, alpha_column
 from gapo.pairs import REFERENCE
 from gapo.runs.output.tensors import kept_arrays
 
-Rows = list[dict[str, Any]]
+Rows = Sequence[dict[str, Any]]
 
 
 def with_kept_reference(
@@ -47,7 +48,7 @@ def with_kept_reference(
     Raises:
         ConfigError: the file is damaged, or of other pairs or another alpha.
     """
-    rows = [*train, *held_out]
+    rows = joined(train, held_out)
 
     def columns() -> dict[str, np.ndarray]:
         measured = with_reference_logps(
@@ -62,10 +63,9 @@ def with_kept_reference(
         others="the reference log-probabilities of other pairs, another tokenizer or another ld_alpha: the run has "
         "changed since it began. Give another output_dir, or --overwrite true",
     )
-    rows = [
-        {**row, **{name: float(arrays[name][i]) for name in REFERENCE}, **alpha_column(ld_alpha)}
-        for i, row in enumerate(rows)
-    ]
+    rows = rows.map(WithColumns(REFERENCE, np.stack([arrays[name] for name in REFERENCE], axis=-1)))
+    if alpha := alpha_column(ld_alpha):
+        rows = rows.map(WithColumns(tuple(alpha), np.full((len(rows), 1), ld_alpha)))
     return rows[: len(train)], rows[len(train) :]
 
 

@@ -22,7 +22,7 @@ def with_reference_logps(
     batch_size: int = 16,
     ld_alpha: float | None = None,
     progress: str | None = "reference log-probabilities",
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """The rows with "ref_chosen_logps" and "ref_rejected_logps": summed log-probabilities under `model`, nats.
 
     Call it on the model that training starts from, before it starts. Dropout is off during the call.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gapo.data.messages import is_conversation, media_of
-from gapo.data.raw_rows import PairError, Unreadable, read_rows
+from gapo.data.raw_rows import PairError, Source, Unreadable, read_rows
 from gapo.runs.generate.generate_config import GenerateConfig
 
 Row = dict[str, Any]
@@ -48,7 +48,7 @@ def read_questions(config: GenerateConfig) -> list[Question]:
             answers would be scored as a whole one, so no row is left out.
     """
     questions: list[Question] = []
-    for line, row in read_rows(config.prompts, config.split):
+    for line, row in read_rows(Source(config.prompts, config.split)):
         try:
             questions.append(_question(row, config))
         except ValueError as error:

@@ -18,15 +18,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from gapo.config import OF_THE_UPDATE, GAPOConfig, plain
-from gapo.data import read_pairs
-from gapo.files import JsonLines, read_lines, require_writable, write_text
+from gapo.files import JsonLines, read_lines, write_text
 from gapo.runs import held_out
 from gapo.runs.claims import Claims, owner_of
+from gapo.runs.config_bases import READING
 from gapo.runs.errors import ConfigError
 from gapo.runs.output.tables import Row, read_table, write_table
-from gapo.runs.ranks import require_one
 from gapo.runs.score.measure import Measure
 from gapo.runs.score.score_config import ScoreConfig
+from gapo.runs.score.score_files import require_files
 from gapo.runs.score.score_page import write_page
 from gapo.runs.score.score_table import digits, plan, score_rows, select_pairs
 from gapo.runs.score.shards import Shard, merge_heads, merged_lines, require_batches, shards_beside
@@ -38,14 +38,13 @@ from gapo.runs.score.sources import (
     tokenizers_differ,
     tokenizers_fingerprint,
 )
-from gapo.runs.splits import require_split
 from gapo.runs.versions import versions
 
 logger = logging.getLogger(__name__)
 
 # Options that change no score, or whose content is compared instead of their name.
 _NAMES = ("pairs", "output", "select_output", "model", "adapter", "checkpoints")
-_FREE = (*_NAMES, "shard", "merge", "overwrite", "select", "strict", "device")
+_FREE = (*_NAMES, *READING, "shard", "merge", "overwrite", "select", "strict", "device")
 _DRAWS = 2  # version of the drawing of batches: a log of another version is not continued
 
 
@@ -74,12 +73,8 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
             raise ConfigError(
                 f"{name} changes no score: leave it at {getattr(GAPOConfig, name)!r}, got {getattr(step, name)!r}"
             )
-    if config.shard is None:
-        require_one("gapo score")
     files = Files(config.output)
-    for path in (config.output, config.select_output):
-        if path is not None:
-            require_writable(Path(path).parent)
+    require_files(config)
     finished = files.finished() and not config.overwrite
     head = merge_heads(files.output)[0] if config.merge and not finished else {"settings": None}
     earlier = files.settings() if finished else head["settings"]
@@ -93,8 +88,7 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
                 "the models have different tokenizers: nats per token are of other tokens for each, so compare the "
                 "order of gaps, and take no mean over these models"
             )
-    require_split(config.pairs, config.split)
-    pairs = read_pairs(config.pairs, split=config.split, strict=config.strict, limit=config.limit)
+    pairs = held_out.read_source(config, strict=config.strict, limit=config.limit)
     print(pairs.summary(), flush=True)
     settings = _settings(config, step, pairs.rows, sources)
     if earlier is not None:
@@ -207,7 +201,7 @@ def _require_no_shards(files: Files, config: ScoreConfig) -> None:
 
 
 def _measure_shard(
-    claims: Claims, pairs: list[Row], sources: list[Source], settings: Row, config: ScoreConfig, step: GAPOConfig,
+    claims: Claims, pairs: Sequence[Row], sources: list[Source], settings: Row, config: ScoreConfig, step: GAPOConfig,
     files: Files,
 ) -> None:  # fmt: skip
     """Measure what the log of `config.shard` does not hold yet."""
@@ -219,8 +213,8 @@ def _measure_shard(
 
 
 def _measured(
-    pairs: list[Row], sources: list[Source], settings: Row, config: ScoreConfig, step_config: GAPOConfig, files: Files,
-    shard: Shard | None = None,
+    pairs: Sequence[Row], sources: list[Source], settings: Row, config: ScoreConfig, step_config: GAPOConfig,
+    files: Files, shard: Shard | None = None,
 ) -> list[Row]:  # fmt: skip
     """Every measurement of the whole or of one shard: those of its log, and those that it did not hold yet."""
     path, part = (files.log, Shard()) if shard is None else (shard.log(files.output), shard)
@@ -259,7 +253,7 @@ def _measured(
     return lines
 
 
-def _write(pairs: list[Row], lines: list[Row], settings: Row, config: ScoreConfig, files: Files) -> list[Row]:
+def _write(pairs: Sequence[Row], lines: list[Row], settings: Row, config: ScoreConfig, files: Files) -> list[Row]:
     """Write the settings, then the scores; returns the scores. The logs are then of no more use."""
     scores = score_rows(pairs, lines, settings["models"], config.repeats)
     ratio = {"first_order_ratio": _median(lines, "first_order_ratio")}
