@@ -15,7 +15,7 @@ import gapo
 from gapo.backends import jax_onepass
 from gapo.backends.jax import JaxForward
 from gapo.backends.jaxrows.group_gradients import UNROLLED, _weighted_sum
-from gapo.backends.jaxrows.labels import Mixes, carry
+from gapo.backends.jaxrows.labels import _RULES, Mixes, carry
 
 VOCAB, WIDTH, TOKENS, PAIRS, LAYERS = 11, 6, 5, 3, 3
 DRAWS = np.random.default_rng(0)
@@ -320,3 +320,10 @@ def test_labels_are_refused_where_entries_meet() -> None:
         carry("div", {}, [(4, 6), (4, 6)], [(4, 6)], [None, rows])
     with pytest.raises(Mixes, match="not among the operations"):
         carry("exp", {}, [(4, 6)], [(4, 6)], [rows])
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (4,), (4, 1, 1)])
+def test_labels_that_do_not_fit_the_result_are_refused(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_RULES, "neg", lambda *_: np.arange(int(np.prod(shape))).reshape(shape))
+    with pytest.raises(Mixes, match="another shape than its result"):
+        carry("neg", {}, [(4, 6)], [(4, 6)], [np.arange(4)[:, None]])
