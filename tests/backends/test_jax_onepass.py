@@ -15,7 +15,6 @@ import gapo
 from gapo.backends import jax_onepass
 from gapo.backends.jax import JaxForward
 from gapo.backends.jaxrows.group_gradients import UNROLLED, _weighted_sum
-from gapo.backends.jaxrows.labels import _RULES, Mixes, carry
 
 VOCAB, WIDTH, TOKENS, PAIRS, LAYERS = 11, 6, 5, 3, 3
 DRAWS = np.random.default_rng(0)
@@ -303,27 +302,3 @@ def test_sums_over_groups_in_float32_or_wider(groups: int, axis: int) -> None:
     assert total.dtype == jnp.bfloat16
     np.testing.assert_array_equal(total, jnp.asarray(exact, jnp.bfloat16))
     np.testing.assert_array_equal(_weighted_sum(jnp.asarray(x, jnp.float32), jnp.asarray(weights), axis), exact)
-
-
-def test_labels_are_refused_where_entries_meet() -> None:
-    rows = np.arange(4)[:, None]
-    assert carry("reshape", {"dimensions": None}, [(4, 6)], [(2, 2, 6)], [rows])[0].tolist() == [[[0], [1]], [[2], [3]]]
-    (halved,) = carry("reshape", {"dimensions": None}, [(4, 6)], [(24,)], [rows])
-    assert halved.tolist() == np.repeat(np.arange(4), 6).tolist()
-    with pytest.raises(Mixes, match="sums over"):
-        carry("reduce_sum", {"axes": (0,)}, [(4, 6)], [(6,)], [rows])
-    with pytest.raises(Mixes, match="different groups"):
-        carry("add", {}, [(4, 6), (4, 6)], [(4, 6)], [rows, rows[::-1]])
-    with pytest.raises(Mixes, match="two derivatives"):
-        carry("mul", {}, [(4, 6), (4, 6)], [(4, 6)], [rows, rows])
-    with pytest.raises(Mixes, match="not linear"):
-        carry("div", {}, [(4, 6), (4, 6)], [(4, 6)], [None, rows])
-    with pytest.raises(Mixes, match="not among the operations"):
-        carry("exp", {}, [(4, 6)], [(4, 6)], [rows])
-
-
-@pytest.mark.parametrize("shape", [(3, 1), (4,), (4, 1, 1)])
-def test_labels_that_do_not_fit_the_result_are_refused(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_RULES, "neg", lambda *_: np.arange(int(np.prod(shape))).reshape(shape))
-    with pytest.raises(Mixes, match="another shape than its result"):
-        carry("neg", {}, [(4, 6)], [(4, 6)], [np.arange(4)[:, None]])
