@@ -15,6 +15,18 @@ from gapo.backends.jaxrows.labels import _RULES, Labels, Mixes, carry
 
 ROWS = np.arange(4)[:, None]  # of an array (4, 6)
 ZEROS = jnp.zeros((2, 6))
+COLUMNS = jnp.array([[4], [1]])  # the same in each row, and one of its own for each row
+OWN_COLUMNS = jnp.array([[[0], [2]], [[3], [1]], [[5], [4]], [[2], [2]]])
+LOOK_UP = lax.GatherDimensionNumbers(offset_dims=(0,), collapsed_slice_dims=(1,), start_index_map=(1,))
+LOOK_UP_BY_ROW = lax.GatherDimensionNumbers(
+    (), (1,), (1,), operand_batching_dims=(0,), start_indices_batching_dims=(0,)
+)
+PLACE = lax.ScatterDimensionNumbers(
+    update_window_dims=(0,), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1,)
+)
+PLACE_BY_ROW = lax.ScatterDimensionNumbers(
+    (), (1,), (1,), operand_batching_dims=(0,), scatter_indices_batching_dims=(0,)
+)
 
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "pad": lambda x: lax.pad(x, 0.0, [(1, 2, 0), (0, 3, 0)]),
@@ -38,6 +50,11 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "dot": lambda x: lax.dot_general(x, jnp.ones((6, 5)), (((1,), (0,)), ((), ()))),
     "dot_from_the_right": lambda x: lax.dot_general(jnp.ones((5, 6)), x, (((1,), (1,)), ((), ()))),
     "dot_of_rows": lambda x: lax.dot_general(x, jnp.ones((4, 6, 2)), (((1,), (1,)), ((0,), (0,)))),
+    "convolution": lambda x: lax.conv_general_dilated(x.reshape(4, 2, 3), jnp.ones((5, 2, 2)), (1,), "SAME"),
+    "gather": lambda x: lax.gather(x, COLUMNS, LOOK_UP, (4, 1)),
+    "gather_by_row": lambda x: lax.gather(x, OWN_COLUMNS, LOOK_UP_BY_ROW, (1, 1)),
+    "scatter_add": lambda x: lax.scatter_add(jnp.zeros((4, 6)), COLUMNS, x[:, :2], PLACE),
+    "scatter_add_by_row": lambda x: lax.scatter_add(x, OWN_COLUMNS, x[:, 2:4], PLACE_BY_ROW),
     "add_shifted": lambda x: x + lax.select(jnp.eye(4, 6) > 0, x, jnp.zeros((4, 6))),
 }
 
