@@ -1,10 +1,11 @@
-"""The benchmark of JAX and MLX runs, at the smallest size, and its rows say what was measured."""
+"""The benchmark of JAX and MLX runs, at the smallest size; the mutation check names modules and tests that exist."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,16 @@ def test_the_memory_of_a_device_is_that_of_the_documentation(memory: Any) -> Non
     sizes = memory.per_device("mistral-7b-instruct", memory.WAYS["fsdp2"], 8, 4, 2048)
     assert sizes["step"] == pytest.approx(step / 1e9)
     assert sizes["weights"] + sizes["optimizer"] == pytest.approx(16 * parameters / 8 / 1e9)
+
+
+def test_the_mutation_check_names_modules_and_tests_that_exist() -> None:
+    tests = runpy.run_path(str(FOLDER / "mutation_tests.py"))["TESTS"]
+    for module, (files, _) in tests.items():
+        assert (FOLDER.parent / module).is_file(), module
+        for name in files.split():
+            assert len(list(FOLDER.parent.glob(f"tests/**/test_{name}.py"))) == 1, (module, name)
+    backends = {f"gapo/backends/{kind}.py" for kind in ("jax", "jax_onepass", "numpy", "base")}
+    for folder in ("torch/pairgrads", "mlx/pairgrads", "jaxrows"):
+        paths = (FOLDER.parent / "gapo" / "backends" / folder).glob("*.py")
+        backends |= {f"gapo/backends/{folder}/{path.name}" for path in paths if path.name[0] != "_"}
+    assert backends <= {*tests, "gapo/backends/torch/pairgrads/refused.py"}  # which is one exception
