@@ -44,19 +44,25 @@ class BatchStatistics:
 
         It is 0 for one pair, and where the pairs differ by no more than rounding.
         """
-        xp, x = self.xp, stop_gradient(x)
-        squares = self._reduce(xp.sum((x - self.mean(x)) ** 2), "sum")
-        others = self.pairs_in_batch(x) - 1
-        deviation = xp.sqrt(squares / xp.where(others > 0, others, xp.ones_like(others)))
-        rounding = _NOISE * rounding_unit(x, xp) * self._reduce(xp.max(xp.abs(x)), "max")
-        return xp.where(deviation > rounding, deviation, xp.zeros_like(deviation))
+        return self._centred(x)[1]
 
     def zscore(self, x: Array) -> Array:
         """`(x - mean) / deviation` of `x` (N,); 0 where all pairs of the batch are equal."""
-        xp, spread = self.xp, self.deviation(x)
+        xp = self.xp
+        centred, spread = self._centred(x)
         some = spread > 0
-        scores = (stop_gradient(x) - self.mean(x)) / xp.where(some, spread, xp.ones_like(spread))
-        return xp.where(some, scores, xp.zeros_like(scores))
+        return xp.where(some, centred / xp.where(some, spread, xp.ones_like(spread)), xp.zeros_like(centred))
+
+    def _centred(self, x: Array) -> tuple[Array, Array]:
+        """`x` (N,) without its mean, and its `deviation`."""
+        xp, x = self.xp, stop_gradient(x)
+        pairs = self.pairs_in_batch(x)
+        centred = x - self._reduce(xp.sum(x), "sum") / pairs
+        others = pairs - 1
+        variance = self._reduce(xp.sum(centred**2), "sum") / xp.where(others > 0, others, xp.ones_like(others))
+        rounding = _NOISE * rounding_unit(x, xp) * self._reduce(xp.max(xp.abs(x)), "max")
+        deviation = xp.sqrt(variance)
+        return centred, xp.where(deviation > rounding, deviation, xp.zeros_like(deviation))
 
     def weights_of_mean_one(self, log_weights: Array) -> Array:
         """Weights (N,) from their logarithms, divided by their mean over the pairs of all ranks.

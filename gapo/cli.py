@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 import gapo
+from gapo.commands.one_line import OneLineParser
 
 # Errors that a user can cause and repair, reported in one line. Any other is a defect of gapo and keeps its traceback.
 _USER_ERRORS = (ValueError, KeyError, OSError, ModuleNotFoundError, FloatingPointError)
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"out of memory ({error}): lower batch_size or max_length, or set gradient_checkpointing, in another "
                 "output_dir; the same command resumes from its last checkpoint"
             )
-        print(f"gapo: error: {_printable(' '.join(str(message).split()))}", file=sys.stderr)
+        lines = str(message).split("\n") if type(error).__name__ == "PairError" else [str(message)]  # a row on each
+        text = "\n  ".join(_printable(" ".join(line.split())) for line in lines)
+        print(f"gapo: error: {text}", file=sys.stderr)
         return 1
 
 
@@ -56,6 +59,7 @@ _COMMANDS = {
     "train": "tune a language model on preference pairs, with a report",
     "study": "compare objectives under flipped labels, with statistics and a report",
     "score": "the gap and the weight of each pair, under one model or several",
+    "generate": "answer prompts, in the formats that benchmarks read",
     "flip": "flip a known share of the labels, to study noise",
     "examples": "list the examples and recipes that come with gapo, or copy them",
 }
@@ -63,7 +67,7 @@ _COMMANDS = {
 
 def _parser() -> argparse.ArgumentParser:
     commands = "\n".join(f"  {name:<8} {text}" for name, text in _COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="gapo",
         description="GAPO: robust preference tuning without a reference model (arXiv 2602.04909).",
         epilog=f"commands:\n{commands}\n\n`gapo COMMAND --help` says what each takes.",

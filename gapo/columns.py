@@ -14,6 +14,8 @@ PARTS = ("input_ids", "attention_mask", "labels")
 COLUMNS = tuple(f"{side}_{part}" for side in SIDES for part in PARTS)
 # TRL's names for reference log-probabilities: sums over the response's tokens, nats.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+# The LD-DPO alpha that they were measured with, where it is not 1: (N,), of each pair.
+REFERENCE_ALPHA = "ref_ld_alpha"
 # Log-probabilities at an anchor of the caller's own, in nats per token, as `gapo.loss` takes them.
 ANCHOR = ("anchor_chosen_logps", "anchor_rejected_logps")
 LENGTHS = ("chosen_lengths", "rejected_lengths")
@@ -48,6 +50,7 @@ class BatchConstants:
         ref_rejected: the same of each rejected response.
         anchor_chosen: log-probability of each chosen response at an anchor of the caller's own, nats per token.
         anchor_rejected: the same of each rejected response.
+        pair_weights: factor of each pair's loss, a constant.
     """
 
     chosen_lengths: Array | None = None
@@ -56,6 +59,7 @@ class BatchConstants:
     ref_rejected: Array | None = None
     anchor_chosen: Array | None = None
     anchor_rejected: Array | None = None
+    pair_weights: Array | None = None
 
     @classmethod
     def of(cls, batch: Any) -> BatchConstants:

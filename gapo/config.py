@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gapo._fields import choice, choices_of, described
+from gapo.mask import Mask, as_mask
 from gapo.objective import LOSS_TYPES, check_objective, require_number
+
+OF_THE_UPDATE = ("sft_weight", "update")  # fields that change no gap and no weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +33,12 @@ class GAPOConfig:
             nothing. "auto" takes first order where the weights that move, or the forward's compute, have 16 bits (or
             TF32), and exact elsewhere; GAPO logs the choice once.
         perturb: the parameters that move: "backbone" (all but the output head), "all", or a regular expression that is
-            searched in parameter names.
+            searched in parameter names. In Python also a mapping from names or such expressions to arrays of 0 and 1,
+            broadcastable to the parameter, whose ones move (`gapo.mask.Mask`).
         last_layers: moves only the parameters of the last k layers, as far as `perturb` selects them.
+        update: "policy" takes the gradient of the loss at theta. "anchor" takes it at theta + delta and applies it to
+            theta, as SAM does: one forward with a gradient there. Each log-probability that the loss reads is then the
+            anchor's; the gap stays the policy's margin minus the anchor's. It needs an exact anchor.
         loss_type: shape of the loss, "sigmoid" or "hinge".
         label_smoothing: chance that a label is wrong, in [0, 0.5).
         sft_weight: >= 0; adds `sft_weight * mean_i(-logp(chosen_i))`, nats per token. It needs a `margin_fn` that
@@ -54,8 +62,9 @@ class GAPOConfig:
     probe: str = choice("loss", "margin")
     direction: str = choice("pessimistic", "gaussian")
     anchor: str = choice("auto", "exact", "first_order")
-    perturb: str = "backbone"
+    perturb: str | Mapping[str, Any] = "backbone"
     last_layers: int | None = None
+    update: str = choice("policy", "anchor")
     loss_type: str = choice(*LOSS_TYPES)
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
@@ -78,36 +87,57 @@ class GAPOConfig:
             value: Any = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        if self.update == "anchor" and self.anchor == "first_order":
+            raise ValueError(
+                "update='anchor' takes a gradient at theta + delta, which anchor='first_order' never forms: set "
+                "anchor='exact' or 'auto', or update='policy'"
+            )
         if self.last_layers is not None and (
             isinstance(self.last_layers, bool) or not isinstance(self.last_layers, int) or self.last_layers < 1
         ):
             raise ValueError(f"last_layers must be a whole number >= 1, or None, got {self.last_layers!r}")
-        if not isinstance(self.perturb, str) or not self.perturb:
-            raise ValueError(f"perturb must be 'backbone', 'all' or a regular expression, got {self.perturb!r}")
-        try:
-            re.compile(self.perturb)
-        except re.error as error:
-            raise ValueError(
-                f"perturb must be 'backbone', 'all' or a regular expression, got {self.perturb!r}: {error}"
-            ) from None
+        object.__setattr__(self, "perturb", as_mask(self.perturb))
+        if not isinstance(self.perturb, Mask):
+            _check_pattern(self.perturb)
 
     @property
     def moves(self) -> bool:
         """Whether there is a radius other than 0, set or to be found."""
         return self.target_gap is not None or self.rho > 0
 
+    @property
+    def updates_at_anchor(self) -> bool:
+        """Whether the update's gradient is taken at moved weights. With a radius of 0 it is that of the policy."""
+        return self.update == "anchor" and self.moves
 
-def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any = None) -> GAPOConfig:
+
+def plain(config: GAPOConfig) -> dict[str, Any]:
+    """Every field by name, as JSON can hold it: a mask as its description."""
+    return {name: repr(x) if isinstance(x, Mask) else x for name, x in asdict(config).items()}
+
+
+def _check_pattern(perturb: Any) -> None:
+    accepted = "perturb must be 'backbone', 'all', a regular expression, or masks by name"
+    if not isinstance(perturb, str) or not perturb:
+        raise ValueError(f"{accepted}, got {perturb!r}")
+    try:
+        re.compile(perturb)
+    except re.error as error:
+        raise ValueError(f"{accepted}, got {perturb!r}: {error}") from None
+
+
+def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any = None, **options: Any) -> GAPOConfig:
     """The settings of the step in what a caller handed over as `config`: one place for all that take one.
 
     Args:
         config: a `GAPOConfig`; None for the defaults; or an adapter's configuration, by its `step_config()`.
         objective, objective_settings: what the caller was given beside it. An adapter's configuration that has others
             is refused, since they would be ignored.
+        options: likewise `ld_alpha` and `use_weighting`, where the caller has them.
 
     Raises:
         TypeError: it is none of these.
-        ValueError: it names another objective, or has other settings for it.
+        ValueError: it names another objective, or has other settings or options for it.
     """
     if config is None:
         return GAPOConfig()
@@ -115,7 +145,8 @@ def step_settings(config: Any, objective: Any = "gapo", objective_settings: Any 
         return config
     if isinstance(config, type) or not callable(getattr(config, "step_config", None)):
         raise TypeError(f"config must be a gapo.GAPOConfig, got {named(config)}")
-    for name, beside in (("objective", objective), ("objective_settings", objective_settings)):
+    beside_it = {"objective": objective, "objective_settings": objective_settings}
+    for name, beside in {**beside_it, "ld_alpha": None, "use_weighting": False, **options}.items():
         own = getattr(config, name, beside)
         if own is not None and own != beside:
             raise ValueError(

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -47,16 +48,16 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """The name under which this process writes what becomes `path`. Other processes have other names."""
-    return path.with_name(f"{path.name}.part{os.getpid()}")
+    """The name under which this process writes what becomes `path`. Others, on any machine, have other names."""
+    return path.with_name(f"{path.name}.part{os.getpid()}@{socket.gethostname()}")
 
 
 def sweep(path: Path) -> None:
-    """Remove the files and folders named by `partial_of` that processes which are gone have left of `path`."""
+    """Remove the files and folders named by `partial_of` that ended processes of this machine have left of `path`."""
     start = f"{path.name}.part"
     for old in path.parent.glob(f"{glob.escape(start)}*"):
-        number = old.name[len(start) :]
-        if number.isdecimal() and not _is_running(int(number)):
+        number, _, host = old.name[len(start) :].partition("@")
+        if number.isdecimal() and host in ("", socket.gethostname()) and not is_running(int(number)):
             with suppress(OSError):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
 
@@ -139,7 +140,8 @@ def write_errors() -> tuple[type[Exception], ...]:
     return (OSError,) if loaded is None else (OSError, loaded.SafetensorError)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether this machine has a process of that number; on Windows, which cannot be asked, it is taken for granted."""
     if os.name == "nt":  # there, signal 0 is a real one
         return True
     try:

@@ -86,18 +86,21 @@ def step_metrics(result: StepResult, config: GAPOConfig) -> dict[str, Array]:
     return metrics | {f"{RUNNING}{name}": value for name, value in (result.running or {}).items()}
 
 
-def evaluation_columns(loss: Loss, logps: LogProbs) -> dict[str, Array]:
+def evaluation_columns(loss: Loss, logps: LogProbs, pair_weights: Array | None = None) -> dict[str, Array]:
     """What an evaluation keeps of each pair of a batch, (N,) each: `evaluation_metrics` takes them of all batches.
 
     Args:
         loss: of the training; it is evaluated without an anchor (method document, step 6).
         logps: of the batch, with its reference where `loss` needs one.
+        pair_weights: (N,) factor of each pair's loss; None for 1.
 
     Returns:
         "loss", "chosen" and "rejected" (nats per token), and "z" where the batch has a reference.
     """
     averages = logps.per_token()
-    columns = {"loss": loss.evaluated.losses(logps), "chosen": averages.chosen, "rejected": averages.rejected}
+    losses = loss.evaluated.losses(logps)
+    losses = losses if pair_weights is None else pair_weights * losses
+    columns = {"loss": losses, "chosen": averages.chosen, "rejected": averages.rejected}
     return columns if (z := logps.log_ratio_margins()) is None else {**columns, "z": z}
 
 

@@ -23,9 +23,8 @@ from gapo.columns import (
     require_reference,
     stacked,
 )
-from gapo.logps import sequence_logps
+from gapo.logp_options import LogpOptions
 from gapo.objective import check_batches
-from gapo.token_weights import ld_weights
 
 _Arrays = Mapping[str, Array | None]
 
@@ -39,14 +38,14 @@ def pair_logps(
         logits_fn: `logits_fn(input_ids, attention_mask)`, (2N, seq) each, gives logits (2N, seq, vocab).
         batch: the columns `COLUMNS`.
         ld_alpha: LD-DPO's alpha in [0, 1], as in `gapo.token_weights.ld_weights`; None for 1. The sums still divide by
-            the whole response's number of tokens. Measure the reference with the same.
+            the whole response's number of tokens. A reference in the batch must be measured with the same.
 
     Raises:
-        TypeError, ValueError: as `gapo.sequence_logps` and `gapo.token_weights.ld_weights`.
+        TypeError, ValueError: as `gapo.sequence_logps`; `ld_alpha` is out of its range, or not the reference's.
     """
-    ids, mask, labels = stacked(batch, *PARTS)
-    weights = None if ld_alpha is None else ld_weights(labels, ld_alpha)
-    return halves(sequence_logps(logits_fn(ids, mask), labels, token_weights=weights))
+    options = LogpOptions(ld_alpha)
+    ids, mask, labels = stacked(options.checked(batch), *PARTS)
+    return options.logps(logits_fn(ids, mask), labels)
 
 
 class LogProbs(BatchStatistics):

@@ -45,7 +45,11 @@ class Choice(NamedTuple):
 
 
 def choose_anchor(forward: AnchorForward, names: Iterable[str], config: GAPOConfig, backend: Backend) -> Choice:
-    """The anchor that `config` names; for "auto" the one that is right on this forward, which is logged once."""
+    """The anchor that `config` names; for "auto" the one that is right on this forward, which is logged once.
+
+    Raises:
+        ValueError: "auto" sees 16 bits, and the update is to be taken at the anchor, which would be rounded.
+    """
     weights = any(is_half(forward.parameters[name].dtype, backend.xp) for name in names)
     if config.anchor != "auto":
         # To warn of, one step of a backend is looked at, since the look costs a little.
@@ -60,6 +64,11 @@ def choose_anchor(forward: AnchorForward, names: Iterable[str], config: GAPOConf
         if compute
         else "no weights and no compute of 16 bits were seen"
     )
+    if anchor == "first_order" and config.updates_at_anchor:
+        raise ValueError(
+            f"update='anchor' takes a gradient at theta + delta, which is rounded here: {why}. Keep weights and "
+            "compute in float32, or set update='policy'; anchor='exact' goes on with what rounding leaves"
+        )
     if _first_time(backend, anchor):
         logger.info('anchor="auto" takes anchor="%s": %s', anchor, why)
     return Choice(anchor, weights, compute)
@@ -125,7 +134,7 @@ def check_gaps(
         what = "a forward in 16 bits rounds" if choice.compute else "16-bit weights round"
         warnings.warn(
             f"{what} the perturbation of an exact anchor, and this compiled step cannot measure how much. Look at "
-            f"first_order_ratio, which is far from 1 where the perturbation is lost; {_WAY_OUT}",
+            f"first_order_ratio, which is far from 1 where the perturbation is lost; {way_out(config)}",
             RuntimeWarning,
             stacklevel=5,
         )
@@ -136,14 +145,21 @@ def _text(config: GAPOConfig, choice: Choice, rho: float, radius: float, changed
     if choice.weights:
         return (
             f"16-bit weights round the perturbation away: its applied radius is {radius:.3g} for {asked(config, rho)}, "
-            f"{changed:.2%} of the weights changed, and first_order_ratio is {ratio:.3g}; {_WAY_OUT}"
+            f"{changed:.2%} of the weights changed, and first_order_ratio is {ratio:.3g}; {way_out(config)}"
         )
     if choice.compute:
         return (
             "the forward computes in 16 bits (autocast, a cast, TF32), which round theta + delta at each use. So each "
-            f"gap of an exact anchor is off in its own way (first_order_ratio is {ratio:.3g}); {_WAY_OUT}"
+            f"gap of an exact anchor is off in its own way (first_order_ratio is {ratio:.3g}); {way_out(config)}"
         )
     return far_from_linear(ratio, config, rho)
+
+
+def way_out(config: GAPOConfig) -> str:
+    """What to do where 16 bits round the perturbation."""
+    if config.updates_at_anchor:
+        return "keep weights and compute in float32, since update='anchor' needs theta + delta as it is"
+    return 'use anchor="first_order", which rounds nothing, or "auto"; or keep weights and compute in float32'
 
 
 def asked(config: GAPOConfig, rho: Any) -> str:
@@ -157,6 +173,11 @@ def far_from_linear(ratio: float, config: GAPOConfig | None = None, rho: float =
     """The warning where a measured drop is far from the predicted one, with config and radius where they are known."""
     radius = "" if config is None else f" for {asked(config, rho)}"
     seen = f"first_order_ratio is {ratio:.3g}: so many times the drop that the gradient predicts{radius}. "
+    if config is not None and config.updates_at_anchor:
+        return (
+            f"{seen}Where 16-bit compute (weights, autocast, TF32) rounds theta + delta, {way_out(config)}. Or rho is "
+            "too large for the drop to be linear: lower it where that is not meant"
+        )
     if config is not None and config.anchor == "auto":
         return (
             f"{seen}No 16-bit compute was seen. So rho may be too large for the drop to be linear: lower it where that "
@@ -210,6 +231,3 @@ def _first_time(backend: Backend, what: str) -> bool:
         return False
     warned.add(what)
     return True
-
-
-_WAY_OUT = 'use anchor="first_order", which rounds nothing, or "auto"; or keep weights and compute in float32'

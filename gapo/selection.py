@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from gapo.config import GAPOConfig
+from gapo.mask import Mask
 
 # The output head by name, for models that cannot be asked (NumPy dicts, plain modules, functions that do not tell).
 # Names of the second row are common inside of layers too ("attention.output"): they count where only a model's own
@@ -30,20 +31,22 @@ def select(names: Iterable[str], head: Iterable[str], config: GAPOConfig) -> lis
         config: its `perturb` and `last_layers`.
 
     Raises:
-        ValueError: no parameter is trainable, or none is selected.
+        ValueError: no parameter is trainable, none is selected, or a mask is of none.
     """
     names = list(names)
     if not names:
         raise ValueError(
             "the model has no trainable parameter (all are frozen): unfreeze some, or add trainable adapters"
         )
-    if config.perturb == "backbone":
+    if isinstance(config.perturb, Mask):
+        selected = list(config.perturb.keys_by_name(names))
+    elif config.perturb == "backbone":
         heads = set(head)
         selected = [name for name in names if name not in heads]
     elif config.perturb == "all":
         selected = names
     else:
-        selected = [name for name in names if re.search(config.perturb, name)]
+        selected = [name for name in names if re.search(str(config.perturb), name)]
     if config.last_layers is not None:
         last = _last_layers(names, config.last_layers)
         selected = [name for name in selected if layer_index(name) in last]

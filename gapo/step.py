@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any, Literal, cast, overload
 
-from gapo._namespace import Array, ArrayT, at_least_float32, is_concrete, stop_gradient
-from gapo.anchor import measure_anchor
+from gapo._namespace import Array, ArrayT, at_least_float32, is_concrete, settled, stop_gradient
+from gapo.anchor import LogProbsAtAnchor, measure_anchor
 from gapo.backends import get_backend
-from gapo.backends.base import AnchorForward, Backend, Forward, MarginFn
+from gapo.backends.base import AnchorForward, Backend, Forward, MarginFn, Update, gradients
 from gapo.config import GAPOConfig, step_settings
 from gapo.objectives import Loss, Objective, resolve
-from gapo.pairs import BatchConstants, LogProbs, require_reference
+from gapo.pairs import ANCHOR, BatchConstants, LogProbs, require_reference
 from gapo.result import Step, StepResult
 
 logger = logging.getLogger(__name__)
@@ -118,9 +118,9 @@ def value_and_grad(
         params: Any, batch: Any, *, gamma: Any = None, rng: Any = None, running: Running | None = None
     ) -> tuple[StepResult, Any]:
         constants = BatchConstants.of(batch)
-        anchor = loss.needs_anchor and not constants.has_anchor
+        anchor = makes_anchor(loss, settings, constants)
         forward = framework.forward(margin_fn, params, batch, settings, anchor=anchor, by_side=loss.by_side)
-        result, cotangents = run(
+        result, update = run(
             forward, settings, framework, loss=loss, constants=constants, gamma=gamma, rng=rng, running=running
         )
         if result.running and running is None and next(starts) == 2:
@@ -130,11 +130,8 @@ def value_and_grad(
                 loss.name,
                 ", ".join(result.running),
             )
-        grads = framework.pack(forward, forward.pullback(cotangents))
-        if is_concrete(result.loss) and not bool(framework.xp.isfinite(result.loss)):
-            raise FloatingPointError(
-                f"the loss of objective {loss.name!r} is {float(result.loss)}: look at these pairs' tokens and labels"
-            )
+        grads = framework.pack(forward, gradients(forward, update))
+        _require_finite_losses(result.loss, f"the loss of objective {loss.name!r}", framework.xp)
         return result, grads
 
     return step
@@ -150,10 +147,11 @@ def run(
     gamma: Any = None,
     rng: Any = None,
     running: Running | None = None,
-) -> tuple[StepResult[Any], tuple[Array, ...]]:
-    """Steps 2 to 5 on a clean forward: the result, and the loss's cotangents on `forward.outputs`.
+) -> tuple[StepResult[Any], Update]:
+    """Steps 2 to 5 on a clean forward: the result, and what the gradient is.
 
-    The gradient is `forward.pullback(cotangents)`, or the backward of any scalar with these derivatives.
+    That is the loss's cotangents on `forward.outputs`, whose pullback is the gradient, as the backward of any scalar
+    with these derivatives is. With `config.updates_at_anchor` it is the gradients themselves, by name.
 
     Args:
         forward: the clean forward, made for this loss.
@@ -171,28 +169,42 @@ def run(
     if loss.needs_reference and (constants.ref_chosen is None or constants.ref_rejected is None):
         require_reference(loss.name, ())
     outputs = tuple(stop_gradient(at_least_float32(output, xp)) for output in forward.outputs)
-    anchor = None
-    if loss.needs_anchor and not constants.has_anchor:
-        anchor = measure_anchor(cast(AnchorForward, forward), outputs, config, backend, gamma, rng)
+    records: set[str] = set()  # the running statistics of the loss
+    pair_weights = None if constants.pair_weights is None else settled(stop_gradient(constants.pair_weights))
 
-    # 5. The losses, and the derivative of their mean by each output: N numbers, by the framework's own autodiff.
-    def seen_at(outputs: tuple[Array, ...]) -> LogProbs:
-        seen = anchor.seen if anchor else ()
-        return LogProbs.of_step(outputs, constants, *seen, reduce=backend.all_reduce, running=running)
-
-    records: set[str] = set()
-
-    def losses_at(outputs: tuple[Array, ...]) -> Array:
-        losses = loss.losses(logps := seen_at(outputs))
+    def losses_of(logps: LogProbs) -> Array:
+        losses = loss.losses(logps)
         records.update(logps.recorded)
-        return losses
+        return losses if pair_weights is None else pair_weights * losses
 
-    losses, slopes = backend.differentiate(losses_at, outputs)
+    def differentiated(point: tuple[Array, ...], kind: type[LogProbs], *seen: Any) -> tuple[Array, tuple[Array, ...]]:
+        """5. The losses and the derivative of their mean by each output: N numbers, by the framework's own autodiff."""
+
+        def losses_at(outputs: tuple[Array, ...]) -> Array:
+            return losses_of(kind.of_step(outputs, constants, *seen, reduce=backend.all_reduce, running=running))
+
+        return backend.differentiate(losses_at, point)
+
+    taken: list[tuple[Array, tuple[Array, ...]]] = []
+
+    def slopes_at(moved: tuple[Array, ...], gaps: Array) -> tuple[Array, ...]:
+        taken.append(differentiated(moved, LogProbsAtAnchor, None, settled(gaps)))
+        return taken[0][1]
+
+    anchor = None
+    if makes_anchor(loss, config, constants):
+        anchor = measure_anchor(cast(AnchorForward, forward), outputs, config, backend, gamma, rng, slopes_at)
+    seen = anchor.seen if anchor else ()
+    at_anchor = bool(taken)
+    losses, slopes = taken[0] if at_anchor else differentiated(outputs, LogProbs, *seen)
     # At a fixed chosen log-probability, the derivative by M is minus that by the rejected one.
     weights = outputs[0].shape[0] * (slopes[1] if len(slopes) == 2 else -slopes[0])
-    logps = seen_at(outputs)
-    if records:  # seen within the differentiation, from where no value may leave: so the statistics are taken again
-        loss.losses(logps)
+    if at_anchor:
+        _require_finite_losses(losses, f"the loss of objective {loss.name!r} at the anchor", xp)
+    logps = LogProbs.of_step(outputs, constants, *seen, reduce=backend.all_reduce, running=running)
+    # Statistics are seen within the differentiation, from where no value may leave: so they are taken again.
+    if at_anchor or records:
+        losses = losses_of(logps)
     own = {"anchor_margins": logps.anchor_margins, "anchor_gaps": logps.anchor_gaps} if constants.has_anchor else {}
     result = StepResult(
         loss=stop_gradient(xp.mean(losses)),
@@ -204,7 +216,29 @@ def run(
         running=logps.recorded or None,
         **(anchor.figures if anchor else own),
     )
+    if anchor is not None and anchor.grads is not None:
+        return result, anchor.grads
     return result, tuple(xp.astype(c, y.dtype) for c, y in zip(slopes, forward.outputs, strict=True))
+
+
+def makes_anchor(loss: Loss, config: GAPOConfig, constants: BatchConstants) -> bool:
+    """Whether a step takes an anchor: for its gaps, or for its update.
+
+    Raises:
+        ValueError: the update is to be taken at the anchor, and the batch brings one of its own, without weights.
+    """
+    if constants.has_anchor and config.updates_at_anchor:
+        raise ValueError(
+            f"update='anchor' takes the gradient at theta + delta, and the batch brings its own anchor ({ANCHOR[0]}): "
+            "leave those columns out, or set update='policy'"
+        )
+    return (loss.needs_anchor or config.updates_at_anchor) and not constants.has_anchor
+
+
+def _require_finite_losses(losses: Array, what: str, xp: Any) -> None:
+    mean = xp.mean(losses)
+    if is_concrete(mean) and not bool(xp.isfinite(mean)):
+        raise FloatingPointError(f"{what} is {float(mean)}: look at these pairs' tokens and labels")
 
 
 __all__ = [

@@ -7,8 +7,9 @@ from typing import Any
 import datasets
 import griffe
 import hf_models
+import peft
 import pytest
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from gapo.adapters.hf.margins import pair_logps
 from gapo.data import generate_pairs, write_rows
@@ -88,6 +89,13 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         hf_models.save_wide_llama(folder / "model")
         names |= {"path": folder / "model", "tokenizer": hf_models.tokenizer(), "model": hf_models.make("llama")}
         return names
+    if heading == "after-training.md":
+        hf_models.make("llama").save_pretrained(folder / "base")
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        adapted.save_pretrained(folder / "adapter")
+        hf_models.tokenizer().save_pretrained(folder / "adapter")
+        return {"adapter": folder / "adapter", "merged": folder / "merged", "runs": folder / "runs"}
     if heading in ("score.md", "relatives.md"):
         hf_models.make("llama").save_pretrained(folder / "model")
         hf_models.tokenizer().save_pretrained(folder / "model")

@@ -29,8 +29,18 @@ from gapo.adapters.flax_inputs import (
     trained,
 )
 from gapo.adapters.flax_loss import make_loss
-from gapo.adapters.flax_pairs import Metrics, ObjectiveLike, PairStep, nnx_margin_fn, nnx_pair_logps, pair_logps
+from gapo.adapters.flax_pairs import (
+    Metrics,
+    ObjectiveLike,
+    PairStep,
+    linen_margin_fn,
+    measured,
+    nnx_margin_fn,
+    nnx_measured,
+    pair_logps,
+)
 from gapo.config import GAPOConfig
+from gapo.logp_options import LogpOptions
 from gapo.result import StepResult
 from gapo.reweighting import Watch
 
@@ -44,6 +54,8 @@ def make_train_step(
     *,
     objective: ObjectiveLike = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
     wrt: Any = None,
     axis_name: str | None = None,
     donate: bool = False,
@@ -70,6 +82,11 @@ def make_train_step(
             them within each member of `axis_name`.
         objective_settings: settings of the objective, such as {"beta": 0.1}; None for its defaults. "gapo" and "simpo"
             take theirs from `config`.
+        ld_alpha: LD-DPO's alpha in [0, 1]: how much the tail of a pair's longer answer counts in its log-probability;
+            None for 1. The reference must be measured with the same,
+            `gapo.data.with_reference_logps(..., ld_alpha=...)`.
+        use_weighting: whether each pair's loss is multiplied by WPO's weight (`gapo.token_weights.wpo_weights`, without
+            a cap), which carries no gradient.
         wrt: filter of the NNX variables that train; None for the optimizer's own, as in
             `nnx.Optimizer(..., wrt=nnx.LoRAParam)`. A filter that selects other variables is refused.
         axis_name: data axis of a surrounding `shard_map`, whose members share one anchor. The step averages the
@@ -112,7 +129,8 @@ def make_train_step(
     >>> bool(abs(metrics["loss"] - (1 - result.margins[0]) ** 2) < 1e-5)
     True
     """
-    step = PairStep.of(config, objective, objective_settings, axis_name)
+    options = LogpOptions(ld_alpha, use_weighting)
+    step = PairStep.of(config, objective, objective_settings, options, axis_name)
 
     def nnx_step(
         model: Any, optimizer: Any, batch: Any, inputs: Any, running_passed: bool
@@ -120,8 +138,8 @@ def make_train_step(
         require_same_variables(model, wrt, optimizer.wrt)
         graph, params, rest = nnx.split(model, optimizer.wrt, ...)
         trainable = trained(optimizer.tx, nnx.as_pure(optimizer.opt_state), nnx.as_pure(params))
-        margin_fn = nnx_margin_fn(logits_fn, graph, rest, changed=nnx.Not(optimizer.wrt))
-        result, metrics, grads, state = step.gradients(margin_fn, params, batch, trainable, has_aux=True, **inputs)
+        margin_fn = nnx_margin_fn(logits_fn, graph, rest, changed=nnx.Not(optimizer.wrt), options=options)
+        result, metrics, grads, state = step.gradients(margin_fn, params, batch, trainable, **inputs)
         _require_running(step.loss.name, result, running_passed)
         nnx.update(model, state)
         optimizer.update(*(() if isinstance(optimizer, nnx.ModelAndOptimizer) else (model,)), grads)
@@ -132,12 +150,7 @@ def make_train_step(
         trainable = trained(state.tx, state.opt_state, state.params)
         with named_dropout("call train_step(state, batch, rng=key), with a new key each step"):
             result, metrics, grads, _ = step.gradients(
-                lambda p, b: pair_logps(lambda ids, mask: fn(p, ids, mask), b),
-                state.params,
-                batch,
-                trainable,
-                has_aux=False,
-                **inputs,
+                linen_margin_fn(fn, options), state.params, batch, trainable, **inputs
             )
         _require_running(step.loss.name, result, running_passed)
         return state.apply_gradients(grads=grads), metrics, result
@@ -163,10 +176,10 @@ def make_train_step(
                 raise ValueError(
                     "the nnx.ModelAndOptimizer holds another model than the one given: give the same, or none"
                 )
-            batch = arrays(args[2], ids_alone=logits_fn is None)
+            batch = arrays(args[2], ids_alone=logits_fn is None, options=options)
             return nnx_jitted(args[0], args[1], batch, {**inputs, "gamma": by_pair(gamma, batch)}, running_passed)
         if len(args) == 2 and hasattr(args[0], "apply_gradients"):
-            batch = arrays(args[1], ids_alone=logits_fn is None)
+            batch = arrays(args[1], ids_alone=logits_fn is None, options=options)
             return linen_jitted(args[0], batch, {**inputs, "gamma": by_pair(gamma, batch)}, running_passed)
         kinds = ", ".join(type(x).__name__ for x in args)
         raise TypeError(
@@ -182,6 +195,8 @@ def make_eval_step(
     *,
     objective: ObjectiveLike = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
 ) -> Callable[..., Metrics]:
     """A jitted evaluation: `eval_step(model_or_state, batch) -> metrics`, without an anchor and without dropout.
 
@@ -192,29 +207,32 @@ def make_eval_step(
         config: likewise.
         objective: likewise.
         objective_settings: likewise.
+        ld_alpha: likewise.
+        use_weighting: likewise.
 
     Returns:
         `eval_step`. Its metrics are means over the pairs: the objective's loss under "loss", without an SFT term, and
         the rewards under TRL's keys. An objective with an anchor has the probe's loss (method document, step 6).
     """
-    step = PairStep.of(config, objective, objective_settings)
+    options = LogpOptions(ld_alpha, use_weighting)
+    step = PairStep.of(config, objective, objective_settings, options)
 
     @nnx.jit
     def nnx_step(model: Any, batch: Any) -> Metrics:
         model = nnx.clone(model)
         model.eval()
-        return step.evaluate(nnx_pair_logps(logits_fn, model, batch), batch)
+        return step.evaluate(nnx_measured(logits_fn, model, batch, options), batch)
 
     @jax.jit
     def linen_step(state: Any, batch: Any) -> Metrics:
         fn = linen_logits(state, logits_fn, None)
         with named_dropout("give make_eval_step a logits_fn that applies the module with deterministic=True"):
-            return step.evaluate(pair_logps(lambda ids, mask: fn(state.params, ids, mask), batch), batch)
+            return step.evaluate(measured(lambda ids, mask: fn(state.params, ids, mask), batch, options), batch)
 
     def eval_step(model: Any, batch: Any) -> Metrics:
         model = model.model if isinstance(model, nnx.ModelAndOptimizer) else model
         evaluate = nnx_step if isinstance(model, nnx.Module) else linen_step
-        return evaluate(model, arrays(batch, ids_alone=logits_fn is None))
+        return evaluate(model, arrays(batch, ids_alone=logits_fn is None, options=options))
 
     return eval_step
 

@@ -15,6 +15,7 @@ from flax.errors import InvalidRngError
 
 from gapo.backends.jax_head import depends
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.logp_options import LogpOptions
 from gapo.objective import require_number
 from gapo.pairs import ANCHOR, COLUMNS, REFERENCE, SIDES
 
@@ -94,13 +95,13 @@ def named_dropout(way_out: str) -> Iterator[None]:
         raise ValueError(f"the model draws random numbers and was given no key: {way_out}") from error
 
 
-def arrays(batch: Mapping[str, Any], ids_alone: bool) -> dict[str, jax.Array]:
+def arrays(batch: Mapping[str, Any], ids_alone: bool, options: LogpOptions) -> dict[str, jax.Array]:
     """The columns of `batch` that the step reads.
 
     Raises:
         KeyError: a column is missing.
-        ValueError: shapes do not fit; or, with `ids_alone`, padding stands before a token. Under a trace nothing can
-            raise, and the loss is NaN instead.
+        ValueError: shapes do not fit; the reference was measured with another alpha than that of `options`; or, with
+            `ids_alone`, padding stands before a token. Under a trace values cannot raise, and the loss is NaN instead.
     """
     if missing := [name for name in COLUMNS if name not in batch]:
         needed = ", ".join(COLUMNS)
@@ -109,6 +110,7 @@ def arrays(batch: Mapping[str, Any], ids_alone: bool) -> dict[str, jax.Array]:
     shape = shapes[COLUMNS[0]]
     if len(set(shapes.values())) > 1 or len(shape) != 2:
         raise ValueError(f"the columns of a batch of pairs must be (N, seq), of one shape; got {shapes}")
+    batch = options.checked(batch)
     constants = [name for name in (*REFERENCE, *ANCHOR) if name in batch]
     for name in constants:
         if np.shape(batch[name]) != shape[:1]:

@@ -11,8 +11,9 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
 from gapo.adapters.flax_inputs import LogitsFn, arrays, by_pair, linen_logits, named_dropout
-from gapo.adapters.flax_pairs import MarginFn, Metrics, ObjectiveLike, PairStep, nnx_margin_fn, pair_logps
+from gapo.adapters.flax_pairs import MarginFn, Metrics, ObjectiveLike, PairStep, linen_margin_fn, nnx_margin_fn
 from gapo.config import GAPOConfig
+from gapo.logp_options import LogpOptions
 
 
 def make_loss(
@@ -21,6 +22,8 @@ def make_loss(
     *,
     objective: ObjectiveLike = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
     wrt: Any = None,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
@@ -40,6 +43,8 @@ def make_loss(
         config: as in `make_train_step`.
         objective: likewise. One with running statistics is refused, because a loss cannot hand them on.
         objective_settings: likewise.
+        ld_alpha: likewise, like the next.
+        use_weighting: whether pairs are weighted.
         wrt: which parameters train: a filter of NNX variables, such as `nnx.LoRAParam`. It may also be a function of
             (path, leaf), and for a tree of parameters it must. None for all that the trainer differentiates. The others
             are neither perturbed nor differentiated: their gradient is 0.
@@ -67,17 +72,18 @@ def make_loss(
     >>> bool(loss == metrics["loss"] and max(float(abs(g).max()) for g in jax.tree.leaves(grads)) > 0)
     True
     """
-    step = PairStep.of(config, objective, objective_settings, axis_name)
+    options = LogpOptions(ld_alpha, use_weighting)
+    step = PairStep.of(config, objective, objective_settings, options, axis_name)
 
     def linen_margin_fn_of(rng: Any) -> MarginFn:
         fn = linen_logits(None, logits_fn, rng, elsewhere=step.config.direction == "gaussian")
-        return lambda params, batch: (pair_logps(lambda ids, mask: fn(params, ids, mask), batch), None)
+        return linen_margin_fn(fn, options)
 
     def loss(model: Any, batch: Any, gamma: Any = None, rng: Any = None) -> tuple[jax.Array, Metrics]:
-        batch = arrays(batch, ids_alone=logits_fn is None)
+        batch = arrays(batch, ids_alone=logits_fn is None, options=options)
         if isinstance(model, nnx.Module):
             graph, tree = nnx.split(model)
-            margin_fn_of = lambda rng: nnx_margin_fn(logits_fn, graph, changed=nnx.Not(nnx.Param))  # noqa: E731
+            margin_fn_of = lambda rng: nnx_margin_fn(logits_fn, graph, changed=nnx.Not(nnx.Param), options=options)  # noqa: E731
         elif logits_fn is not None:
             tree, margin_fn_of = model, linen_margin_fn_of
         else:
@@ -107,7 +113,7 @@ def _differentiable(step: PairStep, margin_fn_of: Callable[[Any], MarginFn], tre
 
     def take(leaves: list[Any], trains: Sequence[bool], batch: Any, gamma: Any, rng: Any) -> tuple[Any, list[Any]]:
         result, metrics, grads, state = step.gradients(
-            margin_fn_of(rng), structure.unflatten(leaves), batch, trains, has_aux=True, gamma=gamma, rng=rng
+            margin_fn_of(rng), structure.unflatten(leaves), batch, trains, gamma=gamma, rng=rng
         )
         if result.running is not None:
             raise ValueError(
@@ -123,8 +129,8 @@ def _differentiable(step: PairStep, margin_fn_of: Callable[[Any], MarginFn], tre
         floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
         trains = [a and b for a, b in zip(wanted, floating, strict=True)]
         (_, metrics, _), _ = jax.eval_shape(lambda *x: take(x[0], trains, *x[1:]), leaves, batch, gamma, rng)
-        logps, state = margin_fn_of(rng)(structure.unflatten(leaves), batch)
-        evaluation = step.evaluate(logps, batch)
+        logps, (state, weights) = margin_fn_of(rng)(structure.unflatten(leaves), batch)
+        evaluation = step.evaluate((logps, weights), batch)
         value = step.backend.all_reduce(evaluation["loss"], "mean")
         absent = {name: jnp.full(x.shape, jnp.nan, x.dtype) for name, x in metrics.items()}
         return value, {**absent, **evaluation, "loss": value}, state

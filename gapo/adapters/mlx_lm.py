@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,11 @@ except ModuleNotFoundError as error:
 
 from gapo._namespace import is_concrete
 from gapo.backends.mlx import MlxBackend
+from gapo.columns import REFERENCE_ALPHA
 from gapo.config import GAPOConfig, step_settings
 from gapo.data.tokenize import IGNORE_INDEX
-from gapo.logps import response_lengths, sequence_logps
+from gapo.logp_options import LogpOptions, PairLogps
+from gapo.logps import response_lengths
 from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Objective, resolve
 from gapo.pairs import REFERENCE, BatchConstants, LogProbs, halves, require_reference
@@ -52,6 +55,8 @@ def make_loss(
     *,
     objective: str | Objective | Callable[[LogProbs], mx.array] = "gapo",
     objective_settings: Mapping[str, Any] | None = None,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
     on_step: Callable[[StepResult], None] | None = None,
     running: Mapping[str, float] | None = None,
 ) -> Callable[..., tuple[mx.array, mx.array]]:
@@ -68,6 +73,11 @@ def make_loss(
             `iterate_batches` yields where the rows have them (`gapo.data.with_reference_logps`).
         objective_settings: settings of the objective, such as {"beta": 0.1}; None for its defaults. "gapo" and "simpo"
             take theirs from `config`.
+        ld_alpha: LD-DPO's alpha in [0, 1]: how much the tail of a pair's longer answer counts in its log-probability;
+            None for 1. The reference must be measured with the same,
+            `gapo.data.with_reference_logps(..., ld_alpha=...)`.
+        use_weighting: whether each pair's loss is multiplied by WPO's weight (`gapo.token_weights.wpo_weights`, without
+            a cap), which carries no gradient.
         on_step: called with the `StepResult` of each training batch; its fields of the anchor are None for an objective
             without one. Under `mx.compile` it would be called once, while the step is traced: leave it out there.
         running: running statistics to go on from, by name, where a training is continued: the "gapo/running/" figures
@@ -96,10 +106,14 @@ def make_loss(
     >>> abs(value.item() - (1 - (chosen - rejected).item()) ** 2) < 1e-5, tokens.item()
     (True, 2)
     """
-    config = step_settings(config, getattr(objective, "name", objective), objective_settings)
+    options = LogpOptions(ld_alpha, use_weighting)
+    config = step_settings(config, getattr(objective, "name", objective), objective_settings, **asdict(options))
     target = resolve(objective, config, objective_settings)
+    options.require_weightable(target.name, target.objective.coupled)
+    logps = PairLogps(row_logits, options)
     backend, watch = MlxBackend(), Watch(config, target)
     statistics = RunningStatistics(running)
+    takes_anchor = target.needs_anchor or config.updates_at_anchor
 
     def loss(
         model: nn.Module, ids: mx.array, labels: mx.array, reference: mx.array | None = None
@@ -107,7 +121,7 @@ def make_loss(
         require_pairs(ids, labels)
         if is_concrete(labels):
             require_right_padding(np.array(ids), np.array(labels))
-        constants = _constants(labels, reference)
+        constants = _constants(labels, reference, options)
         return (train_loss if model.training else evaluation_loss)(model, (ids, labels), constants)
 
     def train_loss(
@@ -116,52 +130,63 @@ def make_loss(
         _refuse_checkpointed_dropout(model)
         _warn_of_a_bare_quantised_base(model)
         # The module's parameters are the tracers of mlx-lm's gradient here, which `as_loss` answers.
-        forward = backend.forward(pair_logps, model, batch, config, anchor=target.needs_anchor, by_side=target.by_side)
+        logps.await_batch(batch)
+        forward = backend.forward(logps, model, batch, config, anchor=takes_anchor, by_side=target.by_side)
+        constants = replace(constants, pair_weights=logps.pair_weights())
         before = statistics.of(model)
-        result, cotangents = run(forward, config, backend, loss=target, constants=constants, running=before)
+        result, update = run(forward, config, backend, loss=target, constants=constants, running=before)
         forward.require_repeatable()
-        if target.needs_anchor:  # the step has read values; without an anchor it stays lazy, and so does its result
+        if takes_anchor:  # the step has read values; without an anchor it stays lazy, and so does its result
             result = detached(result)
         statistics.keep(model, result.running)
         metrics = keep_training(model, step_metrics(result, config), watch)
         # A figure that nobody evaluates would keep the batch's graph alive. `depends` evaluates it with the gradient.
         figures = [*metrics, *(x for _, x in tree_flatten(vars(result)) if x is not None)]
-        cotangents = mx.depends([mx.stop_gradient(c) for c in cotangents], figures)
+        by_name: Any = update if isinstance(update, Mapping) else dict(enumerate(update))
+        arrays = mx.depends([mx.stop_gradient(x) for x in by_name.values()], figures)
+        update = dict(zip(by_name, arrays, strict=True)) if by_name is update else arrays
         if on_step is not None:
             on_step(result)
-        return forward.as_loss(result.loss, cotangents), mx.sum(batch[1] != IGNORE_INDEX)
+        return forward.as_loss(result.loss, update), mx.sum(batch[1] != IGNORE_INDEX)
 
     def evaluation_loss(
         model: nn.Module, batch: tuple[mx.array, mx.array], constants: BatchConstants
     ) -> tuple[mx.array, mx.array]:
         if target.evaluated.needs_reference and constants.ref_chosen is None:
             require_reference(target.name, ())
-        columns = evaluation_columns(target, LogProbs.of_step(pair_logps(model, batch), constants))
+        logps.await_batch(batch)
+        measured = LogProbs.of_step(logps(model, batch), constants)
+        columns = evaluation_columns(target, measured, logps.pair_weights())
         metrics = evaluation_metrics(columns, config)
         value: Any = metrics.pop("loss")
         pairs = len(columns["loss"])
         keep_evaluation(model, metrics, pairs)
-        if target.needs_anchor or target.sft_weight:  # the gradient of another loss than the training's
+        if takes_anchor or target.sft_weight:  # the gradient of another loss than the training's
             value = _without_gradient(value)
         return value, mx.array(pairs)
 
     return loss
 
 
-loss = make_loss()
-
-
-def pair_logps(model: nn.Module, batch: Sequence[mx.array] | Mapping[str, Any]) -> tuple[mx.array, mx.array]:
+def pair_logps(
+    model: nn.Module, batch: Sequence[mx.array] | Mapping[str, Any], *, ld_alpha: float | None = None
+) -> tuple[mx.array, mx.array]:
     """(chosen_logps, rejected_logps), each (N,), nats per token, from one call of `model` on both sides.
 
     Args:
         model: gives logits (2N, seq, vocab) of ids (2N, seq).
         batch: (ids, labels, ...), each (2N, seq), chosen rows first, or a batch of `gapo.data.collate_pairs`.
+        ld_alpha: as in `gapo.pairs.pair_logps`; a reference in the batch is not looked at.
 
     Raises:
-        ValueError: shapes that are not those of pairs, or padding on the left.
+        ValueError: shapes that are not those of pairs, padding on the left, or an `ld_alpha` out of its range.
         TypeError: the model returns more than logits.
     """
+    return PairLogps(row_logits, LogpOptions(ld_alpha))(model, batch)
+
+
+def row_logits(model: nn.Module, batch: Sequence[mx.array] | Mapping[str, Any]) -> tuple[mx.array, mx.array]:
+    """(logits, labels) of both sides, from one call of `model`."""
     ids, labels = (as_arrays(batch) if isinstance(batch, Mapping) else batch)[:2]
     require_pairs(ids, labels)
     logits = model(ids)
@@ -170,15 +195,15 @@ def pair_logps(model: nn.Module, batch: Sequence[mx.array] | Mapping[str, Any]) 
             f"the model must return logits, an array (batch, seq, vocab), got {type(logits).__name__}: wrap it in a "
             "module that returns them alone"
         )
-    return halves(sequence_logps(logits, labels))
+    return logits, labels
 
 
-def _constants(labels: mx.array, reference: mx.array | None) -> BatchConstants:
+def _constants(labels: mx.array, reference: mx.array | None, options: LogpOptions) -> BatchConstants:
     """Lengths and reference of a batch of `iterate_batches`."""
     columns = dict(zip(("chosen_lengths", "rejected_lengths"), halves(response_lengths(labels)), strict=True))
     if reference is not None and reference.size:
-        columns |= dict(zip(REFERENCE, reference, strict=True))
-    return BatchConstants.of(columns)
+        columns |= dict(zip((*REFERENCE, REFERENCE_ALPHA), reference, strict=False))
+    return BatchConstants.of(options.checked(columns))
 
 
 @mx.custom_function
@@ -218,5 +243,7 @@ def _refuse_checkpointed_dropout(model: nn.Module) -> None:
             "to 0 (lora_parameters: dropout), or grad_checkpoint to False"
         )
 
+
+loss = make_loss()
 
 __all__ = ["MetricsCallback", "iterate_batches", "last_metrics", "load_pairs", "loss", "make_loss", "pair_logps"]

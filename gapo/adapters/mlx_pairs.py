@@ -11,6 +11,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset
 
+from gapo.columns import REFERENCE_ALPHA
 from gapo.data import batches, read_pairs, tokenize_pairs
 from gapo.data.collate import TOKENIZED
 from gapo.data.tokenize import IGNORE_INDEX
@@ -98,7 +99,8 @@ def as_arrays(batch: Mapping[str, np.ndarray]) -> tuple[mx.array, mx.array, mx.a
     """(ids, labels, reference) of a batch of `gapo.data.collate_pairs`.
 
     `ids` and `labels` are (2N, seq), chosen rows first. `reference` is (2, N), the reference log-probabilities of the
-    chosen and rejected responses, or (2, 0) where the batch has none.
+    chosen and rejected responses, or (2, 0) where the batch has none. Where they were measured with an `ld_alpha`, that
+    is its third row.
 
     Raises:
         ValueError: rows are padded on the left.
@@ -109,7 +111,7 @@ def as_arrays(batch: Mapping[str, np.ndarray]) -> tuple[mx.array, mx.array, mx.a
         if mask is not None and not mask[:, 0].all():
             raise ValueError(_LEFT)
     ids, labels = map(mx.array, stacked(columns, "input_ids", "labels"))
-    reference = [columns[name] for name in REFERENCE if name in columns]
+    reference = [columns[name] for name in (*REFERENCE, REFERENCE_ALPHA) if name in columns]
     return ids, labels, mx.array(np.stack(reference)) if reference else mx.zeros((2, 0))
 
 

@@ -12,6 +12,8 @@ from gapo.config import GAPOConfig
 MarginFn = Callable[[Any, Any], Any]
 # A rule for one parameter: (name, theta) -> array of the shape of theta.
 LeafRule = Callable[[str, Array], Array]
+# What the gradient of a step is: cotangents on the clean outputs, or, taken at the anchor, the gradients by name.
+Update = Sequence[Array] | Mapping[str, Array]
 
 
 class Forward(Protocol):
@@ -54,6 +56,15 @@ class AnchorForward(Forward, Protocol):
         bit whatever happens. Writing to a framework's parameters is not in the Array API.
         """
 
+    def pulled_at(
+        self, move: LeafRule, names: Iterable[str], cotangents: Callable[[tuple[Array, ...]], Sequence[Array]]
+    ) -> dict[str, Array]:
+        """As `at`, with gradient: those of `sum_j <c[j], outputs[j]>` by all parameters at the moved weights.
+
+        c is `cotangents(outputs)`, called once with the outputs there. Asked after the probe's pullback, and last of
+        all: the clean forward is spent. theta is back bit for bit, whatever happens.
+        """
+
     def directional(self, delta: LeafRule, names: Iterable[str]) -> Array:
         """Derivative of each pair's margin along `delta(name, theta)`, (N,): `<grad M_i, delta>`, never rounded."""
 
@@ -84,7 +95,8 @@ class Backend(Protocol):
             params: the framework's own form of parameters.
             batch: handed to `margin_fn`.
             config: settings of the step.
-            anchor: whether probe and anchor follow, so that it must be an `AnchorForward`.
+            anchor: whether probe and anchor follow, so that it must be an `AnchorForward`. With
+                `config.updates_at_anchor` the update is taken by `pulled_at`.
             by_side: whether the update's cotangents on chosen and rejected log-probabilities may differ by more than
                 their sign.
         """
@@ -124,6 +136,11 @@ class Backend(Protocol):
 
     def pack(self, forward: Any, grads: dict[str, Array]) -> Any:
         """Gradients by name in the form the framework's optimisers take; `forward` is the one they came from."""
+
+
+def gradients(forward: Any, update: Update) -> dict[str, Array]:
+    """The gradients by name that a step's update stands for; `forward` is its clean forward."""
+    return dict(update) if isinstance(update, Mapping) else forward.pullback(update)
 
 
 def require_real(kinds: Mapping[str, bool]) -> None:

@@ -39,7 +39,7 @@ class JaxForward:
         batch: passed to `margin_fn`.
         axis_name: data axis of a surrounding `shard_map` or `pmap`, if there is one.
         has_aux: whether `margin_fn` returns an `aux`. The attribute `aux` then holds the clean forward's.
-        config: checked for `last_layers`, which needs layers with numbers; None for no check.
+        config: of a step with an anchor, checked for `last_layers`, which needs layers with numbers; None without.
         readings: cache of what `margin_fn` does with its parameters, shared by the steps of one backend.
         trainable: whether each leaf of `params` trains; None for all. Only floating-point leaves ever do.
         by_side: whether the cotangents of an update may be other than (w, -w) on two outputs.
@@ -72,6 +72,9 @@ class JaxForward:
             if trains and jnp.issubdtype(leaf.dtype, jnp.floating)
         }
         self._margin_fn, self._batch, self._has_aux, self._by_side = margin_fn, batch, has_aux, by_side
+        self._axis_name = axis_name
+        # An update at the anchor is another backward, of other weights: one pass would save nothing.
+        self._one_pass = config is None or not config.updates_at_anchor
         self._readings = Readings() if readings is None else readings
         self._by_pair: jax_onepass.PairGradients | None = None
         # Within `shard_map`, JAX sums the gradient of an invariant parameter over the axis by itself. Cast to varying
@@ -113,7 +116,8 @@ class JaxForward:
         return outputs_of(outputs), aux
 
     def pullback(self, cotangents: Sequence[Array], names: Iterable[str] | None = None) -> dict[str, Array]:
-        if names is not None and not is_concrete(self.outputs[0]):  # the probe, after which an update follows
+        probe = names is not None  # after which an update follows
+        if probe and self._one_pass and not is_concrete(self.outputs[0]):
             self._by_pair = jax_onepass.gradients_by_pair(self._pullback_jaxpr, self.outputs, self._by_side)
         if self._by_pair is None:
             (grads,) = self._vjp(tuple(cotangents))
@@ -136,6 +140,14 @@ class JaxForward:
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Array, ...]:
         moved = {name: move(name, self.parameters[name]) for name in names}
         return self._run({**self.parameters, **moved})[0]
+
+    def pulled_at(
+        self, move: LeafRule, names: Iterable[str], cotangents: Callable[[tuple[Array, ...]], Sequence[Array]]
+    ) -> dict[str, Array]:
+        moved = {name: _varying(move(name, self.parameters[name]), self._axis_name) for name in names}
+        outputs, pull, _ = jax.vjp(self._run, {**self._varying, **moved}, has_aux=True)
+        (grads,) = pull(tuple(cotangents(outputs)))
+        return dict(grads)
 
     def directional(self, delta: LeafRule, names: Iterable[str]) -> Array:
         if self._by_pair is not None:
@@ -202,7 +214,7 @@ class JaxBackend:
         return by_pair, slopes
 
     def norm(self, x: Array) -> Array:
-        return geometry.norm(x, jnp)
+        return _norm(x)
 
     def share_nonzero(self, x: Array) -> Array:
         return jnp.mean((x != 0).astype(x.dtype))
@@ -234,6 +246,11 @@ class JaxBackend:
 
     def pack(self, forward: JaxForward, grads: dict[str, Array]) -> Any:
         return forward.pack(grads)
+
+
+@jax.jit  # traced once for each shape
+def _norm(x: Array) -> Array:
+    return geometry.norm(x, jnp)
 
 
 def _array(name: str, leaf: Any) -> Array:

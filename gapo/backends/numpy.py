@@ -65,6 +65,16 @@ class NumpyForward:
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[np.ndarray, ...]:
         return self._run({**self.parameters, **{name: move(name, self.parameters[name]) for name in names}})
 
+    def pulled_at(
+        self,
+        move: LeafRule,
+        names: Iterable[str],
+        cotangents: Callable[[tuple[np.ndarray, ...]], Sequence[np.ndarray]],
+    ) -> dict[str, np.ndarray]:
+        moved = {name: move(name, self.parameters[name]) for name in names}
+        there = NumpyForward(self._margin_fn, {**self.parameters, **moved}, self._batch)
+        return there.pullback(cotangents(there.outputs))
+
     def directional(self, delta: LeafRule, names: Iterable[str]) -> np.ndarray:
         along = np.zeros(self.outputs[0].shape)
         for name in names:

@@ -3,9 +3,9 @@
 from gapo.data.collate import batches, collate_pairs
 from gapo.data.demo import generate_pairs, warmup_text
 from gapo.data.flip import flip_pairs
-from gapo.data.raw_rows import PairError
 from gapo.data.reading import Pairs, Problem, read_pairs
 from gapo.data.reference_columns import with_reference_logps
+from gapo.data.text_files import PairError
 from gapo.data.tokenize import tokenize_pair, tokenize_pairs
 from gapo.files import write_rows
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -22,31 +23,61 @@ _RESERVED = ("conversation", "tools", "add_generation_prompt", "continue_final_m
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
 
 
-def split_chat(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt, and of "chosen" and "rejected" behind it.
+class Chat:
+    """The conversations of a row: its prompt, and the prompt with each answer behind it.
 
-    As in TRL, the prompt ends with the template's generation prompt. An answer begins at the first token in which the
-    whole conversation differs from the prompt.
+    Args:
+        row: a pair of messages, with "prompt" separate.
+        tokenizer: has the chat template.
 
     Raises:
-        ValueError: the template refuses the messages or leaves out a tool call. Or it renders the prompt differently
-            once an answer follows, so that the answer's first token is undefined.
+        ValueError: the prompt has no message. `texts` and `split` raise it where an answer does not begin and end with
+            the policy's own messages, or the template refuses them.
     """
-    if not row["prompt"]:
-        raise ValueError("the prompt has no message, and a chat template begins an answer behind one")
-    template = _Template(tokenizer, row)
-    prompt = template.ids(row["prompt"], generation=True)
-    conversations = []
-    for side in SIDES:
-        require_turns(side, row[side])
-        conversation = template.ids([*row["prompt"], *row[side]])
-        template.require_complete(row["prompt"], row[side], side)
-        if conversation[: len(prompt)] != prompt:
-            template.require_same_prompt(row["prompt"], row[side], side)
-        conversations.append(conversation)
-    # A token may merge the prompt's last characters with the answer's first: the prompt ends before it.
-    shared = min(common_length(prompt, conversation) for conversation in conversations)
-    return prompt[:shared], [conversation[shared:] for conversation in conversations]
+
+    def __init__(self, row: dict[str, Any], tokenizer: Any) -> None:
+        if not row["prompt"]:
+            raise ValueError("the prompt has no message, and a chat template begins an answer behind one")
+        self.row, self._template = row, _Template(tokenizer, row)
+
+    def texts(self) -> list[str] | None:
+        """The three conversations as the template renders them; None where the tokenizer has its own way to ids."""
+        return self._rendered(self._template.text) if self._template.is_plain else None
+
+    def _rendered(self, render: Callable[..., Any]) -> list[Any]:
+        prompt = self.row["prompt"]
+        rendered = [render(prompt, generation=True)]
+        for side in SIDES:
+            require_turns(side, self.row[side])
+            rendered.append(render([*prompt, *self.row[side]]))
+        return rendered
+
+    def split(self, ids: list[list[int]] | None) -> tuple[list[int], list[list[int]]]:
+        """Token ids of the prompt, and of "chosen" and "rejected" behind it.
+
+        As in TRL, the prompt ends with the template's generation prompt. An answer begins at the first token in which
+        the whole conversation differs from the prompt.
+
+        Args:
+            ids: of `texts`, without special tokens; None where there are none.
+
+        Raises:
+            ValueError: the template leaves out a tool call. Or it renders the prompt differently once an answer
+                follows, so that the answer's first token is undefined.
+        """
+        prompt, *conversations = self._rendered(self._template.ids) if ids is None else ids
+        for side, conversation in zip(SIDES, conversations, strict=True):
+            self._template.require_complete(self.row["prompt"], self.row[side], side)
+            if conversation[: len(prompt)] != prompt:
+                self._template.require_same_prompt(self.row["prompt"], self.row[side], side)
+        # A token may merge the prompt's last characters with the answer's first: the prompt ends before it.
+        shared = min(common_length(prompt, conversation) for conversation in conversations)
+        return prompt[:shared], [conversation[shared:] for conversation in conversations]
+
+
+def chat_prompt(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Token ids of the prompt's messages, with the template's generation prompt. Raises ValueError as `Chat.split`."""
+    return _Template(tokenizer, row).ids(row["prompt"], generation=True)
 
 
 def require_text(row: dict[str, Any]) -> None:
@@ -84,11 +115,17 @@ class _Template:
         if tools:  # some templates print a frame for an empty list
             self._options["tools"] = tools
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether ids are those of the rendered text, as in transformers; some tokenizers have their own method."""
+        method = getattr(type(self._tokenizer), "apply_chat_template", None)
+        return getattr(method, "__module__", "") == "transformers.tokenization_utils_base"
+
     def ids(self, messages: list[dict[str, Any]], *, generation: bool = False) -> list[int]:
         output = self._apply(messages, generation, tokenize=True)
         return list(output["input_ids"] if hasattr(output, "keys") else output)
 
-    def _text(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
+    def text(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
         return str(self._apply(messages, generation, tokenize=False))
 
     def _apply(self, messages: list[dict[str, Any]], generation: bool, tokenize: bool) -> Any:
@@ -111,7 +148,7 @@ class _Template:
         tools = [_name_of_tool(tool) for tool in self._options.get("tools") or ()]
         if not has_lists and not calls and not tools:
             return
-        text = self._text(messages)
+        text = self.text(messages)
         if has_lists and not all(_is_printed(message, text) for message in messages):
             raise ValueError(
                 "the tokenizer's chat template cannot render a content that is a list of parts: give each message "
@@ -119,7 +156,7 @@ class _Template:
             )
         if tools and not any(name in text for name in tools):
             warn_once("the tokenizer's chat template does not render tools: the column 'tools' has no effect")
-        answer_text = text[common_length(text, self._text(prompt, generation=True)) :] if calls else ""
+        answer_text = text[common_length(text, self.text(prompt, generation=True)) :] if calls else ""
         for name in map(_name_of_tool, calls):
             if name not in answer_text:
                 raise ValueError(
@@ -134,12 +171,12 @@ class _Template:
         Allowed are tokens that merge across the border, and the text that closes every conversation. The generation
         prompt may also differ from the head of the answer's turn, for example by an empty block of thoughts.
         """
-        opening, text = self._text(prompt, generation=True), self._text([*prompt, *answer])
+        opening, text = self.text(prompt, generation=True), self.text([*prompt, *answer])
         shared = common_length(opening, text)
         if opening[shared:].strip() in ("", self._tokenizer.eos_token):
             return
         # Where the generation prompt begins: until there, opening and closed prompt are the same text.
-        end_of_prompt = common_length(opening, self._text(prompt))
+        end_of_prompt = common_length(opening, self.text(prompt))
         if shared > end_of_prompt and not _is_within_head(answer[0], text, shared):
             return
         raise ValueError(

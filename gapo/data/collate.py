@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gapo.columns import REFERENCE_ALPHA
 from gapo.data.limits import whole_number
 from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
@@ -28,7 +29,8 @@ def collate_pairs(
     """Pad N tokenised pairs to one length: {chosen,rejected}_{input_ids,attention_mask,labels}, each (N, seq) int64.
 
     Both answers get the same seq, so that they can be stacked. Labels are -100 on padding. If all rows have the columns
-    "ref_chosen_logps" and "ref_rejected_logps", the batch has them too, each (N,) float32.
+    "ref_chosen_logps" and "ref_rejected_logps", the batch has them too, each (N,) float32, and likewise the alpha that
+    they were measured with, "ref_ld_alpha".
 
     Args:
         tokenized: rows of `tokenize_pair`.
@@ -71,6 +73,14 @@ def collate_pairs(
         finite = np.isfinite([batch[name] for name in REFERENCE]).all(0)
         if not finite.all():
             raise ValueError(f"the reference log-probabilities of {names[int(finite.argmin())]} are not finite")
+        alphas = [row.get(REFERENCE_ALPHA) for row in tokenized]
+        if any(alpha is not None for alpha in alphas):
+            if (plain := next((name for name, a in zip(names, alphas, strict=True) if a is None), None)) is not None:
+                raise ValueError(
+                    f"the reference log-probabilities of {plain} were measured without ld_alpha, and those of other "
+                    "rows with it: measure them all with the same (with_reference_logps)"
+                )
+            batch[REFERENCE_ALPHA] = np.array(alphas, dtype=np.float32)
     return batch
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gapo.data.lazy_rows import mapped
 from gapo.data.messages import text_of
 
 MODES = ("random", "length")
@@ -18,8 +19,10 @@ _EVALUATION = "test tests testing eval evals evaluation valid validation val dev
 
 def flip_pairs(
     rows: Sequence[dict[str, Any]], *, mode: str = "random", rate: float, seed: int = 0, favour: str = "longer"
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """A copy of `rows` with round(rate * n) pairs flipped, and "is_flipped" on every row.
+
+    Of the rows of `read_pairs` it is a read-only view, of others a list.
 
     Args:
         rows: pairs. An "is_flipped" of theirs is inverted on the rows that are flipped, and kept on the others.
@@ -44,21 +47,36 @@ def flip_pairs(
         raise ValueError(f"favour must be 'longer' or 'shorter', got {favour!r}")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate!r}")
-    eligible = [i for i, row in enumerate(rows) if mode == "random" or _flip_favours(row, favour)]
+    eligible = [i for i, row in enumerate(rows) if _flip_favours(row, favour)] if mode == "length" else range(len(rows))
     count = round(rate * len(rows))
     if count > len(eligible):
         raise ValueError(
             f"rate={rate} asks for {count} flips, but only {len(eligible)} of {len(rows)} pairs can be flipped to "
             f"favour {favour} answers: the greatest rate here is {len(eligible) / len(rows):.4g}"
         )
-    drawn = {eligible[i] for i in np.random.default_rng(seed).permutation(len(eligible))[:count]}
-    marked = [{**row, "is_flipped": bool(row.get("is_flipped"))} for row in rows]
-    return [_flip(row) if i in drawn else row for i, row in enumerate(marked)]
+    drawn = np.zeros(len(rows), dtype=bool)
+    drawn[[eligible[i] for i in np.random.default_rng(seed).permutation(len(eligible))[:count]]] = True
+    return mapped(rows, _Flips(drawn))
 
 
-def true_labels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+class _Flips:
+    """A row of a place with "is_flipped", and flipped where it was drawn."""
+
+    def __init__(self, drawn: np.ndarray) -> None:
+        self._drawn = drawn
+
+    def __call__(self, place: int, row: dict[str, Any]) -> dict[str, Any]:
+        marked = {**row, "is_flipped": bool(row.get("is_flipped"))}
+        return _flip(marked) if self._drawn[place] else marked
+
+
+def true_labels(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """`rows`, with the answers of those whose "is_flipped" is true swapped back, for evaluation."""
-    return [_flip(row) if row.get("is_flipped") else row for row in rows]
+    return mapped(rows, _with_true_label)
+
+
+def _with_true_label(place: int, row: dict[str, Any]) -> dict[str, Any]:
+    return _flip(row) if row.get("is_flipped") else row
 
 
 def evaluation_name(source: str | Path, split: str = "train") -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gapo.data.messages import OTHERS, bare, common_length, is_blank, is_conversation, text_of
-from gapo.data.raw_rows import is_utf8
+from gapo.data.text_files import is_utf8
 from gapo.pairs import SIDES
 
 _DEEPEST = 50  # levels of lists and objects in a row; Python's recursion limit is not far beyond

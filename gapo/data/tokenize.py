@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from gapo.data.chat import has_turns_of_others, require_text, split_chat, warn_once
+from gapo.data.chat import Chat, chat_prompt, has_turns_of_others, require_text, warn_once
 from gapo.data.limits import Cuts, Limits
 from gapo.data.messages import common_length
 from gapo.data.pair_rows import name_of, require_columns, with_prompt
@@ -21,6 +22,7 @@ from gapo.pairs import SIDES
 IGNORE_INDEX = -100
 # Merges across the border change a token or two of the prompt. A tokenizer that changes more depends on later text.
 _MOST_MERGED = 16
+_AT_ONCE = 256  # pairs whose texts the tokenizer gets in one call
 
 _logger = logging.getLogger("gapo")
 
@@ -96,11 +98,7 @@ def tokenize_pairs(
         ValueError: as `tokenize_pair`, naming the row; or every row was left out.
     """
     limits, cuts, pairs = Limits(max_length, max_prompt_length), Cuts(), []
-    for number, row in enumerate(rows):
-        try:
-            tokens = tokens_of(row, tokenizer, limits)
-        except ValueError as error:
-            raise ValueError(f"row {number} of {name}: {error}") from error
+    for number, (row, tokens) in enumerate(tokens_of_each(rows, tokenizer, limits, name=name)):
         cuts.add(number, tokens.prompt_cut, tokens.answers_cut, tokens.are_equal)
         if not tokens.are_equal:
             pairs.append({**row, **tokens.columns})
@@ -108,28 +106,157 @@ def tokenize_pairs(
     return pairs
 
 
+def tokenize_prompt(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    """The ids of the prompt of `row`, as `tokenize_pair` puts them before an answer: what a model continues.
+
+    Args:
+        row: "prompt", text or a list of messages, and for the chat template "tools" and "chat_template_kwargs".
+        tokenizer: as for `tokenize_pair`.
+
+    Raises:
+        ValueError: the chat template refuses the messages.
+    """
+    tokenizer = text_tokenizer(tokenizer)
+    if not isinstance(row["prompt"], str):
+        return chat_prompt(row, tokenizer)
+    ids = list(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
+    return _behind(_frame(tokenizer)[0], ids) or [_start(tokenizer)]
+
+
 def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
     """The tokens of `tokenize_pair`, with the number of tokens removed; equal answers are not refused."""
-    tokenizer = text_tokenizer(tokenizer)
-    require_columns(row)
-    row = with_prompt(row)
-    require_text(row)
-    if isinstance(row["chosen"], str):
-        prompt, answers = _split_text(row, tokenizer)
-    else:
-        prompt, answers = split_chat(row, tokenizer)
-        if has_turns_of_others(row):
+    try:
+        return _Tokenizing(tokenizer, limits).all([row])[0]
+    except _AtRow as error:
+        raise ValueError(str(error.__cause__)) from error.__cause__
+
+
+def tokens_of_each(
+    rows: Iterable[dict[str, Any]], tokenizer: Any, limits: Limits, *, name: str, numbers: Sequence[int] | None = None
+) -> Iterator[tuple[dict[str, Any], Tokens]]:
+    """Each row with its tokens, as `tokens_of`. The tokenizer gets the texts of many rows in one call, which is faster.
+
+    Args:
+        rows: pairs.
+        tokenizer: as for `tokenize_pair`.
+        limits: likewise.
+        name: names the rows in errors.
+        numbers: the rows' numbers in errors; None counts from 0.
+
+    Raises:
+        ValueError: as `tokenize_pair`, naming the row.
+    """
+    tokenizing, remaining, done = _Tokenizing(tokenizer, limits), iter(rows), 0
+    while chunk := list(islice(remaining, _AT_ONCE)):
+        try:
+            yield from zip(chunk, tokenizing.all(chunk), strict=True)
+        except _AtRow as error:
+            place = done + error.place
+            number = place if numbers is None else numbers[place]
+            raise ValueError(f"row {number} of {name}: {error.__cause__}") from error.__cause__
+        done += len(chunk)
+
+
+class _AtRow(Exception):
+    """A row of a chunk cannot be tokenised; the cause says why."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+
+class _Tokenizing:
+    """A tokenizer with limits, and what is known of it once it has been used."""
+
+    def __init__(self, tokenizer: Any, limits: Limits) -> None:
+        self._tokenizer, self._limits = text_tokenizer(tokenizer), limits
+        self._framing: tuple[list[int], list[int]] | None = None
+
+    def all(self, rows: Sequence[dict[str, Any]]) -> list[Tokens]:
+        """The tokens of each row. Raises _AtRow for the first that cannot be tokenised."""
+        checked: list[tuple[dict[str, Any] | Chat, list[str] | None]] = []
+        texts: list[str] = []
+        fault: ValueError | None = None
+        for row in rows:
+            try:
+                checked.append(self._checked(row))
+            except ValueError as error:
+                fault = error  # of an earlier row that fails below, the error comes first
+                break
+            texts += checked[-1][1] or []
+        encoded = iter(self._encoded(texts))
+        tokens = []
+        try:
+            for pair, row_texts in checked:
+                tokens.append(self._tokens(pair, [next(encoded) for _ in row_texts] if row_texts else None))
+            if fault is not None:
+                raise fault
+        except ValueError as error:
+            raise _AtRow(len(tokens)) from error
+        return tokens
+
+    def _checked(self, row: Any) -> tuple[dict[str, Any] | Chat, list[str] | None]:
+        """A pair of text, or its conversations; and its texts: of the prompt, and of both answers behind it."""
+        require_columns(row)
+        row = with_prompt(row)
+        require_text(row)
+        if not isinstance(row["chosen"], str):
+            chat = Chat(row, self._tokenizer)
+            return chat, chat.texts()
+        if row["prompt"].strip() and all(row[side].startswith(row["prompt"]) for side in SIDES):
             warn_once(
-                "some answers hold messages that the policy did not write, such as results of tools. As in TRL, their "
-                "tokens count as the answer's; to leave them out, end the prompt with the last of them"
+                "both answers of some pairs begin with the whole prompt, so that the model reads it twice: if the "
+                "answers are whole texts, leave out the column 'prompt', and their common start becomes the prompt"
             )
-    for side, answer in zip(SIDES, answers, strict=True):
-        if not answer:
-            raise ValueError(f"the {side} answer of row {name_of(row)} has no token")
-    if not prompt:  # nor a beginning-of-text token; an answer that begins with the substitute loses its own
-        prompt = [_start(tokenizer)]
-        answers = [answer[1:] if answer[:1] == prompt and len(answer) > 1 else answer for answer in answers]
-    return _truncated(prompt, answers, limits, tokenizer.bos_token_id)
+        return row, [row["prompt"], *(row["prompt"] + row[side] for side in SIDES)]
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        # Special tokens are added by `_behind`.
+        if texts and hasattr(self._tokenizer, "is_fast"):  # those of transformers take lists
+            return list(self._tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    def _tokens(self, checked: dict[str, Any] | Chat, ids: list[list[int]] | None) -> Tokens:
+        if isinstance(checked, Chat):
+            row = checked.row
+            prompt, answers = checked.split(ids)
+            if has_turns_of_others(row):
+                warn_once(
+                    "some answers hold messages that the policy did not write, such as results of tools. As in TRL, "
+                    "their tokens count as the answer's; to leave them out, end the prompt with the last of them"
+                )
+        else:
+            assert ids is not None
+            row = checked
+            prompt, answers = self._split_text(ids)
+        for side, answer in zip(SIDES, answers, strict=True):
+            if not answer:
+                raise ValueError(f"the {side} answer of row {name_of(row)} has no token")
+        if not prompt:  # nor a beginning-of-text token; an answer that begins with the substitute loses its own
+            prompt = [_start(self._tokenizer)]
+            answers = [answer[1:] if answer[:1] == prompt and len(answer) > 1 else answer for answer in answers]
+        return _truncated(prompt, answers, self._limits, self._tokenizer.bos_token_id)
+
+    def _split_text(self, encoded: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+        """Token ids of the prompt, which begins with the tokenizer's own first tokens, and of the answers behind it."""
+        if self._framing is None:
+            self._framing = _frame(self._tokenizer)
+        opening, closing = self._framing
+        eos = self._tokenizer.eos_token_id
+        prompt, *wholes = [_behind(opening, list(ids)) for ids in encoded]
+        for whole in wholes:
+            if eos is not None and whole[-1:] != [eos]:
+                whole.append(eos)
+            if closing not in ([], [eos]):
+                whole += closing
+        # As in TRL: where a merge across the border changes the prompt's last tokens, the answers begin with those.
+        shared = min(common_length(prompt, whole) for whole in wholes)
+        if len(prompt) - shared > _MOST_MERGED:
+            raise ValueError(
+                f"the tokenizer splits the prompt differently once an answer follows: only {shared} of its "
+                f"{len(prompt)} tokens stay. The answer's first token is therefore undefined: check that the tokenizer "
+                "is not random"
+            )
+        return prompt[:shared], [whole[shared:] for whole in wholes]
 
 
 def _start(tokenizer: Any) -> int:
@@ -158,35 +285,9 @@ def _truncated(prompt: list[int], answers: list[list[int]], limits: Limits, bos:
     return Tokens(columns, len(prompt) - len(short), sum(map(len, answers)) - sum(map(len, short_answers)))
 
 
-def _split_text(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt and of the answers behind it; the prompt begins with the tokenizer's own first tokens."""
-    opening, closing = _frame(tokenizer)
-    eos = tokenizer.eos_token_id
-
-    # Special tokens are added here, not by the tokenizer, which would repeat one that the text already has.
-    def encode(text: str) -> list[int]:
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ids if ids[: len(opening)] == opening else opening + ids
-
-    if row["prompt"].strip() and all(row[side].startswith(row["prompt"]) for side in SIDES):
-        warn_once(
-            "both answers of some pairs begin with the whole prompt, so that the model reads it twice: if the answers "
-            "are whole texts, leave out the column 'prompt', and their common start becomes the prompt"
-        )
-    prompt, wholes = encode(row["prompt"]), []
-    for side in SIDES:
-        whole = encode(row["prompt"] + row[side])
-        if eos is not None and whole[-1:] != [eos]:
-            whole.append(eos)
-        wholes.append(whole if closing in ([], [eos]) else whole + closing)
-    # As in TRL: where a merge across the border changes the prompt's last tokens, the answers begin with those.
-    shared = min(common_length(prompt, whole) for whole in wholes)
-    if len(prompt) - shared > _MOST_MERGED:
-        raise ValueError(
-            f"the tokenizer splits the prompt differently once an answer follows: only {shared} of its {len(prompt)} "
-            "tokens stay. The answer's first token is therefore undefined: check that the tokenizer is not random"
-        )
-    return prompt[:shared], [whole[shared:] for whole in wholes]
+def _behind(opening: list[int], ids: list[int]) -> list[int]:
+    """`ids` behind `opening`, which the tokenizer itself would add again where the text has it already."""
+    return ids if ids[: len(opening)] == opening else opening + ids
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -7,9 +7,10 @@ check in every command; a command may still have its own default for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from gapo.data.layouts import Layout, parse_columns
 from gapo.runs.errors import require_limit, require_seed
 
 
@@ -40,14 +41,28 @@ class PairSource(_Checked):
     """Where pairs come from.
 
     Args:
-        pairs: a file (.json, .jsonl, each also .gz, .csv, .parquet), a data set's folder or Hub name.
-        split: split of a data set.
+        pairs: a file (.json, .jsonl, .csv, .tsv, each also .gz, .parquet), a data set's folder or Hub name.
+        split: split of a data set, such as train_prefs or train[:1000].
+        columns: other names of columns, prompt=question,chosen=good,rejected=bad, or a mapping in YAML. Upper and lower
+            case are alike.
+        preference: column that says which of output_a and output_b is preferred: a or b, 1 or 2, the output's column;
+            ties are dropped.
+        encoding: of a file of text, such as cp1252.
+        dataset_config: configuration (subset) of a data set on the Hub.
+        dataset_revision: its branch, tag or commit.
+        streaming: read a data set of the Hub without saving it; with limit, only its start.
         limit: use only so many pairs.
         max_length: most tokens of prompt and answer.
     """
 
     pairs: str
     split: str = "train"
+    columns: dict[str, str] | str | None = None
+    preference: str | None = None
+    encoding: str = "utf-8"
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    streaming: bool = False
     limit: int | None = None
     max_length: int = 1024
 
@@ -55,7 +70,13 @@ class PairSource(_Checked):
         require_limit(self.limit)
         if self.max_length < 2:
             raise ValueError(f"max_length must be >= 2, one token of prompt and one of answer; got {self.max_length}")
+        object.__setattr__(self, "columns", parse_columns(self.columns))
+        Layout(self.columns, self.preference)  # type: ignore[arg-type]
         super().__post_init__()
+
+
+# The fields that say how pairs are read. What was read is compared by its content.
+READING = ("columns", "preference", "encoding", "dataset_config", "dataset_revision", "streaming")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +84,23 @@ class EvaluatedPairs(PairSource):
     """Pairs to train on, and pairs to evaluate on.
 
     Args:
-        pairs: training pairs: a file (.json, .jsonl, each also .gz, .csv, .parquet), a data set's folder or Hub name,
-            or "demo" for generated ones.
+        pairs: training pairs: a file (.json, .jsonl, .csv, .tsv, each also .gz, .parquet), a data set's folder or Hub
+            name, or "demo" for generated ones.
+        mixture: several sources in place of pairs, each a mapping of pairs and, as they differ, split, columns,
+            preference, encoding, dataset_config, dataset_revision, streaming; with weight, its share of the training
+            pairs. Without weights, all pairs of all sources.
         eval_pairs: pairs to evaluate on, likewise; none to hold out a share of the training pairs. Pairs with
             is_flipped are evaluated on their true labels.
-        split: split of a data set to train on.
-        eval_split: split of the data set eval_pairs; none for the only one named test, validation, eval or the like.
+        split: split of a data set to train on, such as train_prefs or train[:1000].
+        eval_split: split to evaluate on, of eval_pairs or else of pairs; none for the only one of eval_pairs named
+            test, validation, eval or the like.
         limit: use only so many training pairs.
         demo_size: number of generated training pairs, for pairs "demo".
         seed: of everything that is drawn.
     """
 
     pairs: str = "demo"
+    mixture: list[dict[str, Any]] = field(default_factory=list)
     eval_pairs: str | None = None
     eval_split: str | None = None
     demo_size: int = 4000
@@ -83,9 +109,41 @@ class EvaluatedPairs(PairSource):
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
         require_positive(self, ("demo_size",))
-        if self.eval_pairs is None and self.eval_split is not None:
+        if self.evaluated == "demo":
             raise ValueError(f"eval_split={self.eval_split!r} is a split of eval_pairs: give eval_pairs too")
+        if self.mixture and self.pairs != "demo":
+            raise ValueError(f"mixture and pairs={self.pairs!r} exclude each other: name that source in the mixture")
         super().__post_init__()
+        for part in self.mixture:
+            source_of(self, part)
+
+    @property
+    def evaluated(self) -> str | None:
+        """The source of the pairs to evaluate on; None to hold out training pairs."""
+        return self.eval_pairs if self.eval_pairs is not None or self.eval_split is None else self.pairs
+
+
+def source_of(config: EvaluatedPairs, part: dict[str, Any]) -> PairSource:
+    """One source of the mixture of `config`, with the settings of `config` where it has none of its own.
+
+    Raises:
+        ValueError: a key or a value is not accepted.
+    """
+    accepted = ("pairs", "weight", "split", *READING)
+    if unknown := [key for key in part if key not in accepted]:
+        raise ValueError(f"a source of mixture has the key {unknown[0]!r}; accepted are {', '.join(accepted)}")
+    if not isinstance(part.get("pairs"), str):
+        raise ValueError(f"a source of mixture needs pairs, the name of a file or data set; got {part!r}")
+    weights = [source.get("weight") for source in config.mixture]
+    if any(weight is not None for weight in weights):
+        for weight in weights:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+                raise ValueError(f"each source of mixture needs a weight > 0, or none of them; got {weight!r}")
+    own = {key: value for key, value in part.items() if key != "weight"}
+    shared = {name: getattr(config, name) for name in ("split", *READING)}
+    if "columns" in own or "preference" in own:  # the two describe one table
+        shared |= {"columns": None, "preference": None}
+    return PairSource(**{**shared, **own})
 
 
 @dataclass(frozen=True, kw_only=True)

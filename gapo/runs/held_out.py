@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from gapo.data import Pairs, generate_pairs, read_pairs
-from gapo.runs.config_bases import EvaluatedPairs
+from gapo.data import Pairs, Problem, generate_pairs, read_pairs
+from gapo.data.layouts import parse_columns
+from gapo.data.lazy_rows import joined, selected
+from gapo.data.streams import stream
+from gapo.runs.config_bases import READING, EvaluatedPairs, PairSource, source_of
 from gapo.runs.splits import evaluation_split, require_split
 
 Row = dict[str, Any]
-Rows = list[Row]
+Rows = Sequence[Row]
 
 
 def read_both(
@@ -37,12 +41,14 @@ def read_both(
         gapo.data.PairError: the pairs cannot be read. Those to evaluate on are read first.
     """
     evaluated = None
-    if config.eval_pairs is not None:
-        split = evaluation_split(config.eval_pairs, config.eval_split)
-        evaluated = read_pairs(config.eval_pairs, split=split, strict=strict, limit=most)
+    if (source := config.evaluated) is not None:
+        own = source == config.pairs  # configuration and revision are of the data set that pairs names
+        split = evaluation_split(source, config.eval_split, *_dataset(config if own else None))
+        evaluated = read_source(_reading(config, source, split, own), strict=strict, limit=most)
+    if config.mixture:
+        return read_mixture(config, strict=strict), evaluated
     if config.pairs != "demo":
-        require_split(config.pairs, config.split)
-        return read_pairs(config.pairs, split=config.split, strict=strict, limit=config.limit), evaluated
+        return read_source(config, strict=strict, limit=config.limit), evaluated
     if evaluated is None:
         rows = generate_pairs(generated, seed=config.seed, split="test")
         evaluated = Pairs(rows, source="generated, from other fillings")
@@ -50,11 +56,72 @@ def read_both(
     return Pairs(rows, source="generated demonstration pairs"), evaluated
 
 
+def read_source(source: PairSource, *, strict: bool, limit: int | None) -> Pairs:
+    """The pairs of a source, whose split must exist.
+
+    Raises:
+        ConfigError: a data set lacks the split.
+        gapo.data.PairError: the pairs cannot be read.
+    """
+    config, revision = _dataset(source)
+    require_split(source.pairs, source.split, config=config, revision=revision)
+    return read_pairs(
+        source.pairs,
+        split=source.split,
+        strict=strict,
+        limit=limit,
+        columns=parse_columns(source.columns),
+        preference=source.preference,
+        encoding=source.encoding,
+        config=config,
+        revision=revision,
+        streaming=source.streaming,
+    )
+
+
+def _dataset(source: PairSource | None) -> tuple[str | None, str | None]:
+    return (None, None) if source is None else (source.dataset_config, source.dataset_revision)
+
+
+def _reading(config: PairSource, pairs: str, split: str, own: bool) -> PairSource:
+    """The source of the pairs to evaluate on, read as the training pairs are."""
+    settings = {name: getattr(config, name) for name in READING}
+    if not own:
+        settings |= {"dataset_config": None, "dataset_revision": None}
+    return PairSource(pairs=pairs, split=split, **settings)
+
+
+def read_mixture(config: EvaluatedPairs, *, strict: bool) -> Pairs:
+    """The pairs of the sources of `config.mixture`, behind each other; `limit` is of them all.
+
+    With weights, the mixture has as many pairs as the sources can give in these shares. Those of a source are drawn
+    without replacement, by `config.seed`. The shares hold exactly, up to one pair, which drawing the source of each
+    pair at random, as `datasets.interleave_datasets` does, would not give.
+
+    Raises:
+        ConfigError, gapo.data.PairError: as `read_source`.
+    """
+    sources = [read_source(source_of(config, part), strict=strict, limit=config.limit) for part in config.mixture]
+    sizes = np.array([len(pairs.rows) for pairs in sources])
+    weights = np.array([part.get("weight") or 0 for part in config.mixture], dtype=np.float64)
+    shares = weights / weights.sum() if weights.any() else sizes / sizes.sum()
+    total = int(min(sizes.sum() if config.limit is None else config.limit, np.floor((sizes / shares).min() + 1e-9)))
+    counts = np.diff(np.rint(np.cumsum(shares) * total).astype(int), prepend=0)
+    parts, lines = [], []
+    for i, (pairs, count) in enumerate(zip(sources, np.minimum(counts, sizes), strict=True)):
+        drawn = stream(config.seed, "mixture", i).permutation(len(pairs.rows))[:count]
+        parts.append(selected(pairs.rows, np.sort(drawn)))
+        lines.append(f"  {count} of the {len(pairs.rows)} pairs of {pairs.source}")
+    problems = [Problem(p.line, f"{pairs.source}: {p.reason}") for pairs in sources for p in pairs.problems]
+    name = "mixture of\n" + "\n".join(lines) + "\n  together"
+    return Pairs(joined(*parts), problems, name, sum(pairs.ties for pairs in sources))
+
+
 def hold_out_share(rows: Rows, share: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
     """(the rest, a random `share` of the rows), both in the order of `rows`."""
     order = rng.permutation(len(rows))
     count = round(share * len(order))
-    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+    return selected(rows, np.sort(order[count:])), selected(rows, np.sort(order[:count]))
 
 
 def hold_out_prompts(rows: Rows, count: int, rng: np.random.Generator) -> tuple[Rows, Rows]:
@@ -81,8 +148,8 @@ def report_in_both(shared: int, of: int, what: str = "held-out") -> str:
 
 def in_both(rows: Iterable[Row], others: Iterable[Row]) -> int:
     """The number of `rows` that are in `others` too: same prompt, same two answers, either of them the chosen one."""
-    contents = {_content(row) for row in others}
-    return sum(_content(row) in contents for row in rows)
+    counts = Counter(map(_content, rows))  # of the fewer, since `others` may be a million
+    return sum(counts.pop(_content(row), 0) for row in others)
 
 
 def _content(row: Row) -> str:

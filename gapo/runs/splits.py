@@ -13,23 +13,25 @@ from gapo._extras import named_extra
 from gapo.data.flip import names_evaluation
 from gapo.runs.errors import ConfigError
 
-_ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".parquet")
+_ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet")
 
 
-def require_split(source: str, split: str, option: str = "split") -> None:
+def require_split(
+    source: str, split: str, option: str = "split", *, config: str | None = None, revision: str | None = None
+) -> None:
     """Raise ConfigError, listing the splits, where `source` has some and `split` is none of them.
 
     Parts and sums of splits ("train[:10%]", "train+test") are judged by the names in them.
     """
     try:
-        splits = splits_of(source)
+        splits = splits_of(source, config, revision)
     except Exception:  # the library raises many kinds; reading the rows will raise the real reason
         return
     if splits is not None and not {part.split("[")[0].strip() for part in split.split("+")} <= set(splits):
         raise ConfigError(f"{source!r} has no split {split!r}; it has {', '.join(splits)}: give {option}")
 
 
-def evaluation_split(source: str, wanted: str | None) -> str:
+def evaluation_split(source: str, wanted: str | None, config: str | None = None, revision: str | None = None) -> str:
     """The split of `source` to evaluate on: `wanted`, or the only one whose name says that it is for evaluation.
 
     Raises:
@@ -38,10 +40,10 @@ def evaluation_split(source: str, wanted: str | None) -> str:
     if wanted is not None and _is_file(Path(source)):
         raise ConfigError(f"eval_split={wanted!r} is for a data set, but {source!r} is a file: leave it out")
     if wanted is not None:
-        require_split(source, wanted, "eval_split")
+        require_split(source, wanted, "eval_split", config=config, revision=revision)
         return wanted
     try:
-        splits = splits_of(source)
+        splits = splits_of(source, config, revision)
     except Exception as error:  # the library raises many kinds; all mean that the splits are not known
         raise ConfigError(
             f"{source!r} is neither a file nor a data set whose splits could be listed "
@@ -57,7 +59,7 @@ def evaluation_split(source: str, wanted: str | None) -> str:
     return evaluated[0]
 
 
-def splits_of(source: str) -> list[str] | None:
+def splits_of(source: str, config: str | None = None, revision: str | None = None) -> list[str] | None:
     """Names of the splits of a data set; None for a file, and for a folder that holds one data set as a whole."""
     path = Path(source)
     if _is_file(path) or (path / "state.json").is_file():
@@ -66,7 +68,7 @@ def splits_of(source: str) -> list[str] | None:
         return list(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
     with named_extra("reading data sets", "hf"):
         import datasets
-    return list(datasets.get_dataset_split_names(source))
+    return list(datasets.get_dataset_split_names(source, config, revision=revision))
 
 
 def _is_file(path: Path) -> bool:

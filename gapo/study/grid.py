@@ -1,7 +1,8 @@
 """The grid: cells of the study, run in parallel processes, each finished one in a file of its own.
 
 The file's name is a hash of everything that decides the cell's result. So a study that is stopped, or extended by arms
-or seeds, runs only the cells whose files are missing.
+or seeds, runs only the cells whose files are missing. Several copies of the command, on one folder, share the cells: a
+copy claims those that it runs, and waits for the others'.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +27,7 @@ from tqdm.auto import tqdm
 
 import gapo
 from gapo.files import write_text
+from gapo.runs.claims import POLL, Claims
 from gapo.study.cell_run import measure
 from gapo.study.cells import Cell
 from gapo.study.policy import Material, load_split
@@ -42,10 +45,11 @@ class Grid:
         folder: of the records, one JSON file for each.
         material: the policy and the pairs, which also decide a result. With one worker runs are made on it, in this
             process.
+        claims: of this copy of the command.
     """
 
-    def __init__(self, config: StudyConfig, folder: Path, material: Material) -> None:
-        self._config, self._folder, self._material = config, folder, material
+    def __init__(self, config: StudyConfig, folder: Path, material: Material, claims: Claims) -> None:
+        self._config, self._folder, self._material, self._claims = config, folder, material, claims
         decisive = ("train_pairs", "epochs", "batch_size", "warmup_ratio", "valuation_share")
         self._decisive = [material.fingerprint, *(getattr(config, name) for name in decisive)]
         self._made_by = {"gapo": gapo.__version__, "torch": torch.__version__, "code": _code()}
@@ -72,12 +76,14 @@ class Grid:
         A run whose log-probabilities stop being finite has the record {"failed": why}.
         """
         cells = list(dict.fromkeys(cells))
-        missing = [cell for cell in cells if not self.path(cell).exists()]
+        missing = self._missing(cells)
         with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=title, smoothing=0.05) as bar:
-            for cell, record in self._made(missing):
+            for cell, record in self._records(missing):
                 entry = {"cell": asdict(cell), "record": record, "made_by": self._made_by}
                 write_text(self.path(cell), json.dumps(entry) + "\n")
+                self._claims.release(self.path(cell))
                 bar.update()
+            bar.update(bar.total - bar.n)  # those of other copies
         entries = {cell: json.loads(self.path(cell).read_text(encoding="utf-8")) for cell in cells}
         for cell, entry in entries.items():
             if (by := entry.get("made_by")) != self._made_by:
@@ -95,20 +101,49 @@ class Grid:
             "--overwrite true makes them anew"
         )
 
-    def _made(self, cells: Sequence[Cell]) -> Iterable[tuple[Cell, dict[str, Any]]]:
-        workers = self._config.workers or os.cpu_count() or 1
-        if not cells:
-            return
+    def _missing(self, cells: Sequence[Cell]) -> list[Cell]:
+        written = set(os.listdir(self._folder)) if self._folder.is_dir() else set()
+        return [cell for cell in cells if self.path(cell).name not in written]
+
+    def _records(self, missing: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """The cells that this copy runs, as they end. At the end every cell of `missing` has a record."""
+        workers = self._config.workers or _cores()
+        running: dict[Future[dict[str, Any]], Cell] = {}
+        is_waiting = False
+        while missing or running:
+            missing = [cell for cell in self._missing(missing) if cell not in running.values()]
+            for cell in missing:
+                if len(running) == workers:
+                    break
+                if self._claims.take(self.path(cell)):
+                    if self.path(cell).exists():  # since we looked
+                        self._claims.release(self.path(cell))
+                    else:
+                        running[self._submit(cell, workers)] = cell
+            if running:
+                done = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)[0]
+                yield from ((running.pop(future), future.result()) for future in done)
+            elif missing:
+                if not is_waiting:
+                    tqdm.write(f"waiting for runs of other copies of this study: {len(missing)}")
+                is_waiting = True
+                time.sleep(POLL)
+
+    def _submit(self, cell: Cell, workers: int) -> Future[dict[str, Any]]:
         if workers == 1:
-            yield from ((cell, measure(self._material, self._config, cell)) for cell in cells)
-            return
+            here: Future[dict[str, Any]] = Future()
+            here.set_result(measure(self._material, self._config, cell))
+            return here
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(self._config,)
             )
-        waiting = {self._pool.submit(_measure, cell): cell for cell in cells}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
+        return self._pool.submit(_measure, cell)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _code() -> str:

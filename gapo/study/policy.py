@@ -65,10 +65,11 @@ def load_split(config: StudyConfig) -> Split:
         f"{len(test)} test pairs ({source})",
         *_warnings(rows, validation, test),
     ]
-    return Split(true_labels(rows), true_labels(validation), true_labels(test), "\n".join(lines))
+    pool, validation, test = (list(true_labels(part)) for part in (rows, validation, test))
+    return Split(pool, validation, test, "\n".join(lines))
 
 
-def _warnings(rows: list[Row], validation: list[Row], test: list[Row]) -> list[str]:
+def _warnings(rows: Sequence[Row], validation: Sequence[Row], test: Sequence[Row]) -> list[str]:
     """Lines on labels that are flipped in their file, and on test pairs that are trained or tuned on."""
     every = [*rows, *validation, *test]
     lines = []

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from gapo.files import require_writable, write_text
+from gapo.runs.claims import Claims, owner_of
 from gapo.runs.errors import ConfigError
 from gapo.runs.ranks import require_one
 from gapo.runs.versions import versions
@@ -30,8 +31,10 @@ from gapo.study.tune import tune
 def run_study(config: StudyConfig) -> Study:
     """Run the study, or what is missing of it, and write its report into `config.output_dir`.
 
+    Several copies may run at the same time over one folder: they share the runs, and each ends with all of them.
+
     Raises:
-        ConfigError: the pairs are too few.
+        ConfigError: the pairs are too few, or the runs that `overwrite` would forget are in another copy's hands.
         gapo.data.PairError: the pairs cannot be read.
     """
     require_one("gapo study")
@@ -42,27 +45,40 @@ def run_study(config: StudyConfig) -> Study:
         require_writable(path)
     split = load_split(config)
     print(split.summary, flush=True)
-    if config.overwrite:
-        shutil.rmtree(folder / "cells", ignore_errors=True)
-    threads = one_thread()
-    try:
-        study = _measured(config, split, folder / "cells")
-    finally:
-        torch.set_num_threads(threads)
-    write_text(folder / "config.json", json.dumps(as_dict(config), indent=2) + "\n")
-    write_report(folder, study)
+    with Claims() as claims:
+        if config.overwrite:
+            _forget(folder / "cells", claims)
+        threads = one_thread()
+        try:
+            study = _measured(config, split, folder / "cells", claims)
+        finally:
+            torch.set_num_threads(threads)
+        with claims.alone(folder / "study.html", "the report"):
+            write_text(folder / "config.json", json.dumps(as_dict(config), indent=2) + "\n")
+            write_report(folder, study)
     return study
 
 
-def _measured(config: StudyConfig, split: Split, folder: Path) -> Study:
+def _forget(cells: Path, claims: Claims) -> None:
+    """Remove the records. Raises ConfigError while another copy makes some."""
+    if busy := claims.others(cells):
+        raise ConfigError(
+            f"{cells.parent} is in use by another copy ({owner_of(busy[0].with_suffix(''))}): to overwrite, end the "
+            "others, start one, and then the others without overwrite"
+        )
+    shutil.rmtree(cells, ignore_errors=True)
+
+
+def _measured(config: StudyConfig, split: Split, folder: Path, claims: Claims) -> Study:
     began = time.monotonic()
-    material = Material(config, split)
+    with claims.alone(Path(config.cache_dir) / "study", "the policy"):
+        material = Material(config, split)
     start = before(material, "test")
     print(f"policy before training: reward accuracy {start['accuracy']:.4f} on test pairs", flush=True)
     noises, left_out = possible_noises(material, config)
     for reason in left_out.values():
         print(f"left out: {reason}", flush=True)
-    with Grid(config, folder, material) as grid:
+    with Grid(config, folder, material, claims) as grid:
         chosen, tries = tune(config, grid)
         parts = plan(config, chosen, noises)
         every = [cell for cells in parts.values() for cell in cells]

@@ -473,3 +473,15 @@ def test_one_target_for_all_pairs_is_one_for_each() -> None:
     assert_close(*states)
     with pytest.raises(ValueError, match="gamma must be a finite number, got nan"):
         make_train_step()(model, optimizer, batch(), gamma=float("nan"))
+
+
+def test_target_gap_finds_the_radius_that_spreads_the_gaps_so() -> None:
+    (model, optimizer), (other, other_optimizer) = nnx_problem(), nnx_problem()
+    config = gapo.GAPOConfig(target_gap=0.3, anchor="first_order")
+    metrics, result = make_train_step(config=config)(model, optimizer, batch())
+    assert np.std(np.asarray(result.anchor_gaps)) == pytest.approx(0.3, rel=1e-4)
+    assert float(metrics["gapo/anchor_gap_std"]) == pytest.approx(0.3, rel=1e-4)
+    # The same radius, set by hand, leads to the same weights.
+    by_hand = gapo.GAPOConfig(rho=float(metrics["gapo/rho"]), anchor="first_order")
+    make_train_step(config=by_hand)(other, other_optimizer, batch())
+    assert_close(nnx.state(model, nnx.Param), nnx.state(other, nnx.Param))

@@ -341,6 +341,26 @@ def test_running_statistics_of_another_objective_are_left(tmp_path: Path) -> Non
     assert float(results[0].loss) == pytest.approx(by_hand([results[0].margins])[0]["loss"], rel=1e-5)
 
 
+def test_running_statistics_outlive_a_detachment(tmp_path: Path) -> None:
+    """Detached and attached again between two steps, a training goes on as if nothing had happened."""
+
+    class Interrupted(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            callback_of(cut).detach()
+            callback_of(cut).attach(cut)
+
+    whole, cut = (make_trainer(tmp_path / name, **RUNNING, max_steps=2) for name in ("whole", "cut"))
+    cut.add_callback(Interrupted())
+    results: dict[int, list[float]] = {}
+    for trainer in (whole, cut):
+        losses = results[id(trainer)] = []
+        callback_of(trainer).on_step = lambda result, batch, losses=losses: losses.append(float(result.loss))
+        trainer.train()
+    assert results[id(whole)] == results[id(cut)]
+    states = [json.loads((tmp_path / n / "checkpoint-2" / "trainer_state.json").read_text()) for n in ("whole", "cut")]
+    assert states[0]["stateful_callbacks"]["gapo"] == states[1]["stateful_callbacks"]["gapo"]
+
+
 def test_resuming_with_other_settings_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path / "first", config=GAPOConfig(rho=0.3), **options).train()

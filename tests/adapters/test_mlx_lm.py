@@ -655,3 +655,15 @@ def test_what_the_docs_save_loads_again(tmp_path: Path, folder: Path, monkeypatc
             np.testing.assert_array_equal(np.array(x), np.array(trained[name]))
     ours, theirs = (adapter.pair_logps(m.eval(), one_batch())[0] for m in (names["model"], loaded))
     assert_close({"logps": theirs}, {"logps": ours}, 1e-4)
+
+
+def test_target_gap_finds_the_radius_that_spreads_the_gaps_so(folder: Path, tmp_path: Path) -> None:
+    """In the reports of mlx-lm's own training; the same radius, set by hand, makes the same first report."""
+    config = gapo.GAPOConfig(target_gap=0.3, anchor="first_order")
+    reports = run(load(folder), tmp_path, iters=2, config=config).train
+    assert [row["gapo/anchor_gap_std"] for row in reports] == pytest.approx([0.3, 0.3], rel=1e-3)
+    rho = reports[0]["gapo/rho"]
+    assert abs(reports[1]["gapo/rho"] / rho - 1) > 1e-3
+    by_hand = run(load(folder), tmp_path, iters=1, config=gapo.GAPOConfig(rho=rho, anchor="first_order")).train
+    for name in ("gapo/anchor_gap_mean", "gapo/anchor_gap_std", "gapo/weight_min", "gapo/radius"):
+        assert by_hand[0][name] == pytest.approx(reports[0][name], rel=1e-3), name

@@ -15,10 +15,10 @@ from torch import nn
 
 import gapo
 from gapo.adapters.hf.margins import pair_logps
-from gapo.anchor import _Perturbation
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.head import head_parameters
 from gapo.objectives import resolve
+from gapo.perturbation import Perturbation
 from gapo.step import run
 
 
@@ -115,7 +115,7 @@ def test_bfloat16_weights_warn_or_refuse() -> None:
         )
     assert told[0].filename == __file__  # where the step was called
     assert 0 < float(result.changed_fraction) < 1
-    with pytest.raises(ValueError, match=r'changed none of the \d+ selected parameters.*Use anchor="first_order"'):
+    with pytest.raises(ValueError, match=r'changed none of the \d+ selected parameters.*use anchor="first_order"'):
         take_step(model, batch, rho=1e-6, anchor="exact")
     assert_untouched(model, before)
     result, grads = take_step(model, batch, rho=1e-6, anchor="first_order")
@@ -327,7 +327,7 @@ def test_parameters_of_several_blocks_move_as_one(
     norm = sum(float(((scale[name] * g[name]) ** 2).sum()) for name in g) ** 0.5
     monkeypatch.setattr("gapo.backends.torch.backend._BLOCK", 4)
     parameters = dict(model.named_parameters())
-    perturbation = _Perturbation(
+    perturbation = Perturbation(
         SimpleNamespace(parameters=parameters), {n: x.to(dtype) for n, x in g.items()}, config, backend
     )
     moved = {name: perturbation.move(name, p.detach()) for name, p in parameters.items()}

@@ -80,6 +80,18 @@ def test_ranks_of_unequal_size_are_one_batch(library: Library) -> None:
         close(weights, [5 * math.exp(x) / total for x in values])
 
 
+def test_a_zscore_takes_each_sum_over_the_ranks_once() -> None:
+    operations: list[str] = []
+
+    def reduce(x: Any, op: str) -> Any:
+        operations.append(op)
+        return x
+
+    logps = LogProbs.of_step((np.array(JOINED),), BatchConstants(), reduce=reduce)
+    logps.zscore(logps.margins)
+    assert sorted(operations) == ["max", "sum", "sum", "sum"]  # the largest; pairs, values, squares
+
+
 @pytest.mark.parametrize("margins", [[0.4], [0.4, 0.4, 0.4]])
 def test_pairs_that_do_not_differ_have_no_deviation(library: Library, margins: list[float]) -> None:
     logps = of(library, margins)
@@ -93,14 +105,29 @@ def tracking(logps: LogProbs, *, rate: float = 0.25) -> Any:
     return (2.0 + mean - logps.margins) ** 2
 
 
+def linear(backend: Library, weights: np.ndarray) -> tuple[Any, Callable[[Any, Any], Any]]:
+    """Parameters w of `features @ w` in the backend's own form, and the margin function; the gradient's name is w."""
+    if backend.name == "torch":
+        from torch import nn
+
+        module = nn.Module()
+        module.w = nn.Parameter(backend.asarray(weights, "float64"))
+        return module, lambda m, x: x @ m.w
+    if backend.name == "mlx":
+        from mlx import nn as mlx_nn
+
+        layer = mlx_nn.Module()
+        layer.w = backend.asarray(weights, "float64")
+        return layer, lambda m, x: x @ m.w
+    return {"w": backend.asarray(weights, "float64")}, lambda p, x: x @ p["w"]
+
+
 def test_running_statistics_go_on_from_step_to_step(backend: Library) -> None:
     features = np.array([[1.0, 0.5], [0.2, -1.0], [0.7, 0.1]])
     weights = np.array([0.3, -0.2])
     margins = [sum(x * w for x, w in zip(row, weights, strict=True)) for row in features]
-    if backend.name in ("torch", "mlx"):
-        pytest.skip("their parameters are modules: the adapters' tests step with them")
-    step = gapo.value_and_grad(lambda p, x: x @ p["w"], objective=tracking, backend=backend.name)
-    params = {"w": backend.asarray(weights, "float64")}
+    params, margin_fn = linear(backend, weights)
+    step = gapo.value_and_grad(margin_fn, objective=tracking, backend=backend.name)
     running, before = None, 1.0
     for _ in range(3):
         result, grads = step(params, backend.asarray(features, "float64"), running=running)

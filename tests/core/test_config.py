@@ -108,6 +108,7 @@ def test_the_defaults_are_the_documents() -> None:
         "anchor": "auto",
         "perturb": "backbone",
         "last_layers": None,
+        "update": "policy",
         "loss_type": "sigmoid",
         "label_smoothing": 0.0,
         "sft_weight": 0.0,

@@ -22,7 +22,7 @@ import pytest
 from gapo import cli, data
 from gapo.commands import study as study_command
 from gapo.commands.train import parse
-from gapo.data import raw_rows
+from gapo.data import text_files
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, load_tokenizer
 from gapo.runs.output import plots
@@ -73,11 +73,11 @@ def test_the_pickle_of_these_tests_does_run(tmp_path: Path) -> None:
         ("a.jsonl", b'{"chosen": "a", "rejected": "b", "n": ' + b"9" * 5000 + b"}\n" + LINE, 1, ["1: not valid JSON"]),
         ("a.csv", CSV + b"Q? ,yes," + b"n" * 200_000 + b"\nQ? ,yes,no\n", 2, []),
         ("a.csv", CSV + b'Q? ,"yes"!,no\nQ? ,yes,no\n', 1, ["2: not valid CSV: "]),
-        ("a.csv", CSV + b'Q? ,yes,no\nQ? ,"yes,no\nQ? ,yes,no\n', 1, ["4: not valid CSV: unexpected end of data"]),
+        ("a.csv", CSV + b'Q? ,yes,no\nQ? ,"yes,no\nQ? ,yes,no\n', 1, ["3: not valid CSV: unexpected end of data"]),
         ("a.csv", CSV + b"Q? ,yes, of course,no\nQ? ,yes,no\n", 1, ["2: more cells than the first line names: quote"]),
         ("a.csv", b"chosen,rejected,prompt\nyes,no\nyes,no,Q\n", 1, ["2: fewer cells than the first line names"]),
         ("a.jsonl", LINE + b'\n{"chosen": "a", "rejected": "b", "chosen": "c"}', 1, ["2: column 'chosen' occurs t"]),
-        ("a.csv", CSV + b"Q? ,yes,\xff\nQ? ,yes,no\n", 1, ["2: not UTF-8"]),
+        ("a.csv", CSV + b"Q? ,yes,\xff\nQ? ,yes,n\xc3\xa9\n", 1, ["2: not UTF-8"]),
         # The name that a gzip file carries inside is not used.
         ("a.jsonl.gz", b"\x1f\x8b\x08\x08" + bytes(6) + b"../../b\0" + gzip.compress(LINE, mtime=0)[10:], 1, []),
     ],
@@ -175,13 +175,13 @@ def test_names_that_no_file_can_have(name: str) -> None:
 
 
 def test_a_gzip_bomb_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raw_rows, "_HARMLESS", 1 << 20)
+    monkeypatch.setattr(text_files, "_HARMLESS", 1 << 20)
     packed = gzip.compress(LINE + b" " * (1 << 24))
     assert len(packed) * 500 < 1 << 24
     (tmp_path / "a.jsonl.gz").write_bytes(packed)
     with pytest.raises(data.PairError, match=r"a\.jsonl\.gz unpacks to more than 100 times its size.*without \.gz"):
         data.read_pairs(tmp_path / "a.jsonl.gz")
-    monkeypatch.setattr(raw_rows, "_HARMLESS", 1 << 25)
+    monkeypatch.setattr(text_files, "_HARMLESS", 1 << 25)
     assert data.read_pairs(tmp_path / "a.jsonl.gz").rows == [GOOD]
 
 

@@ -17,6 +17,7 @@ from gapo.cli import main
 from gapo.commands.study import parse
 from gapo.data import write_rows
 from gapo.objectives import OBJECTIVES
+from gapo.runs.claims import Claims
 from gapo.study import grid as grid_module
 from gapo.study import study as study_module
 from gapo.study.arms import ARMS
@@ -308,7 +309,7 @@ def test_a_killed_grid_goes_on_where_it_was(
     material: Material, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = [cell(arm, seed=seed) for seed in (0, 1) for arm in ("simpo", "dpo")]
-    with Grid(config, tmp_path / "whole", material) as grid:
+    with Claims() as claims, Grid(config, tmp_path / "whole", material, claims) as grid:
         whole = grid.run(cells, "whole")
     made: list[Cell] = []
 
@@ -319,11 +320,15 @@ def test_a_killed_grid_goes_on_where_it_was(
         return measure(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(grid_module, "measure", killed)
-    with pytest.raises(KeyboardInterrupt), Grid(config, tmp_path / "killed", material) as grid:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Claims() as claims,
+        Grid(config, tmp_path / "killed", material, claims) as grid,
+    ):
         grid.run(cells, "killed")
     assert sorted(path.suffix for path in (tmp_path / "killed").iterdir()) == [".json"] * 2
     made.clear()
-    with Grid(config, tmp_path / "killed", material) as grid:
+    with Claims() as claims, Grid(config, tmp_path / "killed", material, claims) as grid:
         resumed = grid.run(cells, "resumed")
     assert made == cells[2:]
     for one in cells:
@@ -334,7 +339,7 @@ def test_a_cell_is_run_anew_when_anything_that_decides_it_changes(
     material: Material, config: StudyConfig, tmp_path: Path
 ) -> None:
     def path(config: StudyConfig = config, **change: object) -> Path:
-        return Grid(config, tmp_path, material).path(replace(cell(), **change))  # type: ignore[arg-type]
+        return Grid(config, tmp_path, material, Claims()).path(replace(cell(), **change))  # type: ignore[arg-type]
 
     others = [path(seed=1), path(rate=0.1), path(mode="length"), path(arm="simpo"), path(anchor_pairs=4)]
     others += [
@@ -348,7 +353,7 @@ def test_runs_kept_from_other_code_are_told(
     material: Material, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid_module, "measure", lambda *_: {"evaluation": {}})
-    with Grid(config, tmp_path, material) as grid:
+    with Claims() as claims, Grid(config, tmp_path, material, claims) as grid:
         grid.run([cell(seed=0), cell(seed=1)], "first")
         assert grid.others() is None
     old = grid.path(cell(seed=1))
@@ -356,7 +361,7 @@ def test_runs_kept_from_other_code_are_told(
     del kept["made_by"]
     old.write_text(json.dumps(kept))
     monkeypatch.setattr(grid_module, "_code", lambda: "code changed")
-    with Grid(config, tmp_path, material) as grid:
+    with Claims() as claims, Grid(config, tmp_path, material, claims) as grid:
         grid.run([cell(seed=0), cell(seed=1), cell(seed=2)], "again")
     told = grid.others()
     assert told is not None
@@ -372,7 +377,7 @@ def test_worker_processes_give_what_one_process_gives(material: Material, config
         alone = measure(material, config, cell("gapo"))
     finally:
         torch.set_num_threads(threads)
-    with Grid(replace(config, workers=2), tmp_path, material) as grid:
+    with Claims() as claims, Grid(replace(config, workers=2), tmp_path, material, claims) as grid:
         (record,) = grid.run([cell("gapo")], "two workers").values()
     assert record["evaluation"] == alone["evaluation"]
     assert record["over_time"] == alone["over_time"]

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
-from drifting import drifting
+from drifting import drifting, drifting_gaps
 from transformers import Trainer, TrainingArguments
 
 import gapo
@@ -47,6 +47,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "tied": {"model": "gpt2", "sft_weight": 0.1},
     "simpo": {"model": "pythia", "objective": "simpo"},  # without an anchor
     "running": {"model": "pythia", "objective": drifting},
+    "running_gaps": {"model": "pythia", "objective": drifting_gaps, "target_gap": 0.3},
 }
 PAIRS = 4  # share an anchor
 ZERO3 = {
@@ -95,7 +96,7 @@ def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: 
         assert arguments.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     collator = PreferenceCollator(hf_models.tokenizer(), max_length=64, pad_to_multiple_of=64)
-    settings = {"rho": 0.3, **config}
+    settings = {**({} if "target_gap" in config else {"rho": 0.3}), **config}
     objective = settings.pop("objective", "gapo")
     return hf_models.InOrder(
         make_model(kind).double(),

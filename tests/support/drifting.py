@@ -16,6 +16,15 @@ def drifting(logps: LogProbs, *, rate: float = 0.5) -> Any:
     return (1 - logps.margins + mean) ** 2
 
 
+def drifting_gaps(logps: LogProbs) -> Any:
+    """-(1 - gap + m) M, with m the running mean of the anchor gaps before the batch."""
+    mean = logps.running("mean", logps.mean(logps.anchor_gaps), initial=0.0, rate=0.5)
+    return (logps.anchor_gaps - mean - 1) * logps.margins
+
+
+drifting_gaps.needs_anchor = True  # type: ignore[attr-defined]
+
+
 def by_hand(margins: Iterable[Any], rate: float = 0.5, before: float = 0.0) -> list[dict[str, Any]]:
     """Of each batch with these margins: loss, weights (N,), and the running mean after it, in float64."""
     rows = []

@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,19 +35,19 @@ from gapo.adapters.hf.batches import stack_pairs
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import constants_of, rows_logps
 from gapo.adapters.hf.models import PreparedModel, forward_parameters, has_wide_weights, require_causal, require_graph
-from gapo.adapters.hf.supported import left_out, require_supported
+from gapo.adapters.hf.supported import left_out, require_supported, require_update, with_trls_alpha
+from gapo.adapters.hf.window import MetricsWindow
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.sharded import is_shard
 from gapo.config import GAPOConfig
-from gapo.metrics import combine, evaluation_columns, evaluation_metrics, step_metrics
+from gapo.logp_options import LogpOptions
+from gapo.metrics import evaluation_columns, evaluation_metrics, step_metrics
 from gapo.objectives import Loss
-from gapo.pairs import LogProbs, require_reference
+from gapo.pairs import BatchConstants, LogProbs, require_reference
 from gapo.reweighting import Watch
 from gapo.step import Running, StepResult, run
 
 logger = logging.getLogger(__name__)
-
-_PAIRS = "pairs"  # of a micro-batch, by which its metrics weigh in a window's mean
 
 # The trainer's methods that an attachment replaces, each by its own method of the same name.
 _REPLACED = ("compute_loss", "prediction_step", "evaluation_loop", "log", "train")
@@ -62,12 +62,14 @@ class Settings:
         loss: what the training minimises.
         on_step: called with the result and the batch after each training micro-batch.
         disable_dropout: whether dropout is 0 while attached.
+        options: how log-probabilities are measured, and pairs weighted.
     """
 
     config: GAPOConfig
     loss: Loss
     on_step: Callable[[StepResult, dict[str, Any]], None]
     disable_dropout: bool
+    options: LogpOptions
 
 
 class Attachment:
@@ -77,9 +79,11 @@ class Attachment:
         self.trainer, self._settings, self._config = trainer, settings, settings.config
         # float16's gradient scaler must see the update's backward, which the one-pass step replaces.
         self._backend = TorchBackend(one_pass=trainer.accelerator.mixed_precision != "fp16")
-        self._window: dict[str, list[Tensor]] = defaultdict(list)
+        self._window = MetricsWindow()
         self._evaluated: dict[str, list[Tensor]] = defaultdict(list)
-        require_supported(trainer)
+        require_supported(trainer, settings.options)
+        require_update(trainer, settings.config)
+        self._logps = rows_logps(settings.options)  # one for all steps: what is proved of the model is kept for it
         self._prepared = PreparedModel(settings.disable_dropout)
         self._prepared.prepare(trainer.model)
         self._warnings: set[str] = set()
@@ -133,7 +137,7 @@ class Attachment:
                 "an evaluation with bf16_full_eval or fp16_full_eval has rounded the model's weights to 16 bits: load "
                 "the model again, and train before you evaluate, or leave the option out"
             )
-        require_supported(self.trainer)  # arguments may have changed since attaching
+        require_supported(self.trainer, self._settings.options)  # arguments may have changed since attaching
         self._window.clear()  # of a training that was interrupted, or begun again with smaller batches
         self._prepared.prepare(self.trainer.model)
         require_graph(self.trainer.model)
@@ -165,25 +169,30 @@ class Attachment:
         loss, config = self._settings.loss, self._config
         if loss.needs_reference:
             require_reference(loss.name, inputs, "gapo.adapters.hf.with_reference_logps")
+        takes_anchor = loss.needs_anchor or config.updates_at_anchor
         bare = self.trainer.accelerator.unwrap_model(model)
         rows = stack_pairs(inputs, forward_parameters(bare))
+        self._logps.await_batch(rows)
         forward = self._backend.forward(
-            rows_logps, bare, rows, config, anchor=loss.needs_anchor, by_side=loss.by_side, wrapper=model
+            self._logps, bare, rows, config, anchor=takes_anchor, by_side=loss.by_side, wrapper=model
         )
-        constants = constants_of(inputs, rows)
-        result, cotangents = run(forward, config, self._backend, loss=loss, constants=constants, running=self.running)
-        scalar = forward.as_loss(result.loss, cotangents)
+        constants = self._constants(inputs, rows)
+        result, update = run(forward, config, self._backend, loss=loss, constants=constants, running=self.running)
+        scalar = forward.as_loss(result.loss, update)
         self._require_causal(model, rows)
         self.running = result.running or {}
         metrics = step_metrics(result, config)
-        metrics[_PAIRS] = torch.tensor(float(len(result.margins)))
         if result.radius is not None:
             metrics["gapo/anchor_pairs"] = torch.tensor(float(self._anchor_pairs(result)))
             self._warn_of_no_perturbation(result.radius)
-        for name, value in metrics.items():
-            self._window[name].append(value.detach().float())
+        self._window.add(metrics, len(result.margins))
         self._settings.on_step(result, inputs)
         return (scalar, {}) if return_outputs else scalar
+
+    def _constants(self, inputs: dict[str, Any], rows: dict[str, Tensor]) -> BatchConstants:
+        """What the batch tells besides the log-probabilities, once the clean forward has run."""
+        checked = self._settings.options.checked(with_trls_alpha(inputs, self.trainer))
+        return replace(constants_of(checked, rows), pair_weights=self._logps.pair_weights())
 
     def _warn_of_no_perturbation(self, radius: torch.Tensor) -> None:
         if float(radius) == 0 and self._config.moves:
@@ -227,8 +236,10 @@ class Attachment:
             require_reference(loss.name, inputs, "gapo.adapters.hf.with_reference_logps")
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             rows = stack_pairs(inputs, forward_parameters(model))
-            logps = LogProbs.of_step(rows_logps(model, rows), constants_of(inputs, rows))
-            columns = evaluation_columns(loss, logps)
+            self._logps.await_batch(rows)
+            outputs = self._logps(model, rows)
+            constants = self._constants(inputs, rows)
+            columns = evaluation_columns(loss, LogProbs.of_step(outputs, constants), constants.pair_weights)
         self._require_causal(model, rows)
         gathered = self.trainer.accelerator.gather_for_metrics(torch.stack(list(columns.values()), dim=-1))
         for name, column in zip(columns, gathered.unbind(-1), strict=True):
@@ -273,22 +284,10 @@ class Attachment:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own log, with the metrics of the training window added where it reports one."""
         if self._window and "loss" in logs:
-            metrics = self._close_window()
+            metrics = self._window.close(self.trainer.accelerator)
             self._watch.see(metrics)
             logs.update(metrics)
         self._replaced["log"](logs, *args, **kwargs)
-
-    def _close_window(self) -> dict[str, float]:
-        """One value of each metric, over the micro-batches since the last log and over all ranks."""
-        names = list(self._window)
-        table = torch.stack([torch.stack([v.cpu() for v in self._window[name]]) for name in names], dim=-1)
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes > 1:
-            table = accelerator.gather(table.to(accelerator.device)).cpu()
-        self._window.clear()
-        columns = {name: column.tolist() for name, column in zip(names, table.T, strict=True)}
-        pairs = columns.pop(_PAIRS)
-        return {name: combine(name, column, pairs) for name, column in columns.items()}
 
     def _warn_of_what_is_left_out(self) -> None:
         for line in left_out(self.trainer):

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from gapo.adapters.hf.attachment import Attachment, Settings
-from gapo.config import GAPOConfig, step_settings
+from gapo.config import GAPOConfig, plain, step_settings
+from gapo.logp_options import LogpOptions
 from gapo.objectives import Objective, resolve
-from gapo.step import StepResult
+from gapo.objectives.loss import warn_of_scale
+from gapo.step import Running, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,11 @@ class GAPOCallback(TrainerCallback):
             batch; on each rank, of its own pairs. The fields of the anchor are None for objectives without one.
         disable_dropout: True sets all dropout to 0 while attached, as TRL does: a preference margin under dropout is
             noise.
+        ld_alpha: LD-DPO's alpha in [0, 1]: how much the tail of a pair's longer answer counts in its log-probability,
+            in training and evaluation; None for 1. Measure the reference with the same,
+            `with_reference_logps(..., ld_alpha=...)`; another one is refused.
+        use_weighting: True multiplies each pair's loss by WPO's weight, how likely the policy is to have written both
+            answers, as TRL's `use_weighting` does. The weight carries no gradient.
 
     Raises:
         TypeError, ValueError: an argument is not accepted. On attaching, when a training begins, or on its first batch:
@@ -64,15 +71,21 @@ class GAPOCallback(TrainerCallback):
         objective_settings: Mapping[str, Any] | None = None,
         on_step: Callable[[StepResult, dict[str, Any]], None] | None = None,
         disable_dropout: bool = True,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
     ) -> None:
         name = objective.name if isinstance(objective, Objective) else objective
-        self.config = step_settings(config, name, objective_settings)
+        self.options = LogpOptions(ld_alpha, use_weighting)
+        self.config = step_settings(config, name, objective_settings, **asdict(self.options))
         self.loss = resolve(objective, self.config, objective_settings)
+        warn_of_scale(self.loss)
+        self.options.require_weightable(self.loss.name, self.loss.objective.coupled)
         self.objective = self.loss.name
         self.on_step = on_step
         self.disable_dropout = disable_dropout
         self._attachment: Attachment | None = None
         self._left: weakref.ref[Trainer] | None = None  # the trainer that it was detached from
+        self._running_left: Running = {}  # the running statistics as they stood then
         self._began_at = 0  # the step that the training began after
 
     def attach(self, trainer: Trainer) -> GAPOCallback:
@@ -85,17 +98,23 @@ class GAPOCallback(TrainerCallback):
             )
         if Attachment.of(trainer) is not None:
             raise ValueError("another GAPOCallback is attached to this trainer already: give it one only")
-        settings = Settings(self.config, self.loss, self._report, self.disable_dropout)
-        self._attachment, self._left = Attachment(trainer, settings), None
+        settings = Settings(self.config, self.loss, self._report, self.disable_dropout, self.options)
+        self._attachment = Attachment(trainer, settings)
+        if self._left is not None and self._left() is trainer:  # within a training they go on; a new one begins anew
+            self._attachment.running = self._running_left
+        self._left = None
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         return self
 
     def detach(self) -> None:
-        """Give the trainer its own methods and the model its dropout back, until `attach` is called again."""
+        """Give the trainer its own methods and the model its dropout back, until `attach` is called again.
+
+        Running statistics of the objective stand still meanwhile, and go on when the callback is attached again.
+        """
         if self._attachment is not None:
             self._attachment.undo()
-            self._left = weakref.ref(self._attachment.trainer)
+            self._left, self._running_left = weakref.ref(self._attachment.trainer), self._attachment.running
             self._attachment = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -135,7 +154,7 @@ class GAPOCallback(TrainerCallback):
         """
         settings = self._settings()
         entry = state.stateful_callbacks.get(_STATE, {})
-        old = entry.get("attributes", settings)
+        old = {**plain(GAPOConfig()), **asdict(LogpOptions()), **entry.get("attributes", settings)}
         changes = [f"{name}: {old.get(name)!r} -> {new!r}" for name, new in settings.items() if old.get(name) != new]
         if changes:
             logger.warning("the checkpoint was trained with other settings of GAPO: %s", ", ".join(changes))
@@ -158,7 +177,7 @@ class GAPOCallback(TrainerCallback):
 
     def _settings(self) -> dict[str, Any]:
         of_objective = {name: _plain(value) for name, value in self.loss.settings.items()}
-        return {"objective": self.objective, **of_objective, **asdict(self.config)}
+        return {"objective": self.objective, **of_objective, **plain(self.config), **asdict(self.options)}
 
     def _attach_to_caller(self) -> None:
         trainer = calling_trainer(self)

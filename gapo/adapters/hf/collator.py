@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from gapo.data.collate import TOKENIZED, check_padding, collate_pairs
 from gapo.data.limits import Limits
 from gapo.data.pair_rows import RowFault, as_pair
-from gapo.data.tokenize import Tokens, equal_message, text_tokenizer, tokens_of
+from gapo.data.tokenize import Tokens, equal_message, text_tokenizer, tokens_of, tokens_of_each
 from gapo.pairs import SIDES
 
 _logger = logging.getLogger("gapo")
@@ -110,17 +110,38 @@ class PreferenceCollator:
 
     def tokens_of(self, row: Any) -> tuple[dict[str, Any], Tokens]:
         """A row as a checked pair, and its tokens with how many were cut. Raises ValueError where it is no pair."""
-        try:
-            pair = as_pair(row)
-        except RowFault as error:
-            raise ValueError(_refusal(row, error)) from None
+        pair = _pair(row)
         return pair, tokens_of(pair, self.tokenizer, self.limits)
+
+    def tokens_of_each(self, rows: Sequence[Any], numbers: Sequence[int], name: str) -> list[Tokens]:
+        """The tokens of several rows, which is faster than of each alone.
+
+        Raises:
+            ValueError: a row is no pair, or cannot be tokenised; the message has its number.
+        """
+
+        def pairs() -> Iterator[dict[str, Any]]:
+            for number, row in zip(numbers, rows, strict=True):
+                try:
+                    yield _pair(dict(row) if hasattr(row, "keys") else row)
+                except ValueError as error:
+                    raise ValueError(f"row {number} of {name}: {error}") from error
+
+        each = tokens_of_each(pairs(), self.tokenizer, self.limits, name=name, numbers=numbers)
+        return [tokens for _, tokens in each]
 
     def _warn(self, what: str, text: str) -> None:
         """Log a warning, once for each `what`."""
         if what not in self._warnings:
             self._warnings.add(what)
             _logger.warning(text)
+
+
+def _pair(row: Any) -> dict[str, Any]:
+    try:
+        return as_pair(row)
+    except RowFault as error:
+        raise ValueError(_refusal(row, error)) from None
 
 
 def _refusal(row: Any, fault: RowFault) -> str:

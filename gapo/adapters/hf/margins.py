@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import gapo
 from gapo.adapters.hf.batches import further_inputs, stack_pairs, to_the_right
 from gapo.adapters.hf.models import (
     forward_parameters,
@@ -21,10 +20,13 @@ from gapo.adapters.hf.models import (
 )
 from gapo.backends.base import by_pairs
 from gapo.data.tokenize import IGNORE_INDEX
+from gapo.logp_options import LogpOptions, PairLogps
 from gapo.logps import response_lengths
 from gapo.pairs import REFERENCE, BatchConstants, LogProbs, halves
 
 __all__ = ["constants_of", "log_probs", "pair_logps", "row_logits", "rows_logps", "stack_pairs"]
+
+_PLAIN = LogpOptions()
 
 
 @by_pairs
@@ -34,13 +36,12 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tens
     Padding may stand on either side. Further inputs of the model's forward that the batch holds (images, token types,
     task ids) are passed on: see `stack_pairs`.
     """
-    return rows_logps(model, stack_pairs(batch, forward_parameters(model)))
+    return _PLAIN.logps(*row_logits(model, stack_pairs(batch, forward_parameters(model))))
 
 
-@by_pairs
-def rows_logps(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same of the rows of `stack_pairs`, made for this model: a training step stacks its batch once."""
-    return halves(gapo.sequence_logps(*row_logits(model, rows), backend="torch"))
+def rows_logps(options: LogpOptions = _PLAIN) -> PairLogps:
+    """The same as a margin function of the rows of `stack_pairs`, made for this model: a step stacks its batch once."""
+    return PairLogps(row_logits, options)
 
 
 def row_logits(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -77,10 +78,10 @@ def row_logits(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Te
     return logits, labels.to(logits.device)  # a model over several devices ends on another one than it began on
 
 
-def log_probs(model: nn.Module, batch: Mapping[str, Any]) -> LogProbs:
+def log_probs(model: nn.Module, batch: Mapping[str, Any], options: LogpOptions = _PLAIN) -> LogProbs:
     """The log-probabilities of a batch, for any objective; with the reference's where the batch has them."""
     rows = stack_pairs(batch, forward_parameters(model))
-    return LogProbs.of_step(rows_logps(model, rows), constants_of(batch, rows))
+    return LogProbs.of_step(rows_logps(options)(model, rows), constants_of(options.checked(batch), rows))
 
 
 def constants_of(batch: Mapping[str, Any], rows: Mapping[str, Tensor]) -> BatchConstants:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gapo import data
 from gapo.adapters.hf.margins import log_probs, stack_pairs
 from gapo.adapters.hf.models import require_causal, require_decoder
+from gapo.logp_options import LogpOptions
 
 
 def with_reference_logps(
@@ -19,8 +20,9 @@ def with_reference_logps(
     tokenized: Sequence[dict[str, Any]],
     *,
     batch_size: int = 16,
+    ld_alpha: float | None = None,
     progress: str | None = "reference log-probabilities",
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """The rows with "ref_chosen_logps" and "ref_rejected_logps": summed log-probabilities under `model`, nats.
 
     Call it on the model that training starts from, before it starts. Dropout is off during the call.
@@ -29,21 +31,22 @@ def with_reference_logps(
         model: a causal language model, the reference.
         tokenized: rows of `gapo.data.tokenize_pair`.
         batch_size: pairs in a batch; no gradient is kept.
+        ld_alpha: LD-DPO's alpha, that of the training; None for 1. The rows then also have the column "ref_ld_alpha".
         progress: text of the progress bar; None for no bar.
 
     Returns:
         New rows, in the order of `tokenized`, for `PreferenceCollator`.
 
     Raises:
-        ValueError: a row is not tokenised, or the model is not causal.
+        ValueError: a row is not tokenised, the model is not causal, or `ld_alpha` is not in [0, 1].
         FloatingPointError: a log-probability is not finite, naming the row.
     """
     require_decoder(model)
-    is_causal = False
+    is_causal, options = False, LogpOptions(ld_alpha)
 
     def measure(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         nonlocal is_causal
-        logps = summed_logps(model, batch)
+        logps = summed_logps(model, batch, options)
         if not is_causal:
             require_causal(model, stack_pairs(_tensors(model, batch)))
             is_causal = True
@@ -54,17 +57,20 @@ def with_reference_logps(
         measure,
         pad_token_id=0,  # padding never counts
         batch_size=batch_size,
+        ld_alpha=ld_alpha,
         progress=progress,
     )
 
 
-def summed_logps(model: nn.Module, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def summed_logps(
+    model: nn.Module, batch: Mapping[str, np.ndarray], options: LogpOptions
+) -> tuple[np.ndarray, np.ndarray]:
     """Summed log-probabilities (chosen, rejected), each (N,), of a batch of NumPy arrays; no gradient, no dropout."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logps = log_probs(model, _tensors(model, batch))
+            logps = log_probs(model, _tensors(model, batch), options)
     finally:
         model.train(training)
     return _array(logps.chosen), _array(logps.rejected)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.adapters.hf.models import REENTRANT, peft_model, text_config
-from gapo.pairs import COLUMNS
+from gapo.columns import REFERENCE_ALPHA
+from gapo.config import GAPOConfig
+from gapo.logp_options import LogpOptions
+from gapo.pairs import COLUMNS, REFERENCE
 
 # The trainers of TRL whose batches are pairs. The others train on unpaired rows, triplets, or their own generations.
 _TRL_TRAINERS = ("DPOTrainer", "CPOTrainer", "ORPOTrainer")
@@ -24,10 +28,42 @@ _TRL_LOSS = {
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
-def require_supported(trainer: Trainer) -> None:
+def require_supported(trainer: Trainer, options: LogpOptions) -> None:
     """Raise ValueError, saying what to do, for an option of this trainer that GAPO cannot serve or would ignore."""
     for message in _refusals(trainer):
         raise ValueError(message)
+    alpha = LogpOptions(trls_alpha(trainer)).alpha
+    if _measures_reference(trainer) and alpha != options.alpha:
+        raise ValueError(
+            f"TRL measures the reference with ld_alpha={alpha!r} (precompute_ref_log_probs), and GAPOCallback the "
+            f"policy with ld_alpha={options.ld_alpha!r}: give both the same"
+        )
+
+
+def with_trls_alpha(batch: dict[str, Any], trainer: Trainer) -> Mapping[str, Any]:
+    """`batch` with the alpha that TRL measured its reference with, which TRL's own batches do not tell."""
+    alpha = LogpOptions(trls_alpha(trainer)).alpha
+    if alpha is None or REFERENCE[0] not in batch or not _measures_reference(trainer):
+        return batch
+    return {**batch, REFERENCE_ALPHA: torch.full_like(batch[REFERENCE[0]], alpha)}
+
+
+def trls_alpha(trainer: Trainer) -> float | None:
+    """LD-DPO's alpha of a trainer of TRL; None without."""
+    return getattr(trainer.args, "ld_alpha", None) if any(map(_is_trl, type(trainer.args).__mro__)) else None
+
+
+def _measures_reference(trainer: Trainer) -> bool:
+    return bool(getattr(trainer.args, "precompute_ref_log_probs", False))
+
+
+def require_update(trainer: Trainer, config: GAPOConfig) -> None:
+    """Raise ValueError where the update's backward, taken at moved weights, would miss float16's gradient scaler."""
+    if config.updates_at_anchor and trainer.accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "update='anchor' is not supported with fp16=True, whose gradient scaler would not see its backward: train "
+            "in float32, or set update='policy'"
+        )
 
 
 def left_out(trainer: Trainer) -> Iterator[str]:

@@ -40,7 +40,8 @@ class MlxBackend:
         anchor: bool = True,
         by_side: bool = False,
     ) -> MlxForward:
-        if anchor and self._one_pass:
+        # An update at the anchor is another backward, of other weights: one pass would save nothing.
+        if anchor and self._one_pass and not config.updates_at_anchor:
             return OnePassMlxForward(margin_fn, params, batch, self._verdicts, by_side=by_side)
         return MlxForward(margin_fn, params, batch, anchor)
 

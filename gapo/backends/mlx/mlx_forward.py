@@ -8,7 +8,7 @@ random numbers, the same module state. `mx.compile` sees that those forwards are
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from gapo.backends.base import LeafRule, MarginFn, margins_of, on_outputs, outputs_of, require_real
+from gapo.backends.base import LeafRule, MarginFn, Update, margins_of, on_outputs, outputs_of, require_real
 from gapo.backends.mlx.mlx_head import Calls, head_names, watched
 from gapo.backends.mlx.pairgrads.mlx_state import ModuleState
 
@@ -107,14 +107,26 @@ class MlxForward:
         self._pulled = cotangents, by_name
         return by_name
 
-    def as_loss(self, value: mx.array, cotangents: Sequence[mx.array]) -> mx.array:
-        """`value`, as a scalar with the gradients of `sum_j <cotangents[j], outputs[j]>`."""
-        pull = mx.sum(mx.stack([mx.sum(c * y) for c, y in zip(cotangents, self.outputs, strict=True)]))
+    def as_loss(self, value: mx.array, update: Update) -> mx.array:
+        """`value`, as a scalar with the gradients of `update`: given by name, or by cotangents on the outputs."""
+        if isinstance(update, Mapping):
+            return _deposited(value, list(update.values()), list(self.parameters.values()))
+        pull = mx.sum(mx.stack([mx.sum(c * y) for c, y in zip(update, self.outputs, strict=True)]))
         return mx.stop_gradient(value) + (pull - mx.stop_gradient(pull))
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[mx.array, ...]:
         names = list(names)
         return tuple(self._run(names, [move(name, self.parameters[name]) for name in names]))
+
+    def pulled_at(
+        self, move: LeafRule, names: Iterable[str], cotangents: Callable[[tuple[mx.array, ...]], Sequence[mx.array]]
+    ) -> dict[str, mx.array]:
+        moved = {name: move(name, self.parameters[name]) for name in names}
+        every = list(self.parameters)
+        leaves = [moved.get(name, self.parameters[name]) for name in every]
+        slopes = cotangents(tuple(self._run(every, leaves)))
+        _, grads = mx.vjp(lambda *values: self._run(every, values), leaves, list(slopes))
+        return dict(zip(every, grads, strict=True))
 
     def directional(self, delta: LeafRule, names: Iterable[str]) -> mx.array:
         names = list(names)
@@ -201,3 +213,15 @@ def random_state() -> mx.array:
     """The array that the global random numbers come from."""
     states: Any = mx.random.state
     return states[0]
+
+
+def _deposited(value: mx.array, grads: list[mx.array], parameters: list[mx.array]) -> mx.array:
+    """`value`, whose gradient by each of `parameters` is the one that was computed for it already."""
+    deposit: Any = mx.custom_function(lambda value, *parameters: value)
+
+    @deposit.vjp
+    def hand_out(primals: Any, scale: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+        return mx.zeros_like(value), *(g * scale.astype(g.dtype) for g in grads)
+
+    scalar: mx.array = deposit(mx.stop_gradient(value), *parameters)
+    return scalar

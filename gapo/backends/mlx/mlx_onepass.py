@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from gapo.backends.base import LeafRule, MarginFn, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, Update, gradients, outputs_of
 from gapo.backends.mlx.mlx_forward import MlxForward, random_state
 from gapo.backends.mlx.mlx_verdicts import MlxVerdicts, basis
 from gapo.backends.mlx.pairgrads import (
@@ -93,11 +93,8 @@ class OnePassMlxForward(MlxForward):
         by_group = self._grads.along(delta, names)
         return mx.sum(by_group.reshape(-1, self.outputs[0].shape[0]), axis=0)
 
-    def as_loss(self, value: mx.array, cotangents: Sequence[mx.array]) -> mx.array:
-        if self._grads is None:
-            return super().as_loss(value, cotangents)
-        grads = self.pullback(cotangents)
-        return _deposited(value, list(grads.values()), list(self.parameters.values()))
+    def as_loss(self, value: mx.array, update: Update) -> mx.array:
+        return super().as_loss(value, update if self._grads is None else gradients(self, update))
 
     def _weights(self, cotangents: Sequence[mx.array]) -> mx.array:
         """The weight of each pair, or of each row where the cotangents are not (w, -w)."""
@@ -146,15 +143,3 @@ class OnePassMlxForward(MlxForward):
                 "each of probe, update and first-order gaps",
                 why,
             )
-
-
-def _deposited(value: mx.array, grads: list[mx.array], parameters: list[mx.array]) -> mx.array:
-    """`value`, whose gradient by each of `parameters` is the one that was computed for it already."""
-    deposit: Any = mx.custom_function(lambda value, *parameters: value)
-
-    @deposit.vjp
-    def hand_out(primals: Any, scale: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        return mx.zeros_like(value), *(g * scale.astype(g.dtype) for g in grads)
-
-    deposited: mx.array = deposit(mx.stop_gradient(value), *parameters)
-    return deposited

@@ -20,6 +20,7 @@ from gapo.backends.torch.sharded import PlainShardedForward, ShardedForward, by_
 from gapo.backends.torch.token_logps import token_logps  # noqa: F401  (takes its place in gapo.logps)
 from gapo.backends.torch.zero3 import Zero3Forward, is_engine, is_zero3
 from gapo.config import GAPOConfig
+from gapo.mask import Mask
 
 # Entries of a block for each thread: several arrays of them fit a core's cache, and a call costs little beside them.
 _BLOCK = 2**16
@@ -64,6 +65,10 @@ class TorchBackend:
             raise TypeError(f'params must be a torch.nn.Module for backend="torch", got {type(params).__name__}')
         if not anchor and wrapper is not None:
             return PlainForward(margin_fn, params, batch, wrapper)
+        at_anchor = anchor and config.updates_at_anchor
+        shards = fsdp_units(params)
+        if anchor and (shards or is_zero3(params)):
+            _refuse_on_shards(config)
         if is_zero3(params):
             if wrapper is None:
                 raise ValueError(
@@ -73,7 +78,6 @@ class TorchBackend:
             return Zero3Forward(margin_fn, wrapper, batch, config, self._verdicts)
         if is_engine(wrapper):  # up to ZeRO-2 it would take the probe's backward for the update's
             wrapper = None
-        shards = fsdp_units(params)
         for unit in shards:  # after a forward without backward its parameters are gathered, and no shards
             unit.reshard()
         if not anchor:
@@ -87,7 +91,8 @@ class TorchBackend:
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
             for kind in ("cuda", "cpu")
         )
-        if self._one_pass and not float16:
+        # An update at the anchor is another backward, of other weights: one pass would save nothing.
+        if self._one_pass and not float16 and not at_anchor:
             return OnePassForward(margin_fn, params, batch, config, by_side=by_side, **options)
         return TorchForward(margin_fn, params, batch, config, **options)
 
@@ -117,8 +122,8 @@ class TorchBackend:
         return torch.linalg.vector_norm(x, dtype=torch.float64).to(x.dtype)
 
     def share_nonzero(self, x: Tensor) -> Tensor:
-        moved = x.bool()  # with its sum half the time of `count_nonzero`
-        return (by_rank(moved, torch.sum) if is_shard(x) else moved).sum().to(x.dtype) / x.numel()
+        count = by_rank(x, torch.count_nonzero).sum() if is_shard(x) else torch.count_nonzero(x)
+        return count.to(x.dtype) / x.numel()
 
     def blocks(self, *arrays: Tensor) -> Iterable[tuple[Tensor, ...]]:
         size = _BLOCK * torch.get_num_threads()
@@ -152,6 +157,15 @@ class TorchBackend:
 
     def pack(self, forward: Any, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         return grads
+
+
+def _refuse_on_shards(config: GAPOConfig) -> None:
+    """Raise ValueError for what a step cannot do where ranks hold parts of the parameters."""
+    where = "is not supported on sharded parameters (FSDP2, DeepSpeed ZeRO-3): train with DDP or up to ZeRO-2"
+    if config.updates_at_anchor:
+        raise ValueError(f"update='anchor' {where}, or set update='policy'")
+    if isinstance(config.perturb, Mask):
+        raise ValueError(f"perturb with masks {where}, or name whole parameters")
 
 
 def _has_cache(x: Tensor) -> bool:

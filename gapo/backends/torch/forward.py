@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,8 +13,9 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor, nn
 
-from gapo.backends.base import LeafRule, MarginFn, on_outputs, outputs_of
+from gapo.backends.base import LeafRule, MarginFn, Update, on_outputs
 from gapo.backends.torch.cut import cut_below
+from gapo.backends.torch.deposit import deposited
 from gapo.backends.torch.half import quantises, rounds
 from gapo.backends.torch.head import head_parameters
 from gapo.backends.torch.pairgrads import Verdicts
@@ -47,6 +48,7 @@ class TorchForward(PlainForward):
         wrapper: nn.Module | None = None,
     ) -> None:
         self._config = config
+        self._at_anchor = config.updates_at_anchor  # then the anchor's forward runs whole, and is pulled back
         self._verdicts = Verdicts() if verdicts is None else verdicts
         self._spent = False  # whether the graph behind `outputs` can be pulled back no more
         super().__init__(margin_fn, module, batch, wrapper)
@@ -58,8 +60,9 @@ class TorchForward(PlainForward):
         self._basis = basis(self._margin_fn, self._module)
         self._replay = Replay(self._module, self._verdicts)
         exact = self._config.anchor != "first_order"
-        moved = select(self.parameters, self.head, self._config) if exact else ()
-        self._cut = cut_below(self._module, moved, self._verdicts) if moved else None
+        self._moved = select(self.parameters, self.head, self._config)
+        reuses = exact and not self._at_anchor
+        self._cut = cut_below(self._module, self._moved, self._verdicts) if reuses else None
 
     def _run_clean(self) -> tuple[Tensor, ...]:
         with self._cut.kept(self._basis) if self._cut else nullcontext():
@@ -67,11 +70,13 @@ class TorchForward(PlainForward):
 
     def _run_again(self) -> None:
         """A second clean forward: the same numbers, and a graph of its own."""
-        # Not through DDP, which has prepared its reduction in the first one, and whose ranks may not all run again.
-        inside = self._module.module if isinstance(self._module, nn.parallel.DistributedDataParallel) else self._module
         with torch.enable_grad(), self._replay.again():
-            self.outputs = outputs_of(self._margin_fn(inside, self._batch))
+            self.outputs = self._run(self._inside())
         self._spent = False
+
+    def _inside(self) -> nn.Module:
+        """The module within DDP, which has prepared its reduction in the first forward: not all ranks may run again."""
+        return self._module.module if isinstance(self._module, nn.parallel.DistributedDataParallel) else self._module
 
     def half_compute(self) -> bool:
         return rounds(self.outputs) or quantises(self._module)
@@ -81,7 +86,9 @@ class TorchForward(PlainForward):
         if self._spent:
             self._run_again()
         lasts = self._verdicts.get("lasts", self._module, self._basis)
-        if names is None or lasts is False:
+        # An update at the anchor needs the clean graph no more, unless first-order gaps come for `target_gap`.
+        last = self._at_anchor and self._config.target_gap is None
+        if names is None or lasts is False or last:
             self._spent = True
             return self._gradients(cotangents, wanted, keep=False)
         grads = self._gradients(cotangents, wanted, keep=True)
@@ -119,30 +126,51 @@ class TorchForward(PlainForward):
             reason,
         )
 
-    def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
+    def as_loss(self, value: Tensor, update: Update) -> Tensor:
+        if isinstance(update, Mapping):
+            return deposited(value, update, self.parameters)
         if self._spent:
             self._run_again()
-        return super().as_loss(value, cotangents)
+        return super().as_loss(value, update)
 
     def at(self, move: LeafRule, names: Iterable[str]) -> tuple[Tensor, ...]:
+        def outputs() -> tuple[Tensor, ...]:
+            return self._cut.outputs(self._run, self._replay.again) if self._cut else self._run()
+
+        with torch.no_grad(), self._replay.again():
+            return self._while_moved(move, names, outputs)
+
+    def pulled_at(
+        self, move: LeafRule, names: Iterable[str], cotangents: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]
+    ) -> dict[str, Tensor]:
+        def grads() -> dict[str, Tensor]:
+            with torch.enable_grad():
+                self.outputs = self._run(self._inside())
+            slopes = cotangents(tuple(output.detach() for output in self.outputs))
+            return self._gradients(slopes, list(self.parameters), keep=False)
+
+        with torch.no_grad(), self._replay.again():
+            return self._while_moved(move, names, grads)
+
+    def _while_moved(self, move: LeafRule, names: Iterable[str], then: Callable[[], Any]) -> Any:
+        """`then()` with the named parameters moved, which are back afterwards, whatever happens."""
         # `.data` is written in place: storages stay where they are (views, buckets, CUDA graphs), and the version
         # counter does not move, so that the clean graph stays valid. theta returns from a clone, bit for bit.
         names, shared = list(names), self._sharing_memory(names)
         saved: dict[str, Tensor] = {}
         try:
             try:
-                with torch.no_grad(), self._replay.again():
-                    for name in shared:  # before one of them moves the others
-                        saved[name] = self.parameters[name].data.clone()
-                    for name in names:
-                        theta = self.parameters[name].data
-                        saved[name] = saved[name] if name in shared else theta.clone()
-                        moved = move(name, saved[name])
-                        if name in shared and not torch.equal(theta, saved[name]):  # another one has moved it already
-                            moved = theta + (moved - saved[name])
-                        theta.copy_(moved)
-                    torch.clear_autocast_cache()  # low-precision copies of theta would hide the anchor
-                    return self._cut.outputs(self._run, self._replay.again) if self._cut else self._run()
+                for name in shared:  # before one of them moves the others
+                    saved[name] = self.parameters[name].data.clone()
+                for name in names:
+                    theta = self.parameters[name].data
+                    saved[name] = saved[name] if name in shared else theta.clone()
+                    moved = move(name, saved[name])
+                    if name in shared and not torch.equal(theta, saved[name]):  # another one has moved it already
+                        moved = theta + (moved - saved[name])
+                    theta.copy_(moved)
+                torch.clear_autocast_cache()  # low-precision copies of theta would hide the anchor
+                return then()
             finally:
                 self._put_back(saved)
         finally:  # a Ctrl-C may fall into the lines above, and then their work is finished here

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gapo.backends.base import LeafRule, MarginFn
+from gapo.backends.base import LeafRule, MarginFn, Update, gradients
+from gapo.backends.torch.deposit import deposited
 from gapo.backends.torch.forward import TorchForward
 from gapo.backends.torch.pairgrads import GroupGradients, Refused, Tape, Verdicts
 from gapo.config import GAPOConfig
@@ -57,7 +58,11 @@ class OnePassForward(TorchForward):
         return self._tape is not None
 
     def _run_clean(self) -> tuple[Tensor, ...]:
-        tape = Tape(self._module, blocks=2, by_row=self._by_side, verdicts=self._verdicts, key=self._margin_fn)
+        # Of the head, which no probe asks for, A and G are kept: no more than the logits and their gradient were.
+        once = set(self.head) - set(self._moved)
+        tape = Tape(
+            self._module, blocks=2, by_row=self._by_side, verdicts=self._verdicts, key=self._margin_fn, once=once
+        )
         try:
             with tape:
                 outputs = super()._run_clean()
@@ -83,11 +88,10 @@ class OnePassForward(TorchForward):
             self._refuse(refusal)
         return super().directional(delta, names)
 
-    def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
+    def as_loss(self, value: Tensor, update: Update) -> Tensor:
         if self._tape is None:
-            return super().as_loss(value, cotangents)
-        grads = self.pullback(cotangents)
-        return _Deposit.apply(value, list(grads.values()), *self.parameters.values())
+            return super().as_loss(value, update)
+        return deposited(value, gradients(self, update), self.parameters)
 
     def _gradients_by_pair(self) -> GroupGradients | None:
         """The one backward, at the first call; None where the tape has refused."""
@@ -122,22 +126,3 @@ class OnePassForward(TorchForward):
                 'and for anchor="first_order" once for each pair',
                 why,
             )
-
-
-class _Deposit(torch.autograd.Function):
-    """A scalar whose backward gives each parameter the gradient that was computed for it already.
-
-    Training loops call `loss.backward()`, and accelerate, DDP and gradient scalers hang on that call, so the gradients
-    must arrive in it. The parameters are inputs of this function, which hands each one its gradient, times the factor
-    by which the loop scaled the loss.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.grads = grads
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        grads, ctx.grads = ctx.grads, None  # in place and let go: a second copy of all gradients would cost memory
-        return None, None, *(g.mul_(scale) for g in grads)

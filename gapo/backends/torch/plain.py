@@ -54,7 +54,10 @@ class PlainForward:
             )
         return dict(zip(wanted, grads, strict=True))
 
-    def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
-        """A scalar of this value whose `backward()` gives the pullback of `cotangents`: the way of training loops."""
-        pull = torch.stack([torch.sum(c * y) for c, y in zip(cotangents, self.outputs, strict=True)]).sum()
+    def as_loss(self, value: Tensor, update: Any) -> Tensor:
+        """A scalar of this value whose `backward()` gives the gradients of `update`: the way of training loops.
+
+        Here `update` holds cotangents on the outputs; a forward of which an anchor is asked takes gradients too.
+        """
+        pull = torch.stack([torch.sum(c * y) for c, y in zip(update, self.outputs, strict=True)]).sum()
         return value + (pull - pull.detach())

@@ -75,10 +75,10 @@ class Zero3Forward(ShardedForward):
             'anchor="exact" goes on, with gaps that are rounded'
         )
 
-    def as_loss(self, value: Tensor, cotangents: Sequence[Tensor]) -> Tensor:
+    def as_loss(self, value: Tensor, update: Any) -> Tensor:
         with torch.enable_grad(), self._replay.again():
             self.outputs = outputs_of(self._margin_fn(self._engine, self._batch))
-        return super().as_loss(value, cotangents)
+        return super().as_loss(value, update)
 
     def _reshard(self) -> None:
         """Let go of every gathered parameter, the small ones that DeepSpeed keeps too: the next use gathers anew."""

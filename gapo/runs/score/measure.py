@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Measure:
             the step failed; names the rows of the batch. The weights are as before.
     """
 
-    def __init__(self, source: Source, pairs: list[Row], config: ScoreConfig, step_config: GAPOConfig) -> None:
+    def __init__(self, source: Source, pairs: Sequence[Row], config: ScoreConfig, step_config: GAPOConfig) -> None:
         self._name, self._pairs, self._seed, self._step_config = source.name, pairs, config.seed, step_config
         self._model, tokenizer = load(source, config)
         self._is_causal = False  # until the first batch has shown it

@@ -8,6 +8,7 @@ from typing import Literal
 
 from gapo.runs.config_bases import PairSource
 from gapo.runs.output.tables import require_ending
+from gapo.runs.score.shards import Shard
 
 WHICH = ("lowest", "highest")
 
@@ -29,6 +30,9 @@ class ScoreConfig(PairSource):
         strict: stop at the first bad row instead of leaving it out.
         dtype: of the weights. 16-bit ones round an exact anchor away; anchor auto takes first order for them.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+        shard: measure one part of n alone, "I/N" with I from 0 to N - 1; its log lies beside the output until all are
+            merged.
+        merge: put the parts together, as one run would have written them.
         overwrite: score anew over scores that are there already, finished or not.
         select: ("lowest" or "highest", share of the pairs in (0, 1]): which pairs to write as `select_output`, by gap.
         select_output: file of the selected pairs: .jsonl, .jsonl.gz or .parquet.
@@ -48,6 +52,8 @@ class ScoreConfig(PairSource):
     strict: bool = False
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     device: str = "auto"
+    shard: str | None = None
+    merge: bool = False
     overwrite: bool = False
     select: tuple[str, float] | None = None
     select_output: str | None = None
@@ -58,6 +64,12 @@ class ScoreConfig(PairSource):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)!r}")
         require_ending("output", self.output)
+        if self.shard is not None:
+            Shard.of(self.shard)
+            if self.merge:
+                raise ValueError(f"shard and merge exclude each other: measure shard {self.shard}, or merge them all")
+            if self.select is not None:
+                raise ValueError("select needs the scores of every pair: give it with merge, not with a shard")
         if (self.select is None) != (self.select_output is None):
             raise ValueError("select and select_output belong together: which pairs, and the file to write them to")
         if self.select is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gapo._extras import named_extra
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, require_model
+from gapo.runs.score.run_settings import model_folder
 from gapo.runs.score.score_config import ScoreConfig
 
 _ADAPTER = "adapter_config.json"
@@ -46,17 +48,25 @@ def find_sources(config: ScoreConfig) -> list[Source]:
         )
     if len(set(config.model)) < len(config.model):
         raise ConfigError(f"a model is named twice: {', '.join(config.model)}")
-    return [_of_model(name, config.adapter) for name in config.model]
+    return [source_of(name, config.adapter) for name in config.model]
 
 
-def _of_model(name: str, adapter: str | None) -> Source:
-    if not _is_adapter(Path(name)):
-        return Source(name, name, adapter)
+def source_of(name: str, adapter: str | None) -> Source:
+    """The source of a model, or of an adapter with the base that it names, by folder or Hub name.
+
+    The folder of a run of `gapo train` stands for its model.
+
+    Raises:
+        ConfigError: `name` is itself an adapter and another one is to be put on it, or its base is not named.
+    """
+    folder = model_folder(name)
+    if not _is_adapter(Path(folder)):
+        return Source(name, folder, None if adapter is None else model_folder(adapter))
     if adapter is not None:
         raise ConfigError(
             f"model {name!r} is itself an adapter: give its base as model, or leave out adapter {adapter!r}"
         )
-    return Source(name, _base_of(Path(name)), name)
+    return Source(name, _base_of(Path(folder)), folder)
 
 
 def _of_checkpoint(folder: Path, config: ScoreConfig) -> Source:
@@ -90,7 +100,18 @@ def _base_of(folder: Path) -> str:
     return str(base)
 
 
-def require_loadable(sources: list[Source], config: ScoreConfig) -> None:
+class Loading(Protocol):
+    """The settings by which a model is loaded."""
+
+    @property
+    def tokenizer(self) -> str | None: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+
+
+def require_loadable(sources: list[Source], config: Loading) -> None:
     """Raise ConfigError for models, tokenizers and a device that cannot be used, as far as small files show."""
     find_device(config.device)
     for model in dict.fromkeys(source.model for source in sources):
@@ -137,7 +158,7 @@ def _digest(names: Sequence[str], patterns: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(source: Source, config: ScoreConfig) -> tuple[Any, Any]:
+def load(source: Source, config: Loading) -> tuple[Any, Any]:
     """(model, tokenizer) on the device, without dropout. With an adapter, its weights alone are trainable.
 
     Raises:
@@ -158,11 +179,16 @@ def _tokenizer_of(source: Source) -> str | None:
 
 
 def find_device(name: str) -> Any:
-    """The `torch.device` of this name; "auto" is CUDA where there is one. Raises ConfigError if it is not there."""
+    """The `torch.device` of this name. Raises ConfigError if it is not there.
+
+    "auto" is CUDA where there is one; torchrun's processes take a device each.
+    """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError as error:

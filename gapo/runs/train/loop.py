@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +20,12 @@ from tqdm.auto import tqdm
 from gapo.config import GAPOConfig
 from gapo.data import batches
 from gapo.data.collate import collate_pairs, padding_multiple
+from gapo.data.lazy_rows import joined
 from gapo.files import JsonLines, read_lines, whole
+from gapo.logp_options import LogpOptions
 from gapo.metrics import combine, evaluation_columns, evaluation_metrics
 from gapo.objectives import LogProbs, Loss
+from gapo.objectives.loss import warn_of_scale
 from gapo.pairs import BatchConstants
 from gapo.runs.errors import ConfigError
 from gapo.runs.held_out import Rows
@@ -30,13 +34,16 @@ from gapo.runs.output.tensors import open_tensors
 from gapo.runs.ranks import require_one
 from gapo.runs.reference_cache import with_kept_reference
 from gapo.runs.train.loss_option import loss_of
+from gapo.runs.train.model_options import ModelOptions
 from gapo.runs.train.run_data import RunData, step_line, tokenize_rows
 from gapo.runs.train.schedule import SHAPES, learning_rate, steps_between_evaluations, total_steps
 from gapo.runs.train.train_config import TrainConfig
 from gapo.step import StepResult
 
-_TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "drift": False}
-
+_TORCH_ONLY = (
+    *(f.name for f in fields(ModelOptions) if f.name not in ("model", "tokenizer")),
+    *("bf16", "gradient_checkpointing", "report_to", "drift"),
+)
 _RUNNING = "running statistic "  # before its name in a checkpoint; no array of a trainee is called so
 
 
@@ -46,8 +53,11 @@ class Trainee(Protocol):
     def train_step(self, batch: Mapping[str, np.ndarray], learning_rate: float) -> tuple[Mapping[str, Any], StepResult]:
         """One micro-batch: metrics, and the step's result, whose running statistics the next one goes on from."""
 
-    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
-        """(chosen_logps, rejected_logps) of a batch, each (N,), nats per token, as arrays of the framework."""
+    def measured(self, batch: Mapping[str, np.ndarray]) -> tuple[tuple[Any, Any], Any]:
+        """((chosen_logps, rejected_logps), weights of the pairs or None) of a batch, by the run's `logp_options`.
+
+        Arrays (N,) of the framework, nats per token.
+        """
 
     def state(self) -> dict[str, np.ndarray]:
         """Weights and optimiser state by name."""
@@ -59,14 +69,19 @@ class Trainee(Protocol):
         """The model and its tokenizer, as `save_pretrained` would leave them."""
 
 
-def require_supported(config: TrainConfig) -> None:
-    """Raise ConfigError for settings that only `backend: torch` knows, and for several processes."""
+def require_supported(config: TrainConfig, step_config: GAPOConfig) -> TrainConfig:
+    """The run with 16-bit compute and checkpointing off, which this loop does not have.
+
+    Raises:
+        ConfigError: a setting that only `backend: torch` has is set, or there are several processes.
+    """
     require_one(f"gapo train with backend {config.backend}")
-    for name, default in _TORCH_ONLY.items():
-        if getattr(config, name) != default:
-            raise ConfigError(
-                f"{name}={getattr(config, name)!r} needs backend torch; backend {config.backend} knows {default!r}"
-            )
+    torch_only = {name: getattr(config, name) for name in _TORCH_ONLY} | config.training_arguments
+    defaults = {f.name: f.default for f in fields(config)}
+    for name, value in torch_only.items():
+        unset = name in defaults and (value == defaults[name] or (value is False and defaults[name] is None))
+        if not unset:
+            raise ConfigError(f"{name}={value!r} needs backend torch: leave it out with backend {config.backend}")
     if config.backend == "mlx" and config.max_grad_norm == 0:
         raise ConfigError("max_grad_norm=0 clips every gradient to 0 with backend mlx: give a large number for none")
     if config.scheduler not in SHAPES:
@@ -74,6 +89,8 @@ def require_supported(config: TrainConfig) -> None:
             f"scheduler must be one of {', '.join(map(repr, SHAPES))} for backend {config.backend}, "
             f"got {config.scheduler!r}"
         )
+    warn_of_scale(loss_of(config.loss, step_config, config.loss_settings))
+    return replace(config, bf16=False, gradient_checkpointing=False)
 
 
 def train(
@@ -82,16 +99,17 @@ def train(
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    _require_known(trainee, tokenizer, max(extent([*train_rows, *held_out])[0], pad))
+    _require_known(trainee, tokenizer, max(extent(joined(train_rows, held_out))[0], pad))
     loss = loss_of(config.loss, step_config, config.loss_settings)
     if loss.needs_reference:
         train_rows, held_out = with_kept_reference(
             train_rows,
             held_out,
-            lambda batch: _sums(trainee, batch),
+            lambda batch: _sums(trainee, batch, config.logp_options),
             folder / "reference.safetensors",
             pad_token_id=pad,
             batch_size=4 * config.batch_size,
+            ld_alpha=config.ld_alpha,
         )
     total = total_steps(config, len(train_rows))
     every = steps_between_evaluations(config, total)
@@ -181,19 +199,21 @@ def evaluate(
     parts = []
     for i in range(0, len(rows), size):
         batch = collate_pairs(rows[i : i + size], pad_token_id=pad_token_id, pad_to_multiple_of=multiple)
-        columns = evaluation_columns(loss, _log_probs(trainee, batch))
+        columns = evaluation_columns(loss, *_log_probs(trainee, batch, config.logp_options))
         parts.append({name: np.asarray(column) for name, column in columns.items()})
     every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {f"eval_{name}": float(value) for name, value in evaluation_metrics(every, step_config).items()}
 
 
-def _log_probs(trainee: Trainee, batch: Mapping[str, np.ndarray]) -> LogProbs:
-    constants = BatchConstants.of(batch)
-    return LogProbs.of_step(trainee.logps(batch), constants)
+def _log_probs(trainee: Trainee, batch: Mapping[str, np.ndarray], options: LogpOptions) -> tuple[LogProbs, Any]:
+    """The batch's log-probabilities, and the weights of its pairs or None."""
+    constants = BatchConstants.of(options.checked(batch))
+    logps, weights = trainee.measured(batch)
+    return LogProbs.of_step(logps, constants), weights
 
 
-def _sums(trainee: Trainee, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    logps = _log_probs(trainee, batch)
+def _sums(trainee: Trainee, batch: Mapping[str, np.ndarray], options: LogpOptions) -> tuple[np.ndarray, np.ndarray]:
+    logps, _ = _log_probs(trainee, batch, options)
     return np.asarray(logps.chosen), np.asarray(logps.rejected)
 
 

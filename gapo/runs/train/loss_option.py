@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from gapo.config import GAPOConfig
+from gapo.logp_options import LogpOptions
 from gapo.objectives import OBJECTIVES, Loss, Objective, resolve
 from gapo.objectives.loss import require_own_settings
 from gapo.objectives.registry import prefixes
@@ -86,10 +87,13 @@ def loss_of(loss: str, step_config: GAPOConfig, settings: Mapping[str, float]) -
         raise ConfigError(f"loss_settings: {error}" if settings else str(error)) from error
 
 
-def require_loss_settings(loss: str, step_config: GAPOConfig, settings: Mapping[str, float]) -> None:
-    """Raise ConfigError for settings that the loss does not take, or for those of GAPOConfig that it would not read."""
+def require_loss_settings(
+    loss: str, step_config: GAPOConfig, settings: Mapping[str, float], options: LogpOptions
+) -> None:
+    """Raise ConfigError for settings and options that the loss does not take, or that it would not read."""
     resolved = loss_of(loss, step_config, settings)
     try:
+        options.require_weightable(resolved.name, resolved.objective.coupled)
         require_own_settings(
             resolved, step_config, settings, "loss_settings: {{{name}: {value}}}, or --loss_settings.{name} {value}"
         )

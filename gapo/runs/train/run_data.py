@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gapo.data import Pairs, flip_pairs, tokenize_pairs
+from gapo.data import Pairs, flip_pairs
 from gapo.data.flip import true_labels
+from gapo.data.limits import Limits
 from gapo.data.streams import stream
+from gapo.data.token_table import tokenized_rows
+from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.held_out import Row, Rows, hold_out_share, in_both, read_both, report_in_both
 from gapo.runs.train.train_config import TrainConfig
@@ -93,11 +97,16 @@ def _flips(before: Rows, after: Rows) -> str:
 
 
 def tokenize_rows(config: TrainConfig, data: RunData, tokenizer: Any) -> tuple[Rows, Rows]:
-    """Training and held-out rows with their token ids and labels."""
-    train, held_out = (
-        tokenize_pairs(rows, tokenizer, max_length=config.max_length, name=name)
-        for name, rows in (("training pairs", data.train), ("held-out pairs", data.held_out))
-    )
+    """Training and held-out rows with their token ids and labels, from files in the cache.
+
+    The first process makes the files, and the others read them.
+    """
+    limits, folder = Limits(config.max_length), Path(config.cache_dir, "tokens")
+    with ranks.first_ahead():
+        train, held_out = (
+            tokenized_rows(rows, tokenizer, limits, name=name, folder=folder, processes=config.dataset_num_proc)
+            for name, rows in (("training pairs", data.train), ("held-out pairs", data.held_out))
+        )
     return train, held_out
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from gapo.config import GAPOConfig
+from gapo.config import GAPOConfig, plain
+from gapo.logp_options import LogpOptions
 from gapo.runs.config_bases import TrainingConfig, require_not_negative, require_positive
 from gapo.runs.errors import require_seed
 from gapo.runs.train.loss_option import require_loss
+from gapo.runs.train.model_options import ModelOptions
 
 _POSITIVE = (
     "batch_size",
@@ -23,8 +25,10 @@ _NOT_NEGATIVE = ("eval_steps", "save_steps", "weight_decay", "max_grad_norm", "l
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrainingConfig):
+class TrainConfig(ModelOptions, TrainingConfig):
     """The run: data, model and training loop. The fields of `gapo.GAPOConfig` are set beside these.
+
+    Its fields are the short names of settings; `other_names.OTHER_NAMES` has those of TRL and transformers.
 
     Args:
         eval_fraction: share of the training pairs held out when eval_pairs is not given.
@@ -34,11 +38,6 @@ class TrainConfig(TrainingConfig):
         flip_rate: share of the training labels to flip, 0 for none. Held-out pairs are never flipped.
         flip_seed: seed of the flips.
         flip_favour: which length flips of mode "length" favour.
-        model: a Hub name, a local folder, or "tiny" for a small Llama trained on the spot.
-        tokenizer: another tokenizer than the model's: a Hub name or folder.
-        lora_r: rank of LoRA adapters (peft); 0 trains all weights.
-        lora_alpha: scale of the adapters.
-        lora_targets: names of the modules that get them, comma separated; none for peft's default.
         loss: "gapo", or "simpo" for the control without an anchor, or another objective to compare with: simper, amapo,
             alpha_dpo, dpo, ipo, sigmoid_norm, hypo, rpo, r_dpo, cal_dpo, cdpo, rdpo, dr_dpo, ropo, re_po, beta_dpo,
             sigmoid_loss, ramp, unhinged, hinge, discopop, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down,
@@ -46,8 +45,14 @@ class TrainConfig(TrainingConfig):
             returns (N,) losses.
         loss_settings: settings of the other objectives, such as {beta: 0.1}; those left out keep their defaults. "gapo"
             and "simpo" take theirs from the fields of GAPOConfig.
+        ld_alpha: LD-DPO's alpha in [0, 1], how much the tail of a pair's longer answer counts in its log-probability,
+            for policy and reference; none for 1.
+        use_weighting: multiply each pair's loss by WPO's weight, how likely the policy is to have written both answers.
         trust_code: let a YAML file name a loss of its own code. It is accepted on the command line alone.
         backend: framework that trains.
+        num_processes: processes to start, one to a device; none for as many as there are GPUs (backend torch).
+        accelerate_config: how they share the work, a file of `accelerate config` or one of gapo's own: fsdp2, single,
+            zero2, zero3; none for DDP.
         output_dir: folder for checkpoints, model, metrics.jsonl and report.html.
         resume: resume from the last checkpoint in output_dir, if there is one.
         seed: of the shuffling, the initial weights and the held-out split.
@@ -55,7 +60,8 @@ class TrainConfig(TrainingConfig):
         max_steps: stop after so many steps; -1 for all epochs.
         batch_size: pairs in a micro-batch, which share an anchor.
         accumulation: micro-batches in a step.
-        learning_rate: peak learning rate.
+        learning_rate: peak learning rate; the command line takes 1e-3 for a tiny model and 5e-6 for LoRA adapters where
+            it is not set.
         warmup_ratio: share of the steps in which the learning rate rises.
         scheduler: shape of the learning rate afterwards (names of transformers).
         weight_decay: strength of the weight decay of AdamW.
@@ -63,9 +69,11 @@ class TrainConfig(TrainingConfig):
         eval_steps: evaluate every so many steps; 0 for ten times a run.
         save_steps: checkpoint every so many steps; 0 with each evaluation.
         logging_steps: log every so many steps.
-        bf16: train under bfloat16 autocast.
-        gradient_checkpointing: trade time for memory.
+        bf16: train under bfloat16 autocast; none for "on a GPU that has it, unless the model is tiny".
+        gradient_checkpointing: trade time for memory; none for "on a GPU, unless the model is tiny".
+        dataset_num_proc: processes that tokenise; none for one. Tokens are kept in cache_dir for the next run.
         report_to: trackers of transformers, comma separated, or "none".
+        training_arguments: other fields of `transformers.TrainingArguments`, by their names.
         drift: measure the drift from the starting policy at each checkpoint.
         drift_pairs: training and held-out pairs to measure it on, so many of each.
         drift_prompts: held-out prompts to generate responses for; 0 for none.
@@ -78,15 +86,14 @@ class TrainConfig(TrainingConfig):
     flip_rate: float = 0.0
     flip_seed: int = 0
     flip_favour: Literal["longer", "shorter"] = "longer"
-    model: str = "tiny"
-    tokenizer: str | None = None
-    lora_r: int = 0
-    lora_alpha: int = 16
-    lora_targets: str | None = None
     loss: str = "gapo"
     loss_settings: dict[str, float] = field(default_factory=dict)
+    ld_alpha: float | None = None
+    use_weighting: bool = False
     trust_code: bool = False
     backend: Literal["torch", "jax", "mlx"] = "torch"
+    num_processes: int | None = None
+    accelerate_config: str | None = None
     output_dir: str = "runs/gapo"
     resume: bool = True
     epochs: float = 1.0
@@ -101,9 +108,11 @@ class TrainConfig(TrainingConfig):
     eval_steps: int = 0
     save_steps: int = 0
     logging_steps: int = 10
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    report_to: str = "none"
+    bf16: bool | None = None
+    gradient_checkpointing: bool | None = None
+    dataset_num_proc: int | None = None
+    report_to: str | list[str] = "none"
+    training_arguments: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
     drift: bool = False
     drift_pairs: int = 32
     drift_prompts: int = 16
@@ -111,22 +120,36 @@ class TrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_consistent()
         require_positive(self, _POSITIVE)
         require_not_negative(self, _NOT_NEGATIVE)
         for name in ("flip_rate", "eval_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         require_seed("flip_seed", self.flip_seed)
+        if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
+            raise ValueError(f"dataset_num_proc must be >= 1, or none for one process; got {self.dataset_num_proc}")
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"num_processes must be >= 1, got {self.num_processes}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be >= 1, or -1 for all epochs; got {self.max_steps}")
-        if self.eval_pairs is None and self.pairs != "demo" and not 0 < self.eval_fraction < 1:
+        if self.evaluated is None and (self.mixture or self.pairs != "demo") and not 0 < self.eval_fraction < 1:
             raise ValueError(
                 f"eval_fraction must be in (0, 1) without eval_pairs, to leave pairs on both sides; "
                 f"got {self.eval_fraction!r}"
             )
         require_loss(self.loss)
+        self.logp_options  # noqa: B018  # raises for what they do not take
+
+    @property
+    def logp_options(self) -> LogpOptions:
+        """How log-probabilities are measured, and pairs weighted."""
+        return LogpOptions(self.ld_alpha, self.use_weighting)
 
 
 def as_dict(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     """Both configurations as one flat dict, without `trust_code`, which is of the call and not of the run."""
-    return {name: value for name, value in {**asdict(config), **asdict(step_config)}.items() if name != "trust_code"}
+    settings = {**asdict(config), **plain(step_config)}
+    others = settings.pop("training_arguments")
+    del settings["trust_code"]
+    return settings | others

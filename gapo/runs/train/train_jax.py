@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from gapo.adapters.flax import make_train_step, pair_logps
+from gapo.adapters.flax import make_train_step
+from gapo.adapters.flax_pairs import measured
 from gapo.config import GAPOConfig
 from gapo.runs.models import llama
 from gapo.runs.models.pretrained import load_tokenizer, require_same_ids
@@ -38,9 +40,14 @@ class JaxTrainee:
         forward = lambda params, ids, _: llama.logits(params, ids, settings)  # noqa: E731
         self._state = TrainState.create(apply_fn=forward, params=params, tx=tx)
         self._step = make_train_step(
-            forward, step_config, objective=objective_of(config.loss), objective_settings=config.loss_settings
+            forward,
+            step_config,
+            objective=objective_of(config.loss),
+            objective_settings=config.loss_settings,
+            **asdict(config.logp_options),
         )
-        self._logps = jax.jit(lambda p, batch: pair_logps(lambda ids, mask: forward(p, ids, mask), batch))
+        options = config.logp_options
+        self._measured = jax.jit(lambda p, batch: measured(lambda ids, mask: forward(p, ids, mask), batch, options))
         self._running: Mapping[str, Any] | None = None
         self._key, self._draws = (
             jax.random.key(config.seed),
@@ -55,8 +62,8 @@ class JaxTrainee:
         self._running = result.running
         return metrics, result
 
-    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
-        return self._logps(self._state.params, dict(batch))
+    def measured(self, batch: Mapping[str, np.ndarray]) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
+        return self._measured(self._state.params, dict(batch))
 
     def state(self) -> dict[str, np.ndarray]:
         return loop.named("leaf", jax.tree.leaves(self._state))
@@ -81,14 +88,15 @@ class JaxTrainee:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def require(config: TrainConfig) -> None:
-    """Raise ConfigError for settings or a model that cannot be used, before pairs and weights are read."""
-    loop.require_supported(config)
+def require(config: TrainConfig, step_config: GAPOConfig) -> TrainConfig:
+    """`loop.require_supported`, and ConfigError for a model that cannot be used, before pairs and weights are read."""
+    config = loop.require_supported(config, step_config)
     if config.model != "tiny":
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         if config.tokenizer is not None:
             require_same_ids(tokenizer, config.tokenizer, config.model)
         llama.settings_of(config.model)
+    return config
 
 
 def run(

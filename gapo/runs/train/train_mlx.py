@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import load, save_config, save_model
 
-from gapo.adapters.mlx_lm import last_metrics, make_loss, pair_logps
+from gapo.adapters.mlx_lm import last_metrics, make_loss, row_logits
 from gapo.adapters.mlx_pairs import as_arrays
 from gapo.config import GAPOConfig
+from gapo.logp_options import PairLogps
 from gapo.runs.errors import ConfigError
 from gapo.runs.train import loop
 from gapo.runs.train.loss_option import objective_of
@@ -53,11 +55,13 @@ class MlxTrainee:
             step_config,
             objective=objective_of(config.loss),
             objective_settings=config.loss_settings,
+            **asdict(config.logp_options),
             on_step=self._results.append,
         )
         self._value_and_grad = nn.value_and_grad(self._model, self._make_loss())
         self._clip, self._accumulation = config.max_grad_norm, config.accumulation
         self._grads: list[Any] = []
+        self._measured = PairLogps(row_logits, config.logp_options)
         mx.random.seed(config.seed)
 
     def train_step(self, batch: Mapping[str, np.ndarray], learning_rate: float) -> tuple[Mapping[str, Any], StepResult]:
@@ -74,9 +78,10 @@ class MlxTrainee:
         mx.eval(self._model.state, self._optimizer.state, self._grads)
         return last_metrics(self._model), self._results[0]
 
-    def logps(self, batch: Mapping[str, np.ndarray]) -> tuple[mx.array, mx.array]:
+    def measured(self, batch: Mapping[str, np.ndarray]) -> tuple[tuple[mx.array, mx.array], mx.array | None]:
         self._model.eval()
-        return pair_logps(self._model, batch)
+        self._measured.await_batch(batch)
+        return self._measured(self._model, batch), self._measured.pair_weights()
 
     def state(self) -> dict[str, np.ndarray]:
         parts = {"model": self._model.parameters(), "optimizer": self._optimizer.state, "random": mx.random.state}
@@ -101,6 +106,5 @@ def run(
     config: TrainConfig, step_config: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
-    loop.require_supported(config)
     trainee = MlxTrainee(config, step_config, model_name)
     return loop.train(trainee, config, step_config, data, trainee.tokenizer, folder)

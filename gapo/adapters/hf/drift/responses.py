@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
+from gapo.adapters.hf.generation import generation_config, left_padded
 from gapo.data.tokenize import IGNORE_INDEX
 
 _AT_ONCE = 16
@@ -40,15 +40,9 @@ class Responses:
 
         Sampling draws from the global random state.
         """
-        sampled = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=list(ends) or None,
-            pad_token_id=ends[0] if ends else 0,
-            **(sampled if self.temperature else {"do_sample": False}),
-        )
+        config = generation_config(max_new_tokens=self.max_new_tokens, temperature=self.temperature, ends=ends)
         for start in range(0, len(prompts), _AT_ONCE):
-            ids, mask = _left_padded(prompts[start : start + _AT_ONCE], model.device)
+            ids, mask = left_padded(prompts[start : start + _AT_ONCE], model.device)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
             closing = torch.isin(output[:, ids.shape[1] :], torch.tensor(list(ends), device=output.device))
             for row in closing.int().cpu():
@@ -61,9 +55,3 @@ def prompt_of(rows: dict[str, Tensor]) -> Tensor:
     ids, mask, labels = (rows[name][0] for name in ("input_ids", "attention_mask", "labels"))
     first = int((labels != IGNORE_INDEX).int().argmax())
     return ids[:first][mask[:first].bool()]
-
-
-def _left_padded(prompts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    reversed_ = torch.nn.utils.rnn.pad_sequence([ids.flip(0) for ids in prompts], batch_first=True, padding_value=-1)
-    ids = reversed_.flip(1).to(device)
-    return ids.clamp(min=0), (ids >= 0).long()
