@@ -93,17 +93,6 @@ def first_gradient(trainer: Trainer) -> dict[str, torch.Tensor]:
     return gradients.first
 
 
-def test_the_loss_is_divided_once_by_the_steps_that_accelerate_counts(tmp_path: Path) -> None:
-    gradients = []
-    for options in ({"gradient_accumulation_steps": 2},
-                    {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}):  # fmt: skip
-        model = hf_models.make("llama").double()
-        trainer = make_trainer(tmp_path, model, rows=hf_models.pairs(4), per_device_train_batch_size=2,
-                               max_grad_norm=0.0, max_steps=1, **options)  # fmt: skip
-        gradients.append(first_gradient(trainer))
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_gradient_is_the_oracles_also_under_accumulation(tmp_path: Path, side: str, steps: int) -> None:

@@ -110,8 +110,8 @@ class Attachment:
         self._set_sync = trainer.accelerator.is_fsdp2 and not self._accumulation.get("sync_each_batch")
         if self._set_sync:
             self._accumulation["sync_each_batch"] = True
-        # The Trainer divides the loss by the steps. Where accelerate knows of them too (transformers 5.5, or num_steps
-        # in `accelerator_config`), it would divide once more. DeepSpeed is told not to by the Trainer itself.
+        # The Trainer divides the loss by the steps. That of transformers 5.5 names them to accelerate too, which would
+        # divide once more; later ones name 1. DeepSpeed is told not to by the Trainer itself.
         self._divided = self._accumulation.get("num_steps", 1)
         if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
             self._accumulation["num_steps"] = 1
