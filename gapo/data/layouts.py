@@ -44,6 +44,7 @@ class Layout:
             raise ValueError(f"columns gives two names the same column: {_listed(self._columns.values())}")
         self._names = accepted if preference is None else (*accepted, preference)
         self._renamed: dict[tuple[str, ...], dict[str, str]] = {}
+        self._other: set[tuple[str, ...]] = set()  # those of which a name changes
         self._numbers: set[float] = set()
         self.ties = 0
 
@@ -72,8 +73,11 @@ class Layout:
         if renamed is None:
             if len(self._renamed) > _MOST_LAYOUTS:
                 self._renamed.clear()
+                self._other.clear()
             renamed = self._renamed[keys] = self._sources(keys)
-        if any(name != source for name, source in renamed.items()):
+            if any(name != source for name, source in renamed.items()):
+                self._other.add(keys)
+        if keys in self._other:
             taken = {*renamed, *renamed.values()}
             row = {k: v for k, v in row.items() if k not in taken} | {k: row[v] for k, v in renamed.items()}
         return row if self._preference is None else self._of_preference(row, renamed)

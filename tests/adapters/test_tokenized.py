@@ -13,6 +13,7 @@ import pytest
 import torch
 from token_pairs import bytes_tokenizer
 
+from gapo import data
 from gapo.adapters.hf import GAPOConfig, GAPOTrainer, PreferenceCollator
 from gapo.data import tokenize_pair
 
@@ -51,6 +52,40 @@ def test_pairs_that_come_out_equal_are_left_out_of_a_data_set(
             "train_dataset: max_length=6, max_prompt_length=None cut the prompts of 2 (row 1, 2) and the ends of the "
             "answers of 1 (row 2) of 4 pairs; left out, since their answers are the same tokens: 1 (row 2)"
         ]
+
+
+def test_rows_of_a_file_are_tokenised_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data.write_rows(tmp_path / "a.jsonl", ROWS)
+    rows = data.read_pairs(tmp_path / "a.jsonl").rows
+    expected = trainer(tmp_path, ROWS).train_dataset
+    for _ in range(2):
+        found = trainer(tmp_path, rows)
+        assert found.train_dataset == expected
+        assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
+    found.train()
+
+
+def test_a_data_set_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tokenizer and the collator went through before, for all ranks and for the next run."""
+    calls = []
+    whole = PreferenceCollator.tokens_of_each
+    monkeypatch.setattr(PreferenceCollator, "tokens_of_each", lambda *args: calls.append(len(args[1])) or whole(*args))
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    first = trainer(tmp_path, datasets.load_from_disk(tmp_path / "saved")).train_dataset
+    BYTES("a longer text", truncation=True, max_length=3)
+    again = trainer(tmp_path, datasets.load_from_disk(tmp_path / "saved")).train_dataset
+    assert first[:] == again[:]
+    assert calls == [4]
+    args = GAPOConfig(str(tmp_path), report_to="none", use_cpu=True, max_length=None)
+    other = GAPOTrainer(
+        hf_models.make("llama"),
+        args,
+        train_dataset=datasets.load_from_disk(tmp_path / "saved"),
+        processing_class=BYTES,
+    ).train_dataset
+    assert len(other) == 4
+    assert calls == [4, 4]
 
 
 def test_a_bad_row_is_named_by_number(tmp_path: Path) -> None:
