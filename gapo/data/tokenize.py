@@ -7,37 +7,22 @@ therefore tokenised together, and the answer begins at the first token in which 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from gapo.data.chat import Chat, chat_prompt, has_turns_of_others, require_text, warn_once
-from gapo.data.limits import Cuts, Limits
+from gapo.data.limits import IGNORE_INDEX as IGNORE_INDEX
+from gapo.data.limits import Cuts, Limits, Tokens, truncated
 from gapo.data.messages import common_length
 from gapo.data.pair_rows import name_of, require_columns, with_prompt
 from gapo.pairs import SIDES
 
-IGNORE_INDEX = -100
 # Merges across the border change a token or two of the prompt. A tokenizer that changes more depends on later text.
 _MOST_MERGED = 16
 _AT_ONCE = 256  # pairs whose texts the tokenizer gets in one call
 
 _logger = logging.getLogger("gapo")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The ids and labels of a pair, and how many tokens the limits removed from its prompt and from its answers."""
-
-    columns: dict[str, list[int]]
-    prompt_cut: int
-    answers_cut: int
-
-    @property
-    def are_equal(self) -> bool:
-        return self.columns["chosen_input_ids"] == self.columns["rejected_input_ids"]
 
 
 def tokenize_pair(
@@ -234,7 +219,7 @@ class _Tokenizing:
         if not prompt:  # nor a beginning-of-text token; an answer that begins with the substitute loses its own
             prompt = [_start(self._tokenizer)]
             answers = [answer[1:] if answer[:1] == prompt and len(answer) > 1 else answer for answer in answers]
-        return _truncated(prompt, answers, self._limits, self._tokenizer.bos_token_id)
+        return truncated(prompt, answers, self._limits, self._tokenizer.bos_token_id)
 
     def _split_text(self, encoded: list[list[int]]) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt, which begins with the tokenizer's own first tokens, and of the answers behind it."""
@@ -268,21 +253,6 @@ def _start(tokenizer: Any) -> int:
             "predict the answer's first token: set tokenizer.bos_token"
         )
     return int(start)
-
-
-def _truncated(prompt: list[int], answers: list[list[int]], limits: Limits, bos: int | None) -> Tokens:
-    most = sys.maxsize if limits.max_length is None else limits.max_length
-    short_answers = [answer[: most - 1] for answer in answers]  # one token of the prompt predicts an answer's first
-    room = min(most - max(map(len, short_answers)), limits.max_prompt_length or sys.maxsize)
-    short = prompt
-    if len(prompt) > room:  # its last tokens stay, behind the beginning-of-text token
-        opening = prompt[:1] if prompt[0] == bos else []
-        short = opening + prompt[len(prompt) - room + len(opening) :]
-    columns = {}
-    for side, answer in zip(SIDES, short_answers, strict=True):
-        columns[f"{side}_input_ids"] = short + answer
-        columns[f"{side}_labels"] = [IGNORE_INDEX] * len(short) + answer
-    return Tokens(columns, len(prompt) - len(short), sum(map(len, answers)) - sum(map(len, short_answers)))
 
 
 def _behind(opening: list[int], ids: list[int]) -> list[int]:
