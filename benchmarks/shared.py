@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,23 +47,51 @@ def time_rounds(
     synchronise: Callable[[], Any] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each step by `clock`, round by round, for `budget` seconds and at least five rounds.
+    """Seconds of each step by `clock`, round by round: as many rounds as end within `budget` seconds, and at least two.
 
     Each round takes every step once, so that a noisy machine disturbs all alike. `synchronise` waits for the device.
     """
+    begin = time.monotonic()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
+    for name, step in steps.items():
         step()  # the first step compiles, or examines the model
-    deadline, rounds = time.monotonic() + budget, 0
-    while time.monotonic() < deadline or rounds < 5:
-        rounds += 1
+        progress(f"{name}: ran once, {time.monotonic() - begin:.0f} s")
+    rounds, longest = 0, 0.0
+    while rounds < 2 or time.monotonic() - begin + longest < budget:
+        rounds, start_of_round = rounds + 1, time.monotonic()
         for name, step in steps.items():
             synchronise()
             start = clock()
             step()
             synchronise()
             seconds[name].append(clock() - start)
+        longest = max(longest, time.monotonic() - start_of_round)
+        if rounds <= 2 or rounds % 10 == 0:
+            progress(f"round {rounds}, {time.monotonic() - begin:.0f} s of {budget:.0f} s")
     return seconds
+
+
+def progress(text: str) -> None:
+    """Tell on standard error how far a measurement is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def add_time_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--seconds`, `--cpu-time` and `--output`."""
+    parser.add_argument("--seconds", type=float, default=120, help="duration of the rounds; at least two are run")
+    parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where other programs run too")
+    parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
+
+
+def clock(options: argparse.Namespace) -> Callable[[], float]:
+    """The clock of `--cpu-time`: this process's time and that of the compilers that it ran; or else the wall's."""
+    return cpu_time if options.cpu_time else time.perf_counter
+
+
+def cpu_time() -> float:
+    """Seconds of the processor that this process and the processes that it waited for have used."""
+    of_children = os.times()[2:4]
+    return time.process_time() + sum(of_children)
 
 
 def ratios_to_simpo(seconds: Mapping[str, list[float]]) -> dict[str, list[float]]:

@@ -146,6 +146,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "tokens": options.tokens,
         "dtype": options.dtype,
         "lora": options.lora,
+        "clock": "cpu" if options.cpu_time else "wall",
         "rounds": len(seconds["simpo"]),
     }
     return [
@@ -184,7 +185,8 @@ def growth(options: argparse.Namespace) -> None:
 
 def time_steps(steps: dict[str, Step], options: argparse.Namespace, budget: float) -> dict[str, list[float]]:
     on_cuda = options.device == "cuda"
-    return shared.time_rounds(steps, budget, *([torch.cuda.synchronize] if on_cuda else []))
+    synchronise = torch.cuda.synchronize if on_cuda else (lambda: None)
+    return shared.time_rounds(steps, budget, synchronise, shared.clock(options))
 
 
 def count_flops(step: Step) -> int:
@@ -232,8 +234,7 @@ def main() -> None:
     parser.add_argument("--family", choices=tuple(FAMILIES), default="llama", help="architecture of the model")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
-    parser.add_argument("--seconds", type=float, default=120, help="duration of the measurement")
-    parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
+    shared.add_time_arguments(parser)
     parser.add_argument("--growth", action="store_true", help="print how time grows with each size, and stop")
     parser.add_argument("--plot", type=Path, help="SVG file for a picture of the ratios")
     options = parser.parse_args()
@@ -246,6 +247,11 @@ def main() -> None:
             f"{row['way']:<18} {row['ratio']:.2f} x SimPO ({row['ratio_25']:.2f} to {row['ratio_75']:.2f}), "
             f"flops {row['flop_ratio']:.2f} x, peak memory {row['peak_ratio']:.2f} x ({row['peak_mib']} MiB)"
         )
+    first = rows[0]
+    print(
+        f"torch {first['torch']}, {first['device']}, {first['threads']} threads, {first['parameters'] / 1e6:.1f} M "
+        f"parameters, {first['rounds']} rounds, {first['clock']} time, {first['time']}"
+    )
     if options.plot is not None:
         draw(rows, options.plot)
     if options.output is not None:

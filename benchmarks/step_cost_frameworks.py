@@ -13,7 +13,9 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +26,7 @@ import shared
 import gapo
 from gapo import objectives
 
-ANCHORS = ("exact", "first_order")
+WAYS: dict[str, Any] = {"simpo": None, "gapo exact": "exact", "gapo first_order": "first_order"}  # with their anchors
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")  # with --lora
 RANK = 16
 
@@ -34,7 +36,7 @@ class Step:
     """A step that is ready to run, and what its preparation tells."""
 
     run: Callable[[], Any]
-    compile_seconds: float | None  # where it is compiled
+    compile_seconds: float | None  # where it is compiled, and that is measured
     temporary: int  # bytes at the peak, beside weights and batch
     flops: float | None  # where the framework counts them
 
@@ -80,21 +82,33 @@ def jax_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Names
         return jax.value_and_grad(lambda q: objectives.simpo(*margin_fn(q, b)))(p)
 
     def prepared(function: Any) -> Step:
-        start = options.clock()
+        start = shared.clock(options)()
         compiled = jax.jit(function).lower(params, data).compile()
-        seconds = options.clock() - start
+        seconds = shared.clock(options)() - start
         temporary = compiled.memory_analysis().temp_size_in_bytes
         flops = compiled.cost_analysis()["flops"]
         return Step(lambda: jax.block_until_ready(compiled(params, data)), seconds, temporary, flops)
 
-    functions = {"simpo": simpo}
-    functions |= {
-        f"gapo {a}": gapo.value_and_grad(margin_fn, gapo.GAPOConfig(anchor=a), backend="jax") for a in ANCHORS
+    functions = {
+        way: gapo.value_and_grad(margin_fn, gapo.GAPOConfig(anchor=anchor), backend="jax") if anchor else simpo
+        for way, anchor in WAYS.items()
     }
     return {name: prepared(function) for name, function in functions.items()}
 
 
 def mlx_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Step]:
+    steps = {}
+    for way in WAYS:
+        steps[way] = step = mlx_step(way, folder, batch, options)
+        shared.progress(f"{way}: prepared")
+        step.compile_seconds = None  # kernels of the ways before were there already
+        if options.compile_time and not options.eager:
+            step.compile_seconds = apart(mlx_compile_seconds, way, folder, batch, options)
+            shared.progress(f"{way}: compiled anew in {step.compile_seconds:.0f} s")
+    return steps
+
+
+def mlx_step(way: str, folder: str, batch: dict[str, np.ndarray], options: argparse.Namespace) -> Step:
     import mlx.core as mx
     from mlx import nn
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -104,41 +118,59 @@ def mlx_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Names
     from gapo.adapters.mlx_pairs import as_arrays
 
     data = as_arrays(batch)
-    losses = {"simpo": make_loss(objective="simpo")}
-    losses |= {f"gapo {a}": make_loss(gapo.GAPOConfig(anchor=a)) for a in ANCHORS}
+    anchor = WAYS[way]
+    loss = make_loss(gapo.GAPOConfig(anchor=anchor)) if anchor else make_loss(objective="simpo")
+    model, _ = load_model(Path(folder))
+    if options.lora:
+        model.freeze()
+        keys = [f"self_attn.{part}" for part in ADAPTED]
+        linear_to_lora_layers(model, options.depth, {"rank": RANK, "scale": 1.0, "dropout": 0.0, "keys": keys})
+        for name, module in model.named_modules():
+            if name.endswith(ADAPTED):
+                module.lora_b = 0.02 * mx.random.normal(module.lora_b.shape, key=mx.random.key(len(name)))
+    model.train()
+    state = [model.state, mx.random.state]
+    grad = nn.value_and_grad(model, loss)
+    step: Any = lambda *arrays: grad(model, *arrays)  # noqa: E731
+    if not options.eager:
+        step = mx.compile(step, inputs=state, outputs=state)
+    mx.eval(state, data)
 
-    def prepared(loss: Any) -> Step:
-        model, _ = load_model(Path(folder))
-        if options.lora:
-            model.freeze()
-            keys = [f"self_attn.{part}" for part in ADAPTED]
-            linear_to_lora_layers(model, options.depth, {"rank": RANK, "scale": 1.0, "dropout": 0.0, "keys": keys})
-            for name, module in model.named_modules():
-                if name.endswith(ADAPTED):
-                    module.lora_b = 0.02 * mx.random.normal(module.lora_b.shape, key=mx.random.key(len(name)))
-        model.train()
-        state = [model.state, mx.random.state]
-        grad = nn.value_and_grad(model, loss)
-        step = lambda *arrays: grad(model, *arrays)  # noqa: E731
-        if not options.eager:
-            step = mx.compile(step, inputs=state, outputs=state)
-        mx.eval(state, data)
+    def run() -> None:
+        mx.eval(step(*data), state)
 
-        def run() -> None:
-            mx.eval(step(*data), state)
+    clock = shared.clock(options)
+    start = clock()
+    run()
+    first = clock() - start
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    start = clock()
+    run()
+    # The first run traces, compiles and computes; the second only computes.
+    seconds = None if options.eager else max(0.0, first - (clock() - start))
+    return Step(run, seconds, mx.get_peak_memory() - before, None)
 
-        start = options.clock()
-        run()
-        first = options.clock() - start
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        start = options.clock()
-        run()
-        # The first run traces, compiles and computes; the second only computes.
-        seconds = None if options.eager else max(0.0, first - (options.clock() - start))
-        return Step(run, seconds, mx.get_peak_memory() - before, None)
 
-    return {name: prepared(loss) for name, loss in losses.items()}
+def mlx_compile_seconds(*arguments: Any) -> float:
+    """What `mlx_step` measured."""
+    seconds = mlx_step(*arguments).compile_seconds
+    return 0.0 if seconds is None else seconds
+
+
+def apart(function: Callable[..., float], *arguments: Any) -> float:
+    """`function(*arguments)` in a process of its own, in which no kernel is compiled yet.
+
+    MLX's CPU build compiles each kernel with the system's compiler, about a second each. It keeps them in memory and in
+    a folder, where the steps that come later would find those of the first one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        was, os.environ["TMPDIR"] = os.environ["TMPDIR"], folder
+        try:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                return pool.submit(function, *arguments).result()
+        finally:
+            os.environ["TMPDIR"] = was
 
 
 def save_model(options: argparse.Namespace, folder: str) -> int:
@@ -160,13 +192,12 @@ def save_model(options: argparse.Namespace, folder: str) -> int:
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table, one for each step."""
-    options.clock = time.process_time if options.cpu_time else time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TMPDIR"] = folder  # MLX keeps compiled kernels there: none is left over from another run
         parameters = save_model(options, folder)
         steps = {"jax": jax_steps, "mlx": mlx_steps}[options.framework](folder, shared.random_batch(options), options)
         seconds = shared.time_rounds(
-            {name: step.run for name, step in steps.items()}, options.seconds, clock=options.clock
+            {name: step.run for name, step in steps.items()}, options.seconds, clock=shared.clock(options)
         )
     simpo = steps["simpo"]
     conditions = {
@@ -231,9 +262,8 @@ def arguments() -> argparse.ArgumentParser:
     shared.add_size_arguments(parser, pairs=4, tokens=256, width=256, depth=8, vocab=8192)
     parser.add_argument("--lora", action="store_true", help=f"train LoRA adapters of rank {RANK} on attention only")
     parser.add_argument("--eager", action="store_true", help="MLX without mx.compile; JAX always compiles")
-    parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where other programs run too")
-    parser.add_argument("--seconds", type=float, default=120, help="duration of the measurement, at least five rounds")
-    parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
+    parser.add_argument("--compile-time", action="store_true", help="MLX: measure it too, which takes minutes")
+    shared.add_time_arguments(parser)
     return parser
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import MISSING, Field, field, fields
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def choice(*choices: str) -> Any:
@@ -17,7 +19,7 @@ def choice(*choices: str) -> Any:
     return field(default=choices[0], metadata={"choices": list(choices)})
 
 
-def described(cls: type) -> type:
+def described(cls: type[T]) -> type[T]:
     """Class decorator, below `dataclass`: each field's docstring entry becomes "help" in its metadata.
 
     Under `python -OO`, which drops docstrings, no field has a help.

@@ -9,12 +9,32 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 import array_api_compat
 
 Array = Any
 Namespace = Any
+
+
+class AnyArray(Protocol):
+    """What type checkers ask of an array, of whichever library."""
+
+    @property
+    def shape(self) -> Any:
+        """The lengths of its axes."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type of its elements."""
+
+    def __getitem__(self, key: Any, /) -> Any:
+        """A part of it."""
+
+
+# For the public functions: what comes out is an array of the library of what went in.
+ArrayT = TypeVar("ArrayT", bound=AnyArray)
+Library = Literal["numpy", "torch", "jax", "mlx"]
 
 # The function that `stop_gradient` applies to a NumPy array within `holding`; None outside.
 _held: ContextVar[Callable[[Array], Array] | None] = ContextVar("gapo_constants", default=None)

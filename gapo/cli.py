@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 import gapo
+from gapo.commands.one_line import OneLineParser
 
 # Errors that a user can cause and repair, reported in one line. Any other is a defect of gapo and keeps its traceback.
 _USER_ERRORS = (ValueError, KeyError, OSError, ModuleNotFoundError, FloatingPointError)
@@ -66,7 +67,7 @@ _COMMANDS = {
 
 def _parser() -> argparse.ArgumentParser:
     commands = "\n".join(f"  {name:<8} {text}" for name, text in _COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="gapo",
         description="GAPO: robust preference tuning without a reference model (arXiv 2602.04909).",
         epilog=f"commands:\n{commands}\n\n`gapo COMMAND --help` says what each takes.",

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from gapo._namespace import (
     Array,
+    ArrayT,
+    Library,
     Namespace,
     at_least_float32,
     is_concrete,
@@ -20,14 +22,14 @@ KERNELS: dict[str, Callable[[Array, Array], Array]] = {}
 
 
 def sequence_logps(
-    logits: Array,
-    labels: Array,
+    logits: ArrayT,
+    labels: ArrayT,
     *,
     ignore_index: int = -100,
     average: bool = True,
-    token_weights: Array | None = None,
-    backend: str | None = None,
-) -> Array:
+    token_weights: ArrayT | None = None,
+    backend: Library | None = None,
+) -> ArrayT:
     """Log-probability of each labelled response: the mean (or sum) over its tokens of log p(token | what precedes it).
 
     Position t of `logits` predicts token t + 1: the shift by one is done here. Labels equal to `ignore_index` (prompt,

@@ -7,11 +7,22 @@ derivative), unreduced; the public functions check, find the namespace and reduc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-from gapo._namespace import Array, Namespace, at_least_float32, namespace, require_floating, stop_gradient
+from gapo._namespace import (
+    Array,
+    ArrayT,
+    Library,
+    Namespace,
+    at_least_float32,
+    namespace,
+    require_floating,
+    stop_gradient,
+)
 
-REDUCTIONS = ("mean", "sum", "none")
+LossName = Literal["sigmoid", "hinge"]
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = get_args(Reduction)
 
 
 def log_sigmoid(x: Array, xp: Namespace) -> Array:
@@ -78,13 +89,13 @@ def reduce(losses: Array, reduction: str, xp: Namespace) -> Array:
 
 
 def anchor_gap(
-    chosen_logps: Array,
-    rejected_logps: Array,
-    anchor_chosen_logps: Array,
-    anchor_rejected_logps: Array,
+    chosen_logps: ArrayT,
+    rejected_logps: ArrayT,
+    anchor_chosen_logps: ArrayT,
+    anchor_rejected_logps: ArrayT,
     *,
-    backend: str | None = None,
-) -> Array:
+    backend: Library | None = None,
+) -> ArrayT:
     """Anchor Gap of each pair: how much its margin drops from the policy to the anchor.
 
     `Gamma_i = M_i(theta) - sg(M_i(theta~))`, with `M_i = logp(y+_i) - logp(y-_i)` and sg the stop-gradient.
@@ -122,14 +133,14 @@ def anchor_gap(
 
 
 def weights(
-    anchor_gap: Array,
+    anchor_gap: ArrayT,
     *,
     beta: float = 2.5,
-    gamma: float | Array = 0.25,
-    loss_type: str = "sigmoid",
+    gamma: float | ArrayT = 0.25,
+    loss_type: LossName = "sigmoid",
     label_smoothing: float = 0.0,
-    backend: str | None = None,
-) -> Array:
+    backend: Library | None = None,
+) -> ArrayT:
     """Weight of each pair in the update: a large gap, a small weight.
 
     `w_i = beta * sigmoid(gamma - beta * Gamma_i)`
@@ -164,18 +175,18 @@ def weights(
 
 
 def loss(
-    chosen_logps: Array,
-    rejected_logps: Array,
-    anchor_chosen_logps: Array,
-    anchor_rejected_logps: Array,
+    chosen_logps: ArrayT,
+    rejected_logps: ArrayT,
+    anchor_chosen_logps: ArrayT,
+    anchor_rejected_logps: ArrayT,
     *,
     beta: float = 2.5,
-    gamma: float | Array = 0.25,
-    loss_type: str = "sigmoid",
+    gamma: float | ArrayT = 0.25,
+    loss_type: LossName = "sigmoid",
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> Array:
+    reduction: Reduction = "mean",
+    backend: Library | None = None,
+) -> ArrayT:
     """The GAPO objective on log-probabilities under the policy and under the anchor.
 
     `L = -(1/N) sum_i log sigmoid(beta * Gamma_i - gamma)`

@@ -1,15 +1,18 @@
-"""`StepResult`: what one step measured."""
+"""`StepResult`: what one step measured. `Step`: the function that returns it, for type checkers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
-from gapo._namespace import Array
+from gapo._namespace import ArrayT
+
+GradsT = TypeVar("GradsT", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult:
+class StepResult(Generic[ArrayT]):
     """What one step measured. Arrays of the backend, float32 or wider, without gradient.
 
     The fields of the anchor are None for an objective without one.
@@ -37,17 +40,32 @@ class StepResult:
             None for an objective without them.
     """
 
-    loss: Array
-    margins: Array
-    weights: Array
-    anchor_margins: Array = None
-    anchor_gaps: Array = None
-    grad_norm: Array = None
-    rho: Array = None
-    radius: Array = None
-    changed_fraction: Array = None
-    first_order_ratio: Array = None
-    chosen_logps: Array = None
-    rejected_logps: Array = None
-    log_ratio_margins: Array = None
-    running: Mapping[str, Array] | None = None
+    loss: ArrayT
+    margins: ArrayT
+    weights: ArrayT
+    anchor_margins: ArrayT | None = None
+    anchor_gaps: ArrayT | None = None
+    grad_norm: ArrayT | None = None
+    rho: ArrayT | None = None
+    radius: ArrayT | None = None
+    changed_fraction: ArrayT | None = None
+    first_order_ratio: ArrayT | None = None
+    chosen_logps: ArrayT | None = None
+    rejected_logps: ArrayT | None = None
+    log_ratio_margins: ArrayT | None = None
+    running: Mapping[str, ArrayT] | None = None
+
+
+class Step(Protocol[ArrayT, GradsT]):
+    """What `gapo.value_and_grad` returns; its docstring says what goes in and comes out."""
+
+    def __call__(
+        self,
+        params: Any,
+        batch: Any,
+        *,
+        gamma: float | ArrayT | None = None,
+        rng: Any = None,
+        running: Mapping[str, ArrayT] | None = None,
+    ) -> tuple[StepResult[ArrayT], GradsT]:
+        """One step: the result and the gradients. The parameters stay as they are."""

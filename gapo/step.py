@@ -5,31 +5,59 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from itertools import count
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
-from gapo._namespace import Array, at_least_float32, is_concrete, settled, stop_gradient
+from gapo._namespace import Array, ArrayT, at_least_float32, is_concrete, settled, stop_gradient
 from gapo.anchor import LogProbsAtAnchor, measure_anchor
 from gapo.backends import get_backend
 from gapo.backends.base import AnchorForward, Backend, Forward, MarginFn, Update, gradients
 from gapo.config import GAPOConfig, step_settings
 from gapo.objectives import Loss, Objective, resolve
 from gapo.pairs import ANCHOR, BatchConstants, LogProbs, require_reference
-from gapo.result import StepResult
+from gapo.result import Step, StepResult
 
 logger = logging.getLogger(__name__)
 
 Running = Mapping[str, Array]  # statistics of an objective that run from step to step, scalars by name
 
 
+Margins = Callable[[Any, Any], ArrayT | tuple[ArrayT, ArrayT]]
+ObjectiveLike = str | Objective | Callable[..., Any]
+
+
+@overload
 def value_and_grad(
-    margin_fn: MarginFn,
+    margin_fn: Margins[ArrayT],
     config: GAPOConfig | None = None,
-    objective: str | Objective | Callable[..., Array] = "gapo",
+    objective: ObjectiveLike = "gapo",
+    *,
+    backend: Literal["torch", "numpy"],
+    objective_settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Step[ArrayT, dict[str, ArrayT]]: ...
+
+
+@overload
+def value_and_grad(
+    margin_fn: Margins[ArrayT],
+    config: GAPOConfig | None = None,
+    objective: ObjectiveLike = "gapo",
     *,
     backend: str,
     objective_settings: Mapping[str, Any] | None = None,
     **options: Any,
-) -> Callable[..., tuple[StepResult, Any]]:
+) -> Step[ArrayT, Any]: ...
+
+
+def value_and_grad(
+    margin_fn: MarginFn,
+    config: GAPOConfig | None = None,
+    objective: ObjectiveLike = "gapo",
+    *,
+    backend: str,
+    objective_settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Step[Any, Any]:
     """The training step as a function: `step(params, batch, *, gamma=None, rng=None, running=None)`.
 
     It returns (StepResult, grads), and leaves the parameters as they were, also when it raises. With an anchor, as GAPO
@@ -119,7 +147,7 @@ def run(
     gamma: Any = None,
     rng: Any = None,
     running: Running | None = None,
-) -> tuple[StepResult, Update]:
+) -> tuple[StepResult[Any], Update]:
     """Steps 2 to 5 on a clean forward: the result, and what the gradient is.
 
     That is the loss's cotangents on `forward.outputs`, whose pullback is the gradient, as the backward of any scalar

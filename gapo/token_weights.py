@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gapo._namespace import Array, namespace, stop_gradient
+from gapo._namespace import Array, Library, namespace, stop_gradient
 from gapo.logps import sequence_logps
 from gapo.objective import require_number
 
@@ -43,7 +43,7 @@ def ld_weights(labels: Array, alpha: float, *, ignore_index: int = -100) -> Arra
 
 
 def wpo_weights(
-    logits: Array, labels: Array, *, cap: float | None = 1.0, ignore_index: int = -100, backend: str | None = None
+    logits: Array, labels: Array, *, cap: float | None = 1.0, ignore_index: int = -100, backend: Library | None = None
 ) -> Array:
     """WPO's weight of each pair (N,), without gradient: how likely the policy is to have written its two responses.
 

@@ -214,7 +214,7 @@ class JaxBackend:
         return by_pair, slopes
 
     def norm(self, x: Array) -> Array:
-        return geometry.norm(x, jnp)
+        return _norm(x)
 
     def share_nonzero(self, x: Array) -> Array:
         return jnp.mean((x != 0).astype(x.dtype))
@@ -246,6 +246,11 @@ class JaxBackend:
 
     def pack(self, forward: JaxForward, grads: dict[str, Array]) -> Any:
         return forward.pack(grads)
+
+
+@jax.jit  # traced once for each shape
+def _norm(x: Array) -> Array:
+    return geometry.norm(x, jnp)
 
 
 def _array(name: str, leaf: Any) -> Array:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from gapo.commands.one_line import OneLineParser
 from gapo.files import write_bytes
 from gapo.runs.shipped import FOLDERS, names_of, shipped_files, summary
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo examples` with `arguments`; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="gapo examples",
         description="List the configurations and scripts that come with gapo, or copy some to edit them. "
         "`gapo train` and `gapo study` take a configuration by its name, without a copy.",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from gapo.commands.one_line import OneLineParser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo flip` with `arguments`; returns the exit status."""
     from gapo.data.raw_rows import FILES
 
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="gapo flip",
         description="Swap chosen and rejected in a known share of the pairs, and mark every row with is_flipped.",
         epilog="example: gapo flip pairs.jsonl --rate 0.2 --output noisy.jsonl",
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     from gapo.data.flip import evaluation_name
     from gapo.data.layouts import parse_columns
     from gapo.files import require_writable
+    from gapo.runs.paths import require_there
 
     evaluation = evaluation_name(options.pairs, options.split)
     if evaluation is not None and not options.allow_eval:
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             "measured on them: flip training pairs, or give --allow-eval"
         )
     require_writable(Path(options.output).parent)
+    require_there("pairs", options.pairs)
     pairs = read_pairs(
         options.pairs,
         split=options.split,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from gapo._extras import named_extra
+from gapo.runs.errors import ConfigError
+from gapo.runs.paths import require_there
 
 if TYPE_CHECKING:
     from gapo.runs.generate.generate_config import GenerateConfig
@@ -14,7 +16,13 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo generate` with `arguments`; returns the exit status."""
-    config = parse(arguments)
+    try:
+        config = parse(arguments)
+    except ConfigError as error:
+        print(f"gapo generate: error: {error}. See gapo generate --help", file=sys.stderr)
+        return 2
+    for name in ("prompts", "model", "adapter"):
+        require_there(name, getattr(config, name))  # before seconds of imports
     with named_extra("gapo generate", "cli"):
         from gapo.runs.generate.generate import generate
 
@@ -37,6 +45,8 @@ def make_parser() -> Any:
         from gapo.runs.options import add_fields
 
     parser = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
         prog="gapo generate",
         description="Answer prompts with a model, in the format of a benchmark.",
         epilog="example: gapo generate alpaca_eval.json --model runs/mine/model --format alpaca_eval "
@@ -50,13 +60,12 @@ def make_parser() -> Any:
 
 
 def parse(arguments: Sequence[str]) -> GenerateConfig:
-    """The command line as the configuration. A wrong one ends the process with status 2 and an error."""
+    """The command line as the configuration. Raises ConfigError for what is not accepted."""
     parser = make_parser()
+    from gapo.runs import options
     from gapo.runs.generate.generate_config import GenerateConfig
 
-    values = parser.parse_args(list(arguments))
-    try:
-        return GenerateConfig(**{f.name: values[f.name] for f in fields(GenerateConfig)})
-    except ValueError as error:
-        parser.error(str(error))
-        raise  # not reached: `error` ends the process
+    with options.option_errors(options.keys_of(parser)):
+        (config,) = options.instances_of(options.stated(parser, list(arguments)), (GenerateConfig,))
+    assert isinstance(config, GenerateConfig)
+    return config

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from gapo._extras import named_extra
 from gapo._fields import docstring_entries
 from gapo.config import OF_THE_UPDATE, GAPOConfig
+from gapo.runs.errors import ConfigError
 
 if TYPE_CHECKING:
     from gapo.runs.score.score_config import ScoreConfig
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gapo score` with `arguments`; returns the exit status."""
-    config, step_config = parse(arguments)
+    try:
+        config, step_config, adopted = _parsed(arguments)
+    except ConfigError as error:
+        print(f"gapo score: error: {error}. See gapo score --help", file=sys.stderr)
+        return 2
+    with named_extra("gapo score", "cli"):
+        from gapo.runs.score.score_files import require_files
+
+    require_files(config)  # before seconds of imports
+    if adopted:
+        print(adopted, flush=True)
     with named_extra("gapo score", "cli"):
         from gapo.runs.score.flow import Files, score
 
@@ -44,6 +55,8 @@ def make_parser() -> Any:
         from gapo.runs.score.score_config import ScoreConfig
 
     parser = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
         prog="gapo score",
         description="Measure the margin, the anchor margin, the anchor gap and the weight of each preference pair.",
         epilog="example: gapo score pairs.jsonl --model runs/mine/model --rho 0.05 --repeats 3 --output scores.jsonl "
@@ -68,19 +81,25 @@ def make_parser() -> Any:
 
 
 def parse(arguments: Sequence[str]) -> tuple[ScoreConfig, GAPOConfig]:
-    """The command line as the two configurations. A wrong one ends the process with status 2 and an error."""
+    """The command line as the two configurations. Raises ConfigError for what is not accepted."""
+    return _parsed(arguments)[:2]
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[ScoreConfig, GAPOConfig, str]:
+    """The two configurations, and one line on what they take from the runs of the models."""
     parser = make_parser()
+    from gapo.runs import options
+    from gapo.runs.score.run_settings import settings_of_runs
     from gapo.runs.score.score_config import ScoreConfig
 
-    values = parser.parse_args(list(arguments))
-    try:
-        lists = {"model": tuple(values["model"]), "select": _selection(values["select"])}
-        shard = {"shard": _shard(values["shard"], merge=values["merge"])}
-        config = ScoreConfig(**{f.name: values[f.name] for f in fields(ScoreConfig)} | lists | shard)
-        step_config = GAPOConfig(**{f.name: values[f.name] for f in fields(GAPOConfig) if f.name not in OF_THE_UPDATE})
-    except ValueError as error:
-        parser.error(str(error))
-    return config, step_config
+    with options.option_errors(options.keys_of(parser)):
+        values = options.stated(parser, list(arguments))
+        values |= {"model": tuple(values.get("model", ())), "select": _selection(values.get("select"))}
+        values["shard"] = _shard(values.get("shard"), merge=values.get("merge", False))
+        names = [*values["model"], *filter(None, (values.get(name) for name in ("adapter", "checkpoints")))]
+        adopted, line = settings_of_runs(names, values["pairs"], values)
+        config, step_config = options.instances_of({**adopted, **values}, (ScoreConfig, GAPOConfig))
+    return config, step_config, line
 
 
 def _shard(text: str | None, merge: bool) -> str | None:

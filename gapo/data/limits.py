@@ -1,16 +1,11 @@
-"""The tokens of a pair, limits on their number, and the record of the rows that they cut."""
+"""Limits on the length of a pair, and the record of the rows that they cut."""
 
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any
-
-from gapo.pairs import SIDES
-
-IGNORE_INDEX = -100
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -46,42 +41,6 @@ class Limits:
             value = getattr(self, name)
             if value is not None and whole_number(name, value) < least:
                 raise ValueError(f"{name} must be >= {accepted.format(value)}")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The ids and labels of a pair, and how many tokens the limits removed from its prompt and from its answers."""
-
-    columns: dict[str, list[int]]
-    prompt_cut: int
-    answers_cut: int
-
-    @property
-    def are_equal(self) -> bool:
-        return self.columns["chosen_input_ids"] == self.columns["rejected_input_ids"]
-
-
-def truncated(prompt: list[int], answers: list[list[int]], limits: Limits, bos: int | None) -> Tokens:
-    """The ids and labels of a pair within `limits`: the prompt is cut from its start, then the answers' ends.
-
-    Args:
-        prompt: ids, at least one.
-        answers: ids of each answer.
-        limits: of the tokens.
-        bos: the beginning-of-text token, which stays; None for none.
-    """
-    most = sys.maxsize if limits.max_length is None else limits.max_length
-    short_answers = [answer[: most - 1] for answer in answers]  # one token of the prompt predicts an answer's first
-    room = min(most - max(map(len, short_answers)), limits.max_prompt_length or sys.maxsize)
-    short = prompt
-    if len(prompt) > room:  # its last tokens stay, behind the beginning-of-text token
-        opening = prompt[:1] if prompt[0] == bos else []
-        short = opening + prompt[len(prompt) - room + len(opening) :]
-    columns = {}
-    for side, answer in zip(SIDES, short_answers, strict=True):
-        columns[f"{side}_input_ids"] = short + answer
-        columns[f"{side}_labels"] = [IGNORE_INDEX] * len(short) + answer
-    return Tokens(columns, len(prompt) - len(short), sum(map(len, answers)) - sum(map(len, short_answers)))
 
 
 @dataclass

@@ -16,7 +16,8 @@ from gapo._extras import named_extra
 from gapo.data.collate import TOKENIZED
 from gapo.data.lazy_rows import Row, Rows
 from gapo.data.limits import Cuts, Limits
-from gapo.data.tokenize import Tokens, text_tokenizer, tokens_of_each
+from gapo.data.special_tokens import text_tokenizer
+from gapo.data.tokenize import Tokens, tokens_of_each
 
 # Columns that a table has while it is made: how many tokens of a row were cut, and whether it is left out.
 NOTES = ("_gapo_prompt_cut", "_gapo_answers_cut", "_gapo_equal")

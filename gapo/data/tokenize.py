@@ -7,22 +7,38 @@ therefore tokenised together, and the answer begins at the first token in which 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from gapo.data.chat import Chat, chat_prompt, has_turns_of_others, require_text, warn_once
-from gapo.data.limits import IGNORE_INDEX as IGNORE_INDEX
-from gapo.data.limits import Cuts, Limits, Tokens, truncated
+from gapo.data.limits import Cuts, Limits
 from gapo.data.messages import common_length
 from gapo.data.pair_rows import name_of, require_columns, with_prompt
+from gapo.data.special_tokens import behind, frame, start_token, text_tokenizer
 from gapo.pairs import SIDES
 
+IGNORE_INDEX = -100
 # Merges across the border change a token or two of the prompt. A tokenizer that changes more depends on later text.
 _MOST_MERGED = 16
 _AT_ONCE = 256  # pairs whose texts the tokenizer gets in one call
 
 _logger = logging.getLogger("gapo")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The ids and labels of a pair, and how many tokens the limits removed from its prompt and from its answers."""
+
+    columns: dict[str, list[int]]
+    prompt_cut: int
+    answers_cut: int
+
+    @property
+    def are_equal(self) -> bool:
+        return self.columns["chosen_input_ids"] == self.columns["rejected_input_ids"]
 
 
 def tokenize_pair(
@@ -105,7 +121,7 @@ def tokenize_prompt(row: dict[str, Any], tokenizer: Any) -> list[int]:
     if not isinstance(row["prompt"], str):
         return chat_prompt(row, tokenizer)
     ids = list(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
-    return _behind(_frame(tokenizer)[0], ids) or [_start(tokenizer)]
+    return behind(frame(tokenizer)[0], ids) or [start_token(tokenizer)]
 
 
 def tokens_of(row: dict[str, Any], tokenizer: Any, limits: Limits) -> Tokens:
@@ -217,17 +233,17 @@ class _Tokenizing:
             if not answer:
                 raise ValueError(f"the {side} answer of row {name_of(row)} has no token")
         if not prompt:  # nor a beginning-of-text token; an answer that begins with the substitute loses its own
-            prompt = [_start(self._tokenizer)]
+            prompt = [start_token(self._tokenizer)]
             answers = [answer[1:] if answer[:1] == prompt and len(answer) > 1 else answer for answer in answers]
-        return truncated(prompt, answers, self._limits, self._tokenizer.bos_token_id)
+        return _truncated(prompt, answers, self._limits, self._tokenizer.bos_token_id)
 
     def _split_text(self, encoded: list[list[int]]) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt, which begins with the tokenizer's own first tokens, and of the answers behind it."""
         if self._framing is None:
-            self._framing = _frame(self._tokenizer)
+            self._framing = frame(self._tokenizer)
         opening, closing = self._framing
         eos = self._tokenizer.eos_token_id
-        prompt, *wholes = [_behind(opening, list(ids)) for ids in encoded]
+        prompt, *wholes = [behind(opening, list(ids)) for ids in encoded]
         for whole in wholes:
             if eos is not None and whole[-1:] != [eos]:
                 whole.append(eos)
@@ -244,36 +260,19 @@ class _Tokenizing:
         return prompt[:shared], [whole[shared:] for whole in wholes]
 
 
-def _start(tokenizer: Any) -> int:
-    """The token that replaces an empty prompt: it predicts the answer's first token."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise ValueError(
-            "the prompt is empty, and the tokenizer has neither a beginning-of-text nor an end-of-text token to "
-            "predict the answer's first token: set tokenizer.bos_token"
-        )
-    return int(start)
-
-
-def _behind(opening: list[int], ids: list[int]) -> list[int]:
-    """`ids` behind `opening`, which the tokenizer itself would add again where the text has it already."""
-    return ids if ids[: len(opening)] == opening else opening + ids
-
-
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer adds before every text, and those that it adds after it."""
-    framed, plain = list(tokenizer("a")["input_ids"]), list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    if not plain:  # the vocabulary lacks this letter: only the beginning-of-text token can be told from the rest
-        start = int(framed[:1] == [tokenizer.bos_token_id])
-        return framed[:start], framed[start:]
-    start = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
-    return framed[:start], framed[start + len(plain) :]
-
-
-def text_tokenizer(processing_class: Any) -> Any:
-    """The tokenizer itself, or the tokenizer of a processor (of a model for text and images or sounds)."""
-    inner = getattr(processing_class, "tokenizer", None)
-    return inner if hasattr(inner, "eos_token_id") else processing_class
+def _truncated(prompt: list[int], answers: list[list[int]], limits: Limits, bos: int | None) -> Tokens:
+    most = sys.maxsize if limits.max_length is None else limits.max_length
+    short_answers = [answer[: most - 1] for answer in answers]  # one token of the prompt predicts an answer's first
+    room = min(most - max(map(len, short_answers)), limits.max_prompt_length or sys.maxsize)
+    short = prompt
+    if len(prompt) > room:  # its last tokens stay, behind the beginning-of-text token
+        opening = prompt[:1] if prompt[0] == bos else []
+        short = opening + prompt[len(prompt) - room + len(opening) :]
+    columns = {}
+    for side, answer in zip(SIDES, short_answers, strict=True):
+        columns[f"{side}_input_ids"] = short + answer
+        columns[f"{side}_labels"] = [IGNORE_INDEX] * len(short) + answer
+    return Tokens(columns, len(prompt) - len(short), sum(map(len, answers)) - sum(map(len, short_answers)))
 
 
 def equal_message(row: dict[str, Any], tokens: Tokens, limits: Limits) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,10 @@ from gapo.config import GAPOConfig
 from gapo.objective import check_objective
 from gapo.objectives.registry import OBJECTIVES, Objective, as_objective, find
 from gapo.pairs import LogProbs
+
+logger = logging.getLogger(__name__)
+
+_LEAST_BETA = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,6 +121,18 @@ def resolve(
     elif entry.needs_anchor:
         probe = resolve(find("simpo"), replace(config, sft_weight=0.0))
     return Loss(objective=entry, settings=own, sft_weight=config.sft_weight, probe=probe)
+
+
+def warn_of_scale(loss: Loss) -> None:
+    """Log a warning for a `beta` that is DPO's, of sums, where the objective applies it to nats per token."""
+    beta = loss.settings.get("beta")
+    if loss.objective.step_settings.get("beta") == "beta" and beta is not None and beta < _LEAST_BETA:
+        logger.warning(
+            "beta=%g is of DPO's scale, for sums of log-probabilities; %s applies it to means per token, where 2 to 10 "
+            "is usual and such a small one hardly tells pairs apart",
+            beta,
+            loss.name,
+        )
 
 
 def require_own_settings(loss: Loss, config: GAPOConfig, settings: Mapping[str, Any], where: str) -> None:

@@ -41,7 +41,9 @@ def launch(config: TrainConfig, arguments: Sequence[str]) -> int | None:
         if asked:
             raise ConfigError(f"num_processes and accelerate_config are of backend torch, and not of {config.backend}")
         return None
-    count = config.num_processes if asked else _gpus()
+    count = config.num_processes
+    if count is None and config.accelerate_config != "single":
+        count = _gpus() or None
     if config.accelerate_config is None and (count or 1) == 1:
         return None
     return _run([*_options(config, count), "-m", "gapo", "train", *arguments])

@@ -1,11 +1,12 @@
-"""The command line and the YAML of `gapo train` and `gapo study`: data classes in, checked instances out."""
+"""The command line and the YAML of `gapo train`, `study` and `score`: data classes in, checked instances out."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,8 @@ from gapo._fields import choices_of
 from gapo.runs.errors import ConfigError
 from gapo.runs.shipped import configuration, configuration_names
 from gapo.runs.yaml_file import require_plain_yaml
+
+_PAIRS = (".jsonl", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
 
 
 def parser_of(classes: Sequence[type], **about: str) -> Any:
@@ -35,7 +38,7 @@ def parser_of(classes: Sequence[type], **about: str) -> Any:
 
 def add_fields(parser: Any, cls: type, skip: Collection[str] = ()) -> None:
     """Add the fields of a data class to a parser, but those of `skip`."""
-    parser.add_class_arguments(cls, skip=set(skip))
+    parser.add_class_arguments(cls, skip={*skip, *(f.name for f in fields(cls) if not _is_option(f))})
     for name, choices in choices_of(cls).items():
         if name not in skip:
             # The class itself checks the value, and words the error.
@@ -52,21 +55,50 @@ def parse_fields(
     Raises:
         ConfigError: a key or a value is not accepted, or a file cannot be read.
     """
-    arguments = with_config(arguments)
-    try:
-        for path in config_files(arguments):
-            require_plain_yaml(path)
-        values = parser.parse_args(_with_values(arguments, classes))
-        instances = [cls(**_checked(values, cls)) for cls in classes]
+    with option_errors(known_keys(classes)):
+        values = stated(parser, with_config(arguments), switches=switches_of(classes))
+        instances = instances_of(values, classes)
         if check is not None:
             check(*instances)
         return instances
+
+
+@contextmanager
+def option_errors(keys: Collection[str]) -> Iterator[None]:
+    """Raise what a parser or a data class raises as a ConfigError of one line; for an unknown key, with the nearest."""
+    try:
+        yield
     except ConfigError:
         raise
     except RecursionError as error:
         raise ConfigError("a value is nested too deeply") from error
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(_with_closest_key(_short(" ".join(str(error).split())), classes)) from error
+        raise ConfigError(_with_advice(_short(" ".join(str(error).split())), keys)) from error
+
+
+def stated(
+    parser: Any, arguments: Sequence[str], switches: Collection[str] = (), lists: Collection[str] = ()
+) -> dict[str, Any]:
+    """The keys that a command line and its files set, with their values; those left at their defaults are not there.
+
+    Args:
+        arguments: of the command line, files with `--config` before them.
+        switches: keys that need no value: `--strict` is `--strict true`, and `--no_strict` is `--strict false`.
+        lists: keys that take several words, as text with commas.
+
+    Raises:
+        ConfigError, ValueError, ArgumentError: see `option_errors`.
+    """
+    for path in config_files(arguments):
+        require_plain_yaml(path)
+    values: dict[str, Any] = parser.parse_args(_spelt_out(arguments, switches, lists), defaults=False).as_dict()
+    values.pop("config", None)
+    return values
+
+
+def instances_of(values: Mapping[str, Any], classes: Sequence[type]) -> list[Any]:
+    """An instance of each data class, of those values that are its fields. Raises ValueError for what none accepts."""
+    return [cls(**_checked(values, cls)) for cls in classes]
 
 
 def with_config(arguments: Sequence[str]) -> list[str]:
@@ -86,12 +118,24 @@ def config_files(arguments: Sequence[str]) -> list[Path]:
     """The configuration files of a command line. Raises ConfigError for one that does not exist."""
     names = values_of("config", arguments)
     for name in names:
+        if is_pairs_file(name):
+            raise ConfigError(f"{name!r} is a file of pairs and no configuration: give pairs with --pairs {name}")
         if not os.path.isfile(name):
             raise ConfigError(
                 f"there is no configuration file {name!r}, and gapo ships none of that name: it has "
                 f"{', '.join(configuration_names())} (gapo examples lists them)"
             )
     return [Path(name) for name in names]
+
+
+def is_pairs_file(name: str) -> bool:
+    """Whether a name is that of a file of pairs: by its ending, or a JSON file that holds a list."""
+    if name.lower().endswith(_PAIRS):
+        return True
+    if not name.lower().endswith(".json") or not os.path.isfile(name):
+        return False
+    with open(name, "rb") as file:
+        return file.read(100).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def values_of(name: str, arguments: Sequence[str]) -> list[str]:
@@ -101,12 +145,12 @@ def values_of(name: str, arguments: Sequence[str]) -> list[str]:
     return joined + [following for argument, following in pairwise(arguments) if argument == option]
 
 
-def _checked(values: Any, cls: type) -> dict[str, Any]:
+def _checked(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
     """The fields of one data class; the parser accepts null for everything, and numbers that are not finite."""
-    settings = {f.name: values[f.name] for f in fields(cls)}
+    settings = {f.name: values[f.name] for f in fields(cls) if f.name in values}
     for f in fields(cls):
-        value = settings[f.name]
-        if value is None and "None" not in str(f.type):
+        value = settings.get(f.name)
+        if value is None and f.name in settings and "None" not in str(f.type):
             raise ValueError(f"{f.name} must not be null")
         parts = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
         if not all(math.isfinite(part) for part in parts if isinstance(part, float)):
@@ -118,26 +162,55 @@ def _short(message: str, most: int = 500) -> str:
     return message if len(message) <= most else f"{message[: most - 4]} ..."
 
 
-def _with_values(arguments: list[str], classes: Sequence[type]) -> list[str]:
-    """`--strict` alone is `--strict true`; so for every switch."""
-    switches = {f"--{f.name}" for cls in classes for f in fields(cls) if f.type in ("bool", bool)}
-    completed = []
-    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
-        completed.append(argument)
-        if argument in switches and following.startswith("--"):
-            completed.append("true")
-    return completed
+def switches_of(classes: Sequence[type]) -> set[str]:
+    """The fields of these data classes that are true or false."""
+    return {f.name for cls in classes for f in fields(cls) if str(f.type) in ("bool", "<class 'bool'>", "bool | None")}
+
+
+def _spelt_out(arguments: Sequence[str], switches: Collection[str], lists: Collection[str]) -> list[str]:
+    """The arguments with a value for every switch, and with the words of a list as one."""
+    complete: list[str] = []
+    i = 0
+    while i < len(arguments):
+        argument, following = arguments[i], arguments[i + 1] if i + 1 < len(arguments) else "--"
+        name, i = argument.removeprefix("--"), i + 1
+        if argument == name:
+            complete.append(argument)
+        elif name.startswith("no_") and name.removeprefix("no_") in switches:
+            complete += [f"--{name.removeprefix('no_')}", "false"]
+        elif name in lists and not following.startswith("-"):
+            end = next((j for j in range(i, len(arguments)) if arguments[j].startswith("-")), len(arguments))
+            complete += [argument, ",".join(arguments[i:end])]
+            i = end
+        else:
+            complete += [argument, "true"] if name in switches and following.startswith("--") else [argument]
+    return complete
 
 
 def known_keys(classes: Sequence[type]) -> list[str]:
     """Every key of these data classes."""
-    return [f.name for cls in classes for f in fields(cls)]
+    return [f.name for cls in classes for f in fields(cls) if _is_option(f)]
 
 
-def _with_closest_key(message: str, classes: Sequence[type]) -> str:
-    keys = known_keys(classes)
+def keys_of(parser: Any) -> set[str]:
+    """Every key of a parser."""
+    return {option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")}
+
+
+def _is_option(field: Any) -> bool:
+    """Whether a field is set by its name, and not from several options."""
+    return bool(field.metadata.get("option", True))
+
+
+def _with_advice(message: str, keys: Collection[str]) -> str:
+    """The message of an unknown option with the nearest key, and that of a file beside the options with its option."""
     words = [word.strip("'\"-,.:").split("=")[0] for word in message.split()]
+    if words[:1] == ["Parser"] or words[0] in keys:  # of a value, whose key is known
+        return message
     for word in words:
         if word not in keys and (close := difflib.get_close_matches(word, keys, n=1, cutoff=0.75)):
             return f"{message}. Did you mean {close[0]!r}?"
+    extra = message.removeprefix("unrecognized arguments: ").split()[0]
+    if message.startswith("unrecognized") and is_pairs_file(extra) and "pairs" in keys:
+        return f"{message}. Give pairs with --pairs {extra}"
     return message

@@ -36,8 +36,14 @@ _SECOND: dict[str, Second] = {
     "sppo_hard": ("beta", 0.1, (0.01, 0.03, 0.3, 1.0)),
     **dict.fromkeys(("sigmoid_loss", "ramp", "unhinged"), _CLIP),
 }
-# What "-NAME" behind an objective with an anchor changes: settings, and the radius that is held or tried there.
+# What "-NAME" behind an objective changes: settings, and the radius that is held or tried there. The objective has an
+# anchor, but for "sam", the update's gradient at the anchor, and its control along a random direction.
+_AT_ANCHOR: dict[str, tuple[Settings, Second | None]] = {
+    "sam-gaussian": ({"update": "anchor", "direction": "gaussian"}, ("rho", 2.0, (0.5, 1.0, 4.0, 8.0))),
+    "sam": ({"update": "anchor"}, _RHO),
+}
 _VARIANTS: dict[str, tuple[Settings, Second | None]] = {
+    **_AT_ANCHOR,
     "rho0": ({"rho": 0.0}, None),
     "gaussian": ({"direction": "gaussian"}, ("rho", 2.0, (0.5, 1.0, 4.0, 8.0))),
     "margin": ({"probe": "margin"}, _RHO),
@@ -45,7 +51,7 @@ _VARIANTS: dict[str, tuple[Settings, Second | None]] = {
     "first-order": ({"anchor": "first_order"}, _RHO),
 }
 # Radii that are held: those that GAPO, and GAPO by a gaussian direction and in an L2 ball, chose in docs/study.md.
-_HELD_RHO, _HELD_BY_VARIANT = 0.5, {"gaussian": 2.0, "l2": 0.03}
+_HELD_RHO, _HELD_BY_VARIANT = 0.5, {"gaussian": 2.0, "sam-gaussian": 2.0, "l2": 0.03}
 
 
 _OF_GAPO = {"loss_type", "label_smoothing"}  # fields of `GAPOConfig` that its own loss alone reads
@@ -100,7 +106,8 @@ class Arm:
                 raise ValueError(f"{self.name!r} is that of {name}={value!r}; its settings have {settings[name]!r}")
         merged, objective = {**self.fixed, **self.held, **settings}, OBJECTIVES[self.objective]
         accepted = {"learning_rate", "sft_weight", *objective.defaults, *objective.step_settings.values()}
-        accepted |= {f.name for f in fields(GAPOConfig)} - _OF_GAPO if objective.needs_anchor else set()
+        takes_anchor = objective.needs_anchor or "update" in self.fixed
+        accepted |= {f.name for f in fields(GAPOConfig)} - _OF_GAPO if takes_anchor else set()
         if unknown := [name for name in settings if name not in accepted]:
             raise ValueError(f"{self.name!r} has no setting {unknown[0]!r}; it takes {', '.join(sorted(accepted))}")
         try:
@@ -146,7 +153,7 @@ def parts_of(name: str) -> tuple[str, str, str]:
 
 
 def arm_of(name: str) -> Arm:
-    """The arm called so: an objective, one with weights before a "+", or a variant of one with an anchor after a "-".
+    """The arm called so: an objective, one with weights before a "+", or a variant of it after a "-".
 
     Raises:
         ValueError: there is none.
@@ -157,9 +164,10 @@ def arm_of(name: str) -> Arm:
         raise ValueError(
             f"arms has {name!r}; arms must be among {', '.join(OBJECTIVES)}, any of them behind one of "
             f"{', '.join(f'{weighting}+' for weighting in OBJECTIVES.weightings)}, and before one of "
-            f"{', '.join(f'-{variant}' for variant in _VARIANTS)} if it has an anchor"
+            f"{', '.join(f'-{variant}' for variant in _AT_ANCHOR)}, or if it has an anchor "
+            f"{', '.join(f'-{variant}' for variant in _VARIANTS if variant not in _AT_ANCHOR)}"
         )
-    needs_anchor = OBJECTIVES[objective_name].needs_anchor
+    needs_anchor = OBJECTIVES[objective_name].needs_anchor or variant in _AT_ANCHOR
     if variant and not needs_anchor:
         raise ValueError(f"arms: {name!r} cannot be, for {objective_name!r} has no anchor; take {objective_name!r}")
     if variant == "rho0" and (same := _without_gaps(weighting, base)) != name:
@@ -171,7 +179,7 @@ def arm_of(name: str) -> Arm:
     elif needs_anchor:
         held = {"rho": _HELD_BY_VARIANT.get(variant, _HELD_RHO)}
         second = None if second is not None and second[0] == "rho" else second
-    control = bool(variant) or weighting.startswith("margin") or base == "margin_target"
+    control = variant not in ("", "sam") or weighting.startswith("margin") or base == "margin_target"
     return Arm(name, objective_name, fixed, held, second, control)
 
 
@@ -204,4 +212,5 @@ _WEIGHTED = (
     *("gapo+dpo", "gapo+simpo", "gapo+ropo", "gapo+sigmoid_loss", "gapo-drop+dpo", "gapo-drop+simpo"),
     *("gapo+dpo-gaussian", "margin+dpo", "margin+simpo", "margin-drop+dpo", "margin-drop+simpo"),
 )
-ARMS = Arms({name: arm_of(name) for name in (*OBJECTIVES, *(f"gapo-{variant}" for variant in _VARIANTS), *_WEIGHTED)})
+_CONTROLS = [f"gapo-{variant}" for variant in _VARIANTS if variant not in _AT_ANCHOR]
+ARMS = Arms({name: arm_of(name) for name in (*OBJECTIVES, *_CONTROLS, *_WEIGHTED)})

@@ -17,14 +17,17 @@ _WEIGHTED = {
     "gapo": "{}, weighted by gap", "gapo-drop": "{}, largest gaps dropped", "margin": "{}, weighted by margin",
     "margin-drop": "{}, lowest margins dropped",
 }  # fmt: skip
-_VARIANTS = {"rho0": "rho 0", "margin": "margin probe", "l2": "L2", "first-order": "first order"}
+_VARIANTS = {
+    "rho0": "rho 0", "margin": "margin probe", "l2": "L2", "first-order": "first order",
+    "sam": "updated at the anchor", "sam-gaussian": "updated at a gaussian anchor",
+}  # fmt: skip
 
 
 def shown(name: str) -> str:
     """What figures and tables call the arm `name`; another name than an arm's stands for itself.
 
-    >>> shown("gapo+dpo-gaussian"), shown("gapo-rho0"), shown("ramp")
-    ('DPO, weighted by gap, gaussian', 'GAPO, rho 0', 'ramp')
+    >>> shown("gapo+dpo-gaussian"), shown("dpo-sam"), shown("ramp")
+    ('DPO, weighted by gap, gaussian', 'DPO, updated at the anchor', 'ramp')
     """
     weighting, base, variant = parts_of(name)
     text = _OBJECTIVES.get(base, base)

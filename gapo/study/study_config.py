@@ -23,7 +23,8 @@ class StudyConfig(TrainingConfig):
         eval_pairs: pairs to test on, likewise; none to hold out a share of the training pairs.
         arms: the objectives to compare, comma separated, or "all". Any objective may stand behind "gapo+", which
             weights its pairs by the anchor gap, or behind "gapo-drop+", "margin+", "margin-drop+". One with an anchor
-            has controls, such as "gapo-rho0", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order".
+            has controls, such as "gapo-rho0", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order". Any, such
+            as "dpo-sam", may take its update's gradient at the anchor; "dpo-sam-gaussian" is the control.
         settings: settings of an arm by its name, such as {gapo+dpo: {learning_rate: 1e-3, beta: 0.1}}, for all of its
             runs. Such an arm has no tries; what is left out has gapo's default.
         baseline: the arm to which a table gives the paired differences of the others; none for no such table.

@@ -15,7 +15,7 @@ import hf_models
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HfArgumentParser, Trainer
 
 import gapo
 from gapo.adapters.hf import GAPOCallback, GAPOConfig, GAPOTrainer, PreferenceCollator, with_reference_logps
@@ -339,3 +339,81 @@ def test_a_beta_that_the_objective_would_not_read_is_refused(tmp_path: Path, obj
     args = GAPOConfig(str(tmp_path), objective="gapo+dpo", beta=2.0, objective_settings={"beta": 0.05})
     loss = gapo.objectives.resolve(args.objective, args.step_config(), args.objective_settings)
     assert (loss.settings["beta"], loss.settings["gap_beta"], loss.settings["gap_gamma"]) == (0.05, 2.0, 0.25)
+
+
+def test_a_gpu_has_trls_defaults_and_a_cpu_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = "activation_checkpointing"  # since transformers 5.20
+
+    def defaults(**options: Any) -> tuple[Any, Any]:
+        args = GAPOConfig(str(tmp_path), **options)
+        if hasattr(args, new):
+            assert getattr(args, new) == args.gradient_checkpointing
+        return args.bf16, args.gradient_checkpointing
+
+    assert defaults() == (False, False)
+    assert defaults(bf16=True, gradient_checkpointing=True, use_cpu=True) == (
+        True,
+        True,
+    )  # and no FutureWarning of the old name
+    module = sys.modules[GAPOConfig.__module__]
+    monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)  # type: ignore[attr-defined]
+    for options, values in (
+        ({}, (True, True)),
+        ({"fp16": True}, (False, True)),
+        ({"use_cpu": True}, (False, False)),
+        ({"bf16": False, "gradient_checkpointing": False}, (False, False)),
+    ):
+        args = GAPOConfig.__new__(GAPOConfig)
+        for name, value in {"bf16": None, "gradient_checkpointing": None, "fp16": False, "use_cpu": False}.items():
+            setattr(args, name, options.get(name, value))
+        args.activation_checkpointing = None
+        args._take_defaults_of_device()
+        assert (args.bf16, args.activation_checkpointing) == values, options
+
+
+def test_checkpointing_by_default_is_for_models_that_support_it(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.checkpointing_by_default = True
+    args.gradient_checkpointing = args.activation_checkpointing = True  # as on a GPU
+    model = hf_models.make("llama")
+    GAPOTrainer(model, args, train_dataset=dataset(), processing_class=hf_models.tokenizer())
+    assert args.gradient_checkpointing
+    model.supports_gradient_checkpointing = False
+    GAPOTrainer(model, args, train_dataset=dataset(), processing_class=hf_models.tokenizer())
+    assert not args.gradient_checkpointing
+    assert not args.activation_checkpointing
+
+
+def test_the_arguments_of_dpo_trainer(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"args": arguments(tmp_path), "train_dataset": dataset(), "ref_model": None}
+    GAPOTrainer(str(saved), **more)
+    with pytest.raises(ValueError, match="GAPO has no reference model: leave ref_model out, or give None"):
+        GAPOTrainer(str(saved), **{**more, "ref_model": hf_models.make("llama")})
+    quantised = BitsAndBytesConfig(load_in_4bit=True)
+    with pytest.raises(ValueError, match="quantized weights cannot be trained: give peft_config"):
+        GAPOTrainer(str(saved), **more, quantization_config=quantised)
+    with pytest.raises(ValueError, match="quantization_config were given, but the model is loaded already"):
+        GAPOTrainer(hf_models.make("llama"), **more, quantization_config=quantised)
+    plain, options = AutoModelForCausalLM.from_pretrained, {}
+
+    def loading(name: str, **kwargs: Any) -> Any:
+        options.update(kwargs)
+        return plain(name, dtype=kwargs["dtype"])
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = GAPOTrainer(str(saved), **more, quantization_config=quantised, peft_config=lora)
+    assert options["quantization_config"] is quantised
+    assert isinstance(trainer.model, PeftModel)
+    more["args"] = arguments(tmp_path, model_init_kwargs={"quantization_config": {}})
+    with pytest.raises(ValueError, match="quantization_config is in model_init_kwargs too"):
+        GAPOTrainer(str(saved), **more, quantization_config=quantised, peft_config=lora)
+
+
+def test_a_beta_of_dpos_scale_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    GAPOCallback(gapo.GAPOConfig(beta=0.5))
+    GAPOCallback(objective="dpo", objective_settings={"beta": 0.1})
+    assert caplog.text == ""
+    GAPOCallback(gapo.GAPOConfig(beta=0.1))
+    assert "beta=0.1 is of DPO's scale, for sums of log-probabilities; gapo applies it to means" in caplog.text

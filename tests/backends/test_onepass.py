@@ -18,10 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 import gapo
 from gapo.adapters.hf.margins import pair_logps
+from gapo.backends import get_backend
 from gapo.backends.base import by_pairs
 from gapo.backends.torch import OnePassForward, TorchBackend
 from gapo.backends.torch.pairgrads.parts import Explicit, Outer
 from gapo.backends.torch.pairgrads.rules import rule_for
+from gapo.step import run
 
 
 def both(model: nn.Module, batch: Any, fn: Any = pair_logps, **options: Any) -> tuple[Any, Any]:
@@ -112,14 +114,32 @@ def test_both_forms_of_a_matrix_gradient() -> None:
         for layer in (nn.Linear(5, 7).double(), Conv1D(7, 5).double()):
             a = torch.randn(2, 3, tokens, 5, dtype=torch.float64)
             g = torch.randn(2, 3, tokens, 7, dtype=torch.float64)
-            parts = dict(rule_for(layer).grads(layer, a, g))
-            assert isinstance(parts["weight"], form)
+            part = dict(rule_for(layer).grads(layer, a, g))["weight"]
+            assert isinstance(part, Outer)
+            assert isinstance(part.smaller(), form)
             weights, delta = torch.randn(3).double(), torch.randn_like(layer.weight)
             out = layer(a)
             by_pair = [torch.autograd.grad(out[:, i], layer.weight, g[:, i], retain_graph=True)[0] for i in range(3)]
-            torch.testing.assert_close(parts["weight"].weighted(weights), sum(w * d for w, d in zip(weights, by_pair)))  # noqa: B905
+            total = sum(w * d for w, d in zip(weights, by_pair, strict=True))
             along = torch.stack([(d * delta).sum() for d in by_pair])
-            torch.testing.assert_close(parts["weight"].along(delta), along)
+            for kept in (part, part.smaller()):
+                torch.testing.assert_close(kept.weighted(weights), total)
+                torch.testing.assert_close(kept.along(delta), along)
+
+
+def kept_of_head(perturb: str) -> Any:
+    """The form in which a step keeps the gradients by the head's matrix, before the update."""
+    config = gapo.GAPOConfig(anchor="first_order", perturb=perturb)
+    long = {name: x.repeat(1, 8) for name, x in hf_models.batch().items()}  # N gradients are fewer numbers
+    backend: Any = get_backend("torch")
+    forward = backend.forward(pair_logps, hf_models.make("llama"), long, config)
+    run(forward, config, backend)
+    return forward._grads.parts["lm_head.weight"][0][1]
+
+
+def test_no_gradients_by_pair_of_a_head_that_no_probe_asks_for() -> None:
+    assert isinstance(kept_of_head("backbone"), Outer)
+    assert isinstance(kept_of_head("all"), Explicit)
 
 
 def with_bias(layer: nn.Module) -> nn.Module:

@@ -150,6 +150,8 @@ def _require_types(made: Any) -> None:
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any:
+        return True
     if origin is typing.Literal:
         return value in arguments
     if origin in (list, tuple):

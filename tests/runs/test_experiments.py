@@ -384,7 +384,7 @@ def test_simpo_and_lora_and_files(finished: Path, tmp_path: Path) -> None:
         ({"learning_rat": 1.0}, 2, "Did you mean 'learning_rate'"),
         ({"loss": "orpo"}, 2, "loss must be one of 'gapo', 'simpo', .*'unhinged', got 'orpo'"),
         ({"epochs": "many"}, 2, "epochs"),
-        ({"tiny_text": "gone.txt"}, 1, "there is no file 'gone.txt'"),
+        ({"tiny_text": "gone.txt"}, 1, "tiny_text 'gone.txt' does not exist"),
         ({"model": "no/such-model"}, 1, "no/such-model"),
     ],
 )

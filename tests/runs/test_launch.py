@@ -45,9 +45,11 @@ def test_a_configuration_of_accelerate_by_name_or_file(commands: list[Any], tmp_
     own.write_text(SHIPPED["zero3"].read_text())
     assert module.launch(TrainConfig(accelerate_config="zero2", num_processes=4), ["c.yaml"]) == 0
     assert module.launch(TrainConfig(accelerate_config=str(own)), ["c.yaml"]) == 0
-    first, second = commands
+    assert module.launch(TrainConfig(accelerate_config="single"), ["c.yaml"]) == 0
+    first, second, third = commands
     assert (first.config_file, first.num_processes) == (str(SHIPPED["zero2"]), 4)
-    assert (second.config_file, second.num_processes) == (str(own), None)  # the file's own number
+    assert (second.config_file, second.num_processes) == (str(own), 2)
+    assert third.num_processes is None
     for name in ("gone", "single.yaml"):
         with pytest.raises(ConfigError, match="must be a file or one of fsdp2, single, zero2, zero3; got"):
             module.launch(TrainConfig(accelerate_config=name), [])

@@ -148,4 +148,4 @@ def test_a_run_is_not_resumed_with_another_loss(folder: Path) -> None:
         train_module._require_same_pairs(Path("run"), run, loaded)
     other: Any = {"pairs": "pairs.jsonl", "output_dir": "run", "eval_fraction": 0.2}
     with pytest.raises(ConfigError, match=r"other settings \(loss: 'my_losses:squares' -> 'simpo'\)"):
-        train_module._require_folder(Path("run"), TrainConfig(**other, loss="simpo"), step)
+        train_module._require_same_settings(Path("run"), TrainConfig(**other, loss="simpo"), step)

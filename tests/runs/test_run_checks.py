@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import ranks_script
 from frameworks import require
+from transformers import TrainingArguments
 
 from gapo import GAPOConfig, cli, data, files
 from gapo.metrics import combine
@@ -66,8 +67,17 @@ def test_settings_are_refused_before_pairs_are_read(
 
 
 def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_torch.TrainingArguments, "n_gpu", 2)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     message = "2 GPUs are visible to one process, .* torchrun --nproc_per_node 2 -m gapo train"
+    refused(message, tmp_path / "run", monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_precision_of_accelerate_s_that_is_not_the_run_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    message = f"accelerate's configuration has mixed_precision '{precision}', and bf16=False is 'no': let them agree"
     refused(message, tmp_path / "run", monkeypatch)
 
 

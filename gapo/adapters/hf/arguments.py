@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 import gapo
 from gapo._fields import carried
@@ -19,8 +21,8 @@ class GAPOConfig(TrainingArguments):
     """`transformers.TrainingArguments` with the fields of the core's `gapo.GAPOConfig`, and what pairs need.
 
     Usable with `transformers.HfArgumentParser`, `trl.TrlParser` and YAML. Where a default differs from that of
-    `TrainingArguments`, it is the authors' recipe (learning rate 5e-7, cosine, a tenth of the steps to warm up) or what
-    pairs need (`remove_unused_columns=False`).
+    `TrainingArguments`, it is the authors' recipe (learning rate 5e-7, cosine, a tenth of the steps to warm up), what
+    pairs need (`remove_unused_columns=False`), or TRL's (`bf16` and `gradient_checkpointing`, on a GPU alone).
 
     Raises:
         ValueError: a value is out of its range. The message names the argument, the value and what is accepted.
@@ -36,6 +38,14 @@ class GAPOConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of all."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the model's forward does not name the pairs' columns."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Compute in bfloat16. None for True on a GPU that has it, unless fp16 is set, as in TRL."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Trade time for memory. None for True on a GPU, for models that support it, as in TRL."},
     )
 
     # The settings of the step: default, help and choices are those of the core's fields.
@@ -87,18 +97,38 @@ class GAPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._take_defaults_of_device()
         super().__post_init__()
         settings: Any = self.objective_settings  # text was parsed above
-        logps = LogpOptions(self.ld_alpha, self.use_weighting)
         loss = resolve(self.objective, self.step_config(), settings)
         require_own_settings(loss, self.step_config(), settings or {}, "objective_settings={{{name!r}: {value!r}}}")
-        logps.require_weightable(loss.name, loss.objective.coupled)
+        LogpOptions(self.ld_alpha, self.use_weighting).require_weightable(loss.name, loss.objective.coupled)
         for name in ("max_length", "max_prompt_length", "pad_to_multiple_of"):
             _require_count(name, getattr(self, name))
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same
             if getattr(self, name, False):  # torch's checkpoint is re-entrant where it is not told
                 options: Any = getattr(self, f"{name}_kwargs") or {}
                 setattr(self, f"{name}_kwargs", {"use_reentrant": False, **options})
+
+    def _take_defaults_of_device(self) -> None:
+        """TRL's defaults where there is a GPU; on a CPU they would cost accuracy and time."""
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        new = "activation_checkpointing"  # the name since transformers 5.20; the old one would warn
+        name = new if hasattr(self, new) else "gradient_checkpointing"
+        if getattr(self, name) is None:
+            setattr(self, name, self.gradient_checkpointing)
+        self.checkpointing_by_default = getattr(self, name) is None
+        if self.checkpointing_by_default:
+            setattr(self, name, not self.use_cpu and torch.cuda.is_available())
+        if name == new:
+            self.gradient_checkpointing = None
+
+    def turn_checkpointing_off(self) -> None:
+        """For a model that does not support it."""
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            if hasattr(self, name):
+                setattr(self, name, False)
 
     def to_dict(self) -> dict[str, Any]:
         """As the base class's, with masks of `perturb` as their description, since JSON holds no arrays."""

@@ -184,7 +184,7 @@ class Attachment:
         metrics = step_metrics(result, config)
         if result.radius is not None:
             metrics["gapo/anchor_pairs"] = torch.tensor(float(self._anchor_pairs(result)))
-            self._warn_of_no_perturbation(result)
+            self._warn_of_no_perturbation(result.radius)
         self._window.add(metrics, len(result.margins))
         self._settings.on_step(result, inputs)
         return (scalar, {}) if return_outputs else scalar
@@ -194,8 +194,8 @@ class Attachment:
         checked = self._settings.options.checked(with_trls_alpha(inputs, self.trainer))
         return replace(constants_of(checked, rows), pair_weights=self._logps.pair_weights())
 
-    def _warn_of_no_perturbation(self, result: StepResult) -> None:
-        if float(result.radius) == 0 and self._config.moves:
+    def _warn_of_no_perturbation(self, radius: torch.Tensor) -> None:
+        if float(radius) == 0 and self._config.moves:
             self._warn(
                 "the perturbation is 0: abs(theta) * g is 0 for every selected parameter. A fresh LoRA starts so (B is "
                 "0); it ends with the first update. With adaptive=False it does not happen"

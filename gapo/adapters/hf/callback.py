@@ -17,6 +17,7 @@ from gapo.adapters.hf.attachment import Attachment, Settings
 from gapo.config import GAPOConfig, plain, step_settings
 from gapo.logp_options import LogpOptions
 from gapo.objectives import Objective, resolve
+from gapo.objectives.loss import warn_of_scale
 from gapo.step import Running, StepResult
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class GAPOCallback(TrainerCallback):
         self.options = LogpOptions(ld_alpha, use_weighting)
         self.config = step_settings(config, name, objective_settings, **asdict(self.options))
         self.loss = resolve(objective, self.config, objective_settings)
+        warn_of_scale(self.loss)
         self.options.require_weightable(self.loss.name, self.loss.objective.coupled)
         self.objective = self.loss.name
         self.on_step = on_step

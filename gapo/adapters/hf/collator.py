@@ -11,7 +11,8 @@ import torch
 from gapo.data.collate import TOKENIZED, check_padding, collate_pairs
 from gapo.data.limits import Limits
 from gapo.data.pair_rows import RowFault, as_pair
-from gapo.data.tokenize import Tokens, equal_message, text_tokenizer, tokens_of, tokens_of_each
+from gapo.data.special_tokens import text_tokenizer
+from gapo.data.tokenize import Tokens, equal_message, tokens_of, tokens_of_each
 from gapo.pairs import SIDES
 
 _logger = logging.getLogger("gapo")

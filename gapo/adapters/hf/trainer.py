@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from gapo.adapters.hf.arguments import GAPOConfig
 from gapo.adapters.hf.callback import GAPOCallback
 from gapo.adapters.hf.collator import PreferenceCollator
+from gapo.adapters.hf.models.peft_models import with_adapters
 from gapo.adapters.hf.tokenized import tokenized
 from gapo.config import named
 from gapo.logp_options import LogpOptions
@@ -59,6 +60,9 @@ class GAPOTrainer(Trainer):
         objective: a `gapo.objectives.Objective`, or any function of a `gapo.objectives.LogProbs` that returns the loss
             of each pair, (N,). None for the objective that `args` names.
         objective_settings: settings of this `objective`; None for its defaults.
+        quantization_config: of transformers, such as BitsAndBytesConfig(load_in_4bit=True), for a model by path or id;
+            it needs peft_config.
+        ref_model: None alone, so that a call of TRL's `DPOTrainer` without a reference model fits.
         compute_metrics: as in `transformers.Trainer`, like the next two.
         callbacks: besides GAPO's own.
         optimizers: (optimizer, scheduler); None in a place for the one that `args` names.
@@ -81,7 +85,14 @@ class GAPOTrainer(Trainer):
         peft_config: Any = None,
         objective: Objective | Callable[..., Tensor] | str | None = None,
         objective_settings: Mapping[str, Any] | None = None,
+        quantization_config: Any = None,
+        ref_model: None = None,
     ) -> None:
+        if ref_model is not None:
+            raise ValueError(
+                "GAPO has no reference model: leave ref_model out, or give None. Objectives that compare with a "
+                "reference read its log-probabilities from the data set: see with_reference_logps"
+            )
         args = GAPOConfig("gapo") if args is None else args
         if not isinstance(args, GAPOConfig):
             raise TypeError(
@@ -90,12 +101,16 @@ class GAPOTrainer(Trainer):
                 "TrainingArguments, give GAPOCallback(config) to a transformers.Trainer"
             )
         if isinstance(model, str):
-            options: Any = args.model_init_kwargs or {}  # text was parsed when `args` was made
-            model = AutoModelForCausalLM.from_pretrained(
-                model, **{"dtype": "float32", "use_safetensors": True, **options}
-            )
-        elif args.model_init_kwargs:
-            raise ValueError("model_init_kwargs were given, but the model is loaded already: give its path or id")
+            model = _loaded(model, args, quantization_config, peft_config)
+        else:
+            for name, options in (
+                ("model_init_kwargs", args.model_init_kwargs),
+                ("quantization_config", quantization_config),
+            ):
+                if options:
+                    raise ValueError(f"{name} were given, but the model is loaded already: give its path or id")
+        if args.checkpointing_by_default and not getattr(model, "supports_gradient_checkpointing", False):
+            args.turn_checkpointing_off()
         if processing_class is None:
             name = model.config._name_or_path
             if not name:
@@ -104,7 +119,7 @@ class GAPOTrainer(Trainer):
                 )
             processing_class = AutoTokenizer.from_pretrained(name)
         if peft_config is not None:
-            model = _with_adapters(model, peft_config, args)
+            model = with_adapters(model, peft_config, args)
         if data_collator is None:
             data_collator = PreferenceCollator(
                 processing_class,
@@ -185,15 +200,17 @@ class GAPOTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
 
-def _with_adapters(model: Any, peft_config: Any, args: GAPOConfig) -> Any:
-    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-
-    if isinstance(model, PeftModel):
-        raise ValueError("the model has adapters already: leave peft_config out, or merge and unload them first")
-    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=bool(args.gradient_checkpointing),
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        )
-    return get_peft_model(model, peft_config)
+def _loaded(name: str, args: GAPOConfig, quantization_config: Any, peft_config: Any) -> PreTrainedModel:
+    """The model of a path or id. Raises ValueError for a quantisation that is twice there, or without adapters."""
+    init: Any = args.model_init_kwargs or {}  # text was parsed when `args` was made
+    options = dict(init)
+    if quantization_config is not None:
+        if "quantization_config" in options:
+            raise ValueError("quantization_config is in model_init_kwargs too: give it once")
+        if peft_config is None:
+            raise ValueError("quantized weights cannot be trained: give peft_config, to train adapters on them")
+        options["quantization_config"] = quantization_config
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        name, **{"dtype": "float32", "use_safetensors": True, **options}
+    )
+    return model

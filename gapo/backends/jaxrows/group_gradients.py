@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ from gapo.backends.jaxrows.split import Cut, Split, split
 BEHIND = 0.1
 # Memory that is held, against that of the pullback as it stands.
 MEMORY = 1.2
+# Terms of a sum over groups that are written out; the others are added in a loop.
+UNROLLED = 8
 
 
 class GroupGradients:
@@ -84,11 +88,34 @@ def _scaled(cut: Cut, x: Array, weights: Array | None) -> Array:
     """The cut's array for cotangents `weights`; in a scan it has axes of steps in front. None stands for ones."""
     if cut.operation is None:
         return x if weights is None else x * weights[np.maximum(cut.labels, 0)].astype(x.dtype)
-    axis = x.ndim - len(cut.cell.shape) - 1
+    axis = _group_axis(cut, x)
+    weights = jnp.ones(x.shape[axis]) if weights is None else weights[cut.first : cut.first + x.shape[axis]]
+    return _weighted_sum(x, weights, axis)
+
+
+@partial(jax.jit, static_argnums=2)  # traced once for each shape
+def _weighted_sum(x: Array, weights: Array, axis: int) -> Array:
+    """`sum_i weights[i] x[i]` over an axis of `x`, in float32 or wider, in the dtype of `x`.
+
+    The terms of a few groups are written out, of which the compiler makes one loop. A product of the vector and a
+    matrix would copy or widen the matrix, rounds the weights on some accelerators, and takes longer to compile.
+    """
     wide = jnp.promote_types(x.dtype, jnp.float32)
+    weights = weights.astype(wide)
+
+    def term(i: Any) -> Array:
+        take = jax.lax.index_in_dim if isinstance(i, int) else jax.lax.dynamic_index_in_dim
+        return take(weights, i, keepdims=False) * take(x, i, axis, keepdims=False).astype(wide)
+
     n = x.shape[axis]
-    weights = jnp.ones(n, wide) if weights is None else weights[cut.first : cut.first + n]
-    return jnp.tensordot(x.astype(wide), weights.astype(wide), ((axis,), (0,))).astype(x.dtype)
+    total = reduce(jax.lax.add, map(term, range(min(n, UNROLLED))))
+    if n > UNROLLED:
+        total = jax.lax.fori_loop(UNROLLED, n, lambda i, total: total + term(i), total)
+    return total.astype(x.dtype)
+
+
+def _group_axis(cut: Cut, x: Array) -> int:
+    return x.ndim - len(cut.cell.shape) - 1
 
 
 def _products(cut: Cut, x: Array, y: Array, groups: int) -> Array:
@@ -96,9 +123,9 @@ def _products(cut: Cut, x: Array, y: Array, groups: int) -> Array:
     wide = jnp.promote_types(x.dtype, jnp.float32)
     x, y = x.astype(wide), y.astype(wide)
     if cut.operation is not None:
-        axis = x.ndim - len(cut.cell.shape) - 1
-        x = jnp.moveaxis(x, axis, 0)
-        return jnp.pad(jnp.tensordot(x, y, y.ndim), (cut.first, groups - cut.first - len(x)))
+        axis = _group_axis(cut, x)
+        products = (x * jnp.expand_dims(y, axis)).sum([i for i in range(x.ndim) if i != axis])
+        return jnp.pad(products, (cut.first, groups - cut.first - len(products)))
     labels = cut.labels.reshape((1,) * (x.ndim - cut.labels.ndim) + cut.labels.shape)
     products = (x * y).sum([axis for axis, n in enumerate(labels.shape) if n == 1])
     by_label = labels.reshape(-1, 1) == np.arange(groups)

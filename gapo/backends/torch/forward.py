@@ -60,8 +60,9 @@ class TorchForward(PlainForward):
         self._basis = basis(self._margin_fn, self._module)
         self._replay = Replay(self._module, self._verdicts)
         exact = self._config.anchor != "first_order"
-        moved = select(self.parameters, self.head, self._config) if exact and not self._at_anchor else ()
-        self._cut = cut_below(self._module, moved, self._verdicts) if moved else None
+        self._moved = select(self.parameters, self.head, self._config)
+        reuses = exact and not self._at_anchor
+        self._cut = cut_below(self._module, self._moved, self._verdicts) if reuses else None
 
     def _run_clean(self) -> tuple[Tensor, ...]:
         with self._cut.kept(self._basis) if self._cut else nullcontext():

@@ -58,7 +58,11 @@ class OnePassForward(TorchForward):
         return self._tape is not None
 
     def _run_clean(self) -> tuple[Tensor, ...]:
-        tape = Tape(self._module, blocks=2, by_row=self._by_side, verdicts=self._verdicts, key=self._margin_fn)
+        # Of the head, which no probe asks for, A and G are kept: no more than the logits and their gradient were.
+        once = set(self.head) - set(self._moved)
+        tape = Tape(
+            self._module, blocks=2, by_row=self._by_side, verdicts=self._verdicts, key=self._margin_fn, once=once
+        )
         try:
             with tape:
                 outputs = super()._run_clean()

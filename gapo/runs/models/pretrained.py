@@ -6,14 +6,22 @@ Weights are read from safetensors alone, never from pickles, and code that comes
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gapo.runs.errors import ConfigError
+from gapo.runs.paths import require_there
 
 
-def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None = None, dtype: str) -> tuple[Any, Any]:
+def load_model(
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    adapter: str | None = None,
+    dtype: str,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
     """(model, tokenizer) of the transformers library.
 
     Args:
@@ -21,6 +29,7 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
         tokenizer: another tokenizer than the model's: a folder or Hub name.
         adapter: folder or Hub name of an adapter (peft) to put on the model; its weights alone are then trainable.
         dtype: of the weights.
+        options: of `from_pretrained` besides, such as revision.
 
     Raises:
         ConfigError: they cannot be loaded, or only by unpickling, or only by running code that comes with them.
@@ -28,16 +37,18 @@ def load_model(name: str, *, tokenizer: str | None = None, adapter: str | None =
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    options = options or {}
     for source in (name, adapter):
         _require_safetensors(Path(source or name))
-    loaded = load_tokenizer(tokenizer or name)
+    loaded = load_tokenizer(tokenizer or name, revision=None if tokenizer else options.get("revision"))
+    safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **{**options, **safe})
         if adapter is not None:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
         what = f"model {name!r}" if adapter is None else f"model {name!r} with adapter {adapter!r}"
         raise ConfigError(_not_loaded(what, error)) from error
     return model, loaded
@@ -58,22 +69,31 @@ def require_same_ids(tokenizer: Any, source: str, model: str) -> None:
         )
 
 
-def require_model(name: str, *, tokenizer: str | None = None) -> Any:
+def require_model(name: str, *, tokenizer: str | None = None, revision: str | None = None) -> Any:
     """The configuration of a model that `load_model` could load, None of an adapter; no weights are read.
+
+    Args:
+        name: folder or Hub name.
+        tokenizer: another tokenizer than the model's.
+        revision: branch, tag or commit of a Hub name.
 
     Raises:
         ConfigError: like `load_model`, as far as its small files show.
     """
     from transformers import AutoConfig
 
+    require_there("model", name)
+    require_there("tokenizer", tokenizer)
+    if revision is not None and Path(name).is_dir():
+        raise ConfigError(f"model_revision={revision!r} is of a name on the Hub, and model {name!r} is a local folder")
     _require_safetensors(Path(name))
-    loaded = load_tokenizer(tokenizer or name)
+    loaded = load_tokenizer(tokenizer or name, revision=None if tokenizer else revision)
     if tokenizer is not None:
         require_same_ids(loaded, tokenizer, name)
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").exists():
         return None
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **_of_revision(revision))
     except (OSError, ValueError) as error:
         raise ConfigError(_not_loaded(f"model {name!r}", error)) from error
 
@@ -110,14 +130,18 @@ def extent(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
     return highest, longest
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a folder or Hub name. Raises ConfigError like `load_model`."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_of_revision(revision))
     except (OSError, ValueError) as error:
         raise ConfigError(_not_loaded(f"tokenizer {name!r}", error)) from error
+
+
+def _of_revision(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
 
 
 def _not_loaded(what: str, error: Exception) -> str:

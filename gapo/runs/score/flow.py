@@ -18,15 +18,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from gapo.config import OF_THE_UPDATE, GAPOConfig, plain
-from gapo.files import JsonLines, read_lines, require_writable, write_text
+from gapo.files import JsonLines, read_lines, write_text
 from gapo.runs import held_out
 from gapo.runs.claims import Claims, owner_of
 from gapo.runs.config_bases import READING
 from gapo.runs.errors import ConfigError
 from gapo.runs.output.tables import Row, read_table, write_table
-from gapo.runs.ranks import require_one
 from gapo.runs.score.measure import Measure
 from gapo.runs.score.score_config import ScoreConfig
+from gapo.runs.score.score_files import require_files
 from gapo.runs.score.score_page import write_page
 from gapo.runs.score.score_table import digits, plan, score_rows, select_pairs
 from gapo.runs.score.shards import Shard, merge_heads, merged_lines, require_batches, shards_beside
@@ -73,12 +73,8 @@ def score(config: ScoreConfig, step: GAPOConfig | None = None) -> list[Row]:
             raise ConfigError(
                 f"{name} changes no score: leave it at {getattr(GAPOConfig, name)!r}, got {getattr(step, name)!r}"
             )
-    if config.shard is None:
-        require_one("gapo score")
     files = Files(config.output)
-    for path in (config.output, config.select_output):
-        if path is not None:
-            require_writable(Path(path).parent)
+    require_files(config)
     finished = files.finished() and not config.overwrite
     head = merge_heads(files.output)[0] if config.merge and not finished else {"settings": None}
     earlier = files.settings() if finished else head["settings"]

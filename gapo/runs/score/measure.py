@@ -62,7 +62,8 @@ class Measure:
             named = ", ".join(_named(i, self._pairs[i]) for i in rows)
             text = f"{self._name}, repeat {repeat}, batch {number}: {error}. Its pairs, from 0: rows {named}"
             raise (FloatingPointError if isinstance(error, FloatingPointError) else ValueError)(text) from error
-        if float(result.radius) == 0 and self._step_config.moves and not self._warned:
+        stays = result.radius is not None and float(result.radius) == 0
+        if stays and self._step_config.moves and not self._warned:
             self._warned = True
             logger.warning("%s: abs(theta) * g is 0 for every selected parameter, so that every gap is 0", self._name)
         values = {field: [digits(v) for v in getattr(result, field).tolist()] for field in MEASURES.values()}

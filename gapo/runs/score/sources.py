@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from gapo._extras import named_extra
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, require_model
+from gapo.runs.score.run_settings import model_folder
 from gapo.runs.score.score_config import ScoreConfig
 
 _ADAPTER = "adapter_config.json"
@@ -53,16 +54,19 @@ def find_sources(config: ScoreConfig) -> list[Source]:
 def source_of(name: str, adapter: str | None) -> Source:
     """The source of a model, or of an adapter with the base that it names, by folder or Hub name.
 
+    The folder of a run of `gapo train` stands for its model.
+
     Raises:
         ConfigError: `name` is itself an adapter and another one is to be put on it, or its base is not named.
     """
-    if not _is_adapter(Path(name)):
-        return Source(name, name, adapter)
+    folder = model_folder(name)
+    if not _is_adapter(Path(folder)):
+        return Source(name, folder, None if adapter is None else model_folder(adapter))
     if adapter is not None:
         raise ConfigError(
             f"model {name!r} is itself an adapter: give its base as model, or leave out adapter {adapter!r}"
         )
-    return Source(name, _base_of(Path(name)), name)
+    return Source(name, _base_of(Path(folder)), folder)
 
 
 def _of_checkpoint(folder: Path, config: ScoreConfig) -> Source:

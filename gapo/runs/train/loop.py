@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from gapo.files import JsonLines, read_lines, whole
 from gapo.logp_options import LogpOptions
 from gapo.metrics import combine, evaluation_columns, evaluation_metrics
 from gapo.objectives import LogProbs, Loss
+from gapo.objectives.loss import warn_of_scale
 from gapo.pairs import BatchConstants
 from gapo.runs.errors import ConfigError
 from gapo.runs.held_out import Rows
@@ -32,13 +34,16 @@ from gapo.runs.output.tensors import open_tensors
 from gapo.runs.ranks import require_one
 from gapo.runs.reference_cache import with_kept_reference
 from gapo.runs.train.loss_option import loss_of
+from gapo.runs.train.model_options import ModelOptions
 from gapo.runs.train.run_data import RunData, step_line, tokenize_rows
 from gapo.runs.train.schedule import SHAPES, learning_rate, steps_between_evaluations, total_steps
 from gapo.runs.train.train_config import TrainConfig
 from gapo.step import StepResult
 
-_TORCH_ONLY = {"lora_r": 0, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "drift": False}
-
+_TORCH_ONLY = (
+    *(f.name for f in fields(ModelOptions) if f.name not in ("model", "tokenizer")),
+    *("bf16", "gradient_checkpointing", "report_to", "drift"),
+)
 _RUNNING = "running statistic "  # before its name in a checkpoint; no array of a trainee is called so
 
 
@@ -64,14 +69,19 @@ class Trainee(Protocol):
         """The model and its tokenizer, as `save_pretrained` would leave them."""
 
 
-def require_supported(config: TrainConfig) -> None:
-    """Raise ConfigError for settings that only `backend: torch` knows, and for several processes."""
+def require_supported(config: TrainConfig, step_config: GAPOConfig) -> TrainConfig:
+    """The run with 16-bit compute and checkpointing off, which this loop does not have.
+
+    Raises:
+        ConfigError: a setting that only `backend: torch` has is set, or there are several processes.
+    """
     require_one(f"gapo train with backend {config.backend}")
-    for name, default in _TORCH_ONLY.items():
-        if getattr(config, name) != default:
-            raise ConfigError(
-                f"{name}={getattr(config, name)!r} needs backend torch; backend {config.backend} knows {default!r}"
-            )
+    torch_only = {name: getattr(config, name) for name in _TORCH_ONLY} | config.training_arguments
+    defaults = {f.name: f.default for f in fields(config)}
+    for name, value in torch_only.items():
+        unset = name in defaults and (value == defaults[name] or (value is False and defaults[name] is None))
+        if not unset:
+            raise ConfigError(f"{name}={value!r} needs backend torch: leave it out with backend {config.backend}")
     if config.backend == "mlx" and config.max_grad_norm == 0:
         raise ConfigError("max_grad_norm=0 clips every gradient to 0 with backend mlx: give a large number for none")
     if config.scheduler not in SHAPES:
@@ -79,6 +89,8 @@ def require_supported(config: TrainConfig) -> None:
             f"scheduler must be one of {', '.join(map(repr, SHAPES))} for backend {config.backend}, "
             f"got {config.scheduler!r}"
         )
+    warn_of_scale(loss_of(config.loss, step_config, config.loss_settings))
+    return replace(config, bf16=False, gradient_checkpointing=False)
 
 
 def train(

@@ -18,7 +18,9 @@ def total_steps(config: TrainConfig, pairs: int, processes: int = 1) -> int:
 
 def steps_per_epoch(config: TrainConfig, pairs: int, processes: int = 1) -> int:
     """Optimiser steps of one pass; the last one may be of fewer pairs."""
-    return max(1, math.ceil(pairs / (config.batch_size * config.accumulation * processes)))
+    batches = pairs / (config.batch_size * processes)
+    whole = math.floor(batches) if config.training_arguments.get("dataloader_drop_last") else math.ceil(batches)
+    return max(1, math.ceil(whole / config.accumulation))
 
 
 def steps_between_evaluations(config: TrainConfig, total: int) -> int:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gapo._extras import named_extra
 from gapo.config import GAPOConfig
 from gapo.data import warmup_text
-from gapo.files import require_writable, write_text
+from gapo.files import read_lines, write_text
 from gapo.runs import ranks
 from gapo.runs.config_bases import READING
 from gapo.runs.errors import ConfigError
@@ -22,7 +21,9 @@ from gapo.runs.train.loop import require_supported
 from gapo.runs.train.loss_option import code_digest, loss_of, require_loss_settings
 from gapo.runs.train.run_data import RunData, load_data
 from gapo.runs.train.train_config import TrainConfig, as_dict
+from gapo.runs.train.train_files import require_files
 from gapo.runs.train.train_page import write_report
+from gapo.runs.train.unmoved import unmoved
 from gapo.runs.versions import versions
 
 _FILES = (
@@ -31,6 +32,12 @@ _FILES = (
 )
 # Version of the drawing of held-out pairs and batches: a run of another version is not resumed.
 _DRAWS = 2
+# Settings that a resumed run may have anew.
+_FREE = (
+    *("resume", "overwrite", "report_to", "logging_steps", "num_processes"),
+    *("run_name", "disable_tqdm", "log_level", "push_to_hub"),
+    *("dataset_num_proc", "mixture", *READING),  # the pairs themselves are compared
+)
 
 
 def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
@@ -39,15 +46,17 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     In several processes (torchrun) the first one writes and prints.
 
     Raises:
-        ConfigError: the output folder holds a finished run, or one of other settings or pairs.
+        ConfigError: the output folder holds a finished run, or one of other settings or pairs; or a setting cannot be
+            used.
         gapo.data.PairError: the pairs cannot be read.
         ModuleNotFoundError: the backend's libraries are not installed.
     """
     require_loss_settings(config.loss, step_config, config.loss_settings, config.logp_options)
-    loop = _loop(config.backend)
     folder = Path(config.output_dir)
-    _require_folder(folder, config, step_config)
-    getattr(loop, "require", require_supported)(config)  # before minutes of reading
+    require_files(config)  # before seconds of imports
+    loop = _loop(config.backend)
+    config = getattr(loop, "require", require_supported)(config, step_config)  # before minutes of reading
+    _require_same_settings(folder, config, step_config)
     data = load_data(config)
     identity = _require_same_pairs(folder, config, data)
     ranks.meet()  # nobody writes before everybody has looked
@@ -62,6 +71,7 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     summary = {
         "loss": config.loss,
         "needs_anchor": loss.needs_anchor,
+        "unmoved": None,
         "weighs_by_gap": loss.objective.weighs_by_gap,
         "before": before,
         "after": after,
@@ -74,6 +84,7 @@ def train(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
         "versions": versions(),
     }
     if ranks.is_first():
+        summary["unmoved"] = unmoved(before, after, read_lines(folder / "steps.jsonl"), config, step_config)
         write_report(folder, summary)
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: its presence means finished
     return summary
@@ -91,28 +102,19 @@ def _loop(backend: str) -> Any:
         return importlib.import_module(f"gapo.runs.train.train_{backend}")
 
 
-def _require_folder(folder: Path, config: TrainConfig, step_config: GAPOConfig) -> None:
-    """Raise for a folder that cannot be written to, or holds a finished run, or an unfinished one of other settings."""
-    if folder.is_file():
-        raise ConfigError(f"output_dir {config.output_dir!r} is a file; give a folder")
-    require_writable(folder)
-    require_writable(Path(config.cache_dir))
-    if config.overwrite:
+def _require_same_settings(folder: Path, config: TrainConfig, step_config: GAPOConfig) -> None:
+    """Raise ConfigError for a folder that holds an unfinished run of other settings."""
+    if config.overwrite or not (folder / "config.json").exists():
         return
-    if (folder / "summary.json").exists():
-        raise ConfigError(f"{config.output_dir} holds a finished run: give another output_dir, or --overwrite true")
-    if (folder / "config.json").exists():
-        old = {**asdict(GAPOConfig()), **json.loads((folder / "config.json").read_text())}
-        ignored = {"resume", "overwrite", "report_to", "logging_steps", "num_processes", "dataset_num_proc"}
-        ignored |= {"mixture", *READING}  # the pairs themselves are compared
-        new = as_dict(config, step_config)
-        changed = [name for name in new if name not in ignored and old.get(name) != new[name]]
-        if changed:
-            changes = ", ".join(f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in changed)
-            raise ConfigError(
-                f"{config.output_dir} holds an unfinished run with other settings ({changes}): give another "
-                "output_dir, or --overwrite true"
-            )
+    new = as_dict(config, step_config)
+    old = as_dict(TrainConfig(), GAPOConfig()) | json.loads((folder / "config.json").read_text())
+    changed = [name for name in {**new, **old} if name not in _FREE and old.get(name) != new.get(name)]
+    if changed:
+        changes = ", ".join(f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in changed)
+        raise ConfigError(
+            f"{config.output_dir} holds an unfinished run with other settings ({changes}): give another "
+            "output_dir, or --overwrite true"
+        )
 
 
 def _require_same_pairs(folder: Path, config: TrainConfig, data: RunData) -> dict[str, Any]:

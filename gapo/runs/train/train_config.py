@@ -10,6 +10,7 @@ from gapo.logp_options import LogpOptions
 from gapo.runs.config_bases import TrainingConfig, require_not_negative, require_positive
 from gapo.runs.errors import require_seed
 from gapo.runs.train.loss_option import require_loss
+from gapo.runs.train.model_options import ModelOptions
 
 _POSITIVE = (
     "batch_size",
@@ -24,8 +25,10 @@ _NOT_NEGATIVE = ("eval_steps", "save_steps", "weight_decay", "max_grad_norm", "l
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrainingConfig):
+class TrainConfig(ModelOptions, TrainingConfig):
     """The run: data, model and training loop. The fields of `gapo.GAPOConfig` are set beside these.
+
+    Its fields are the short names of settings; `other_names.OTHER_NAMES` has those of TRL and transformers.
 
     Args:
         eval_fraction: share of the training pairs held out when eval_pairs is not given.
@@ -35,11 +38,6 @@ class TrainConfig(TrainingConfig):
         flip_rate: share of the training labels to flip, 0 for none. Held-out pairs are never flipped.
         flip_seed: seed of the flips.
         flip_favour: which length flips of mode "length" favour.
-        model: a Hub name, a local folder, or "tiny" for a small Llama trained on the spot.
-        tokenizer: another tokenizer than the model's: a Hub name or folder.
-        lora_r: rank of LoRA adapters (peft); 0 trains all weights.
-        lora_alpha: scale of the adapters.
-        lora_targets: names of the modules that get them, comma separated; none for peft's default.
         loss: "gapo", or "simpo" for the control without an anchor, or another objective to compare with: simper, amapo,
             alpha_dpo, dpo, ipo, sigmoid_norm, hypo, rpo, r_dpo, cal_dpo, cdpo, rdpo, dr_dpo, ropo, re_po, beta_dpo,
             sigmoid_loss, ramp, unhinged, hinge, discopop, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down,
@@ -62,7 +60,8 @@ class TrainConfig(TrainingConfig):
         max_steps: stop after so many steps; -1 for all epochs.
         batch_size: pairs in a micro-batch, which share an anchor.
         accumulation: micro-batches in a step.
-        learning_rate: peak learning rate.
+        learning_rate: peak learning rate; the command line takes 1e-3 for a tiny model and 5e-6 for LoRA adapters where
+            it is not set.
         warmup_ratio: share of the steps in which the learning rate rises.
         scheduler: shape of the learning rate afterwards (names of transformers).
         weight_decay: strength of the weight decay of AdamW.
@@ -70,10 +69,11 @@ class TrainConfig(TrainingConfig):
         eval_steps: evaluate every so many steps; 0 for ten times a run.
         save_steps: checkpoint every so many steps; 0 with each evaluation.
         logging_steps: log every so many steps.
-        bf16: train under bfloat16 autocast.
-        gradient_checkpointing: trade time for memory.
+        bf16: train under bfloat16 autocast; none for "on a GPU that has it, unless the model is tiny".
+        gradient_checkpointing: trade time for memory; none for "on a GPU, unless the model is tiny".
         dataset_num_proc: processes that tokenise; none for one. Tokens are kept in cache_dir for the next run.
         report_to: trackers of transformers, comma separated, or "none".
+        training_arguments: other fields of `transformers.TrainingArguments`, by their names.
         drift: measure the drift from the starting policy at each checkpoint.
         drift_pairs: training and held-out pairs to measure it on, so many of each.
         drift_prompts: held-out prompts to generate responses for; 0 for none.
@@ -86,11 +86,6 @@ class TrainConfig(TrainingConfig):
     flip_rate: float = 0.0
     flip_seed: int = 0
     flip_favour: Literal["longer", "shorter"] = "longer"
-    model: str = "tiny"
-    tokenizer: str | None = None
-    lora_r: int = 0
-    lora_alpha: int = 16
-    lora_targets: str | None = None
     loss: str = "gapo"
     loss_settings: dict[str, float] = field(default_factory=dict)
     ld_alpha: float | None = None
@@ -113,10 +108,11 @@ class TrainConfig(TrainingConfig):
     eval_steps: int = 0
     save_steps: int = 0
     logging_steps: int = 10
-    bf16: bool = False
-    gradient_checkpointing: bool = False
+    bf16: bool | None = None
+    gradient_checkpointing: bool | None = None
     dataset_num_proc: int | None = None
-    report_to: str = "none"
+    report_to: str | list[str] = "none"
+    training_arguments: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
     drift: bool = False
     drift_pairs: int = 32
     drift_prompts: int = 16
@@ -124,6 +120,7 @@ class TrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_consistent()
         require_positive(self, _POSITIVE)
         require_not_negative(self, _NOT_NEGATIVE)
         for name in ("flip_rate", "eval_fraction", "warmup_ratio"):
@@ -152,4 +149,7 @@ class TrainConfig(TrainingConfig):
 
 def as_dict(config: TrainConfig, step_config: GAPOConfig) -> dict[str, Any]:
     """Both configurations as one flat dict, without `trust_code`, which is of the call and not of the run."""
-    return {name: value for name, value in {**asdict(config), **plain(step_config)}.items() if name != "trust_code"}
+    settings = {**asdict(config), **plain(step_config)}
+    others = settings.pop("training_arguments")
+    del settings["trust_code"]
+    return settings | others

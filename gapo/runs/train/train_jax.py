@@ -88,14 +88,15 @@ class JaxTrainee:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def require(config: TrainConfig) -> None:
-    """Raise ConfigError for settings or a model that cannot be used, before pairs and weights are read."""
-    loop.require_supported(config)
+def require(config: TrainConfig, step_config: GAPOConfig) -> TrainConfig:
+    """`loop.require_supported`, and ConfigError for a model that cannot be used, before pairs and weights are read."""
+    config = loop.require_supported(config, step_config)
     if config.model != "tiny":
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         if config.tokenizer is not None:
             require_same_ids(tokenizer, config.tokenizer, config.model)
         llama.settings_of(config.model)
+    return config
 
 
 def run(

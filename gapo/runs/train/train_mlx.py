@@ -106,6 +106,5 @@ def run(
     config: TrainConfig, step_config: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
-    loop.require_supported(config)
     trainee = MlxTrainee(config, step_config, model_name)
     return loop.train(trainee, config, step_config, data, trainee.tokenizer, folder)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import (
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.integrations import get_available_reporting_integrations
 
-from gapo._extras import named_extra
 from gapo.adapters.hf import DriftCallback, GAPOCallback, PreferenceCollator
+from gapo.adapters.hf import GAPOConfig as GAPOArguments
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
+from gapo.adapters.hf.models.peft_models import with_adapters
 from gapo.adapters.hf.reference_model import summed_logps
 from gapo.config import GAPOConfig
 from gapo.data.lazy_rows import WithColumns, joined, mapped
@@ -32,27 +27,34 @@ from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, load_tokenizer, require_fit, require_model
 from gapo.runs.reference_cache import with_kept_reference
 from gapo.runs.train.loss_option import loss_of, objective_of
+from gapo.runs.train.model_options import loading_options, lora_config, names_in
 from gapo.runs.train.recorder import Recorder
 from gapo.runs.train.run_data import RunData, tokenize_rows
-from gapo.runs.train.schedule import steps_between_evaluations, steps_per_epoch, total_steps
+from gapo.runs.train.schedule import steps_per_epoch
+from gapo.runs.train.torch_arguments import arguments_of, require_arguments
 from gapo.runs.train.torch_trainer import Progress, TrainerWithFlips, errors_named
 from gapo.runs.train.train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def run(
     config: TrainConfig, step_config: GAPOConfig, data: RunData, model_name: str, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
-    tokenizer = load_tokenizer(config.tokenizer or model_name)
+    revision = config.model_revision
+    tokenizer = load_tokenizer(config.tokenizer or model_name, None if config.tokenizer else revision)
     collator = PreferenceCollator(tokenizer, max_length=config.max_length)
     flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped", "pair"))
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
     train_rows = mapped(train_rows, WithColumns(("pair",), np.arange(len(train_rows))[:, None]))
     _require_pairs(config, train_rows)
     highest, longest = extent(joined(train_rows, held_out))
-    settings = require_model(model_name, tokenizer=config.tokenizer)
+    settings = require_model(model_name, tokenizer=config.tokenizer, revision=revision)
     require_fit(settings, model_name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
-    model, _ = _load_model(config, model_name)
+    checkpoints = folder / "checkpoints"
+    arguments = arguments_of(config, step_config, checkpoints, len(train_rows))
+    model, _ = _load_model(config, model_name, arguments)
     if loss_of(config.loss, step_config, config.loss_settings).needs_reference:
         with ranks.first_ahead():
             train_rows, held_out = with_kept_reference(
@@ -64,7 +66,6 @@ def run(
                 batch_size=4 * config.batch_size,
                 ld_alpha=config.ld_alpha,
             )
-    checkpoints = folder / "checkpoints"
     if config.overwrite and ranks.is_first():
         shutil.rmtree(checkpoints, ignore_errors=True)
     ranks.meet()
@@ -79,13 +80,14 @@ def run(
         step_config,
         objective=objective_of(config.loss),
         objective_settings=config.loss_settings,
+        disable_dropout=config.disable_dropout,
         on_step=recorder.on_step,
         ld_alpha=config.ld_alpha,
         use_weighting=config.use_weighting,
     )
     trainer = TrainerWithFlips(
         model,
-        _arguments(config, checkpoints, len(train_rows)),
+        arguments,
         train_dataset=train_rows,
         eval_dataset=held_out,
         data_collator=collator,
@@ -121,7 +123,8 @@ def _load_if_finished(trainer: Trainer, checkpoint: str) -> bool:
     state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
     if state.global_step < state.max_steps:
         return False
-    trainer._load_from_checkpoint(checkpoint)
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or checkpoint)
     trainer.state.global_step, trainer.state.epoch = state.global_step, state.epoch
     return True
 
@@ -139,75 +142,31 @@ def _drift(config: TrainConfig) -> list[TrainerCallback]:
     ]
 
 
-def _load_model(config: TrainConfig, name: str) -> tuple[Any, Any]:
-    """The model to train and its tokenizer; in float32, since 16-bit weights round the anchor away."""
-    model, tokenizer = load_model(name, tokenizer=config.tokenizer, dtype="float32")
+def _load_model(config: TrainConfig, name: str, arguments: GAPOArguments) -> tuple[Any, Any]:
+    """The model to train and its tokenizer."""
+    options = loading_options(config)
+    model, tokenizer = load_model(name, tokenizer=config.tokenizer, dtype=config.dtype, options=options)
     if getattr(model, "is_quantized", False):
         _require_adapters(config)
-    if config.lora_r:
-        from peft import LoraConfig, get_peft_model
-
-        targets = [part.strip() for part in config.lora_targets.split(",")] if config.lora_targets else None
-        lora = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            target_modules=targets,
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, lora)
-    return model, tokenizer
+    if arguments.checkpointing_by_default and not model.supports_gradient_checkpointing:
+        arguments.turn_checkpointing_off()
+    lora = lora_config(config)
+    return model if lora is None else with_adapters(model, lora, arguments), tokenizer
 
 
-def _arguments(config: TrainConfig, checkpoints: Path, pairs: int) -> TrainingArguments:
-    steps = total_steps(config, pairs, ranks.count())
-    eval_steps = steps_between_evaluations(config, steps)
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=4 * config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=round(config.warmup_ratio * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        eval_strategy="steps",
-        eval_steps=eval_steps,
-        save_steps=config.save_steps or eval_steps,
-        save_total_limit=2,
-        logging_steps=config.logging_steps,
-        bf16=config.bf16,
-        gradient_checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-        report_to=_trackers(config),
-        use_cpu=ranks.count() > 1 and not torch.accelerator.is_available(),  # without it, each would train alone
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-
-
-def require(config: TrainConfig) -> None:
-    """Raise for settings, an environment or a model that cannot be used, before pairs and weights are read.
+def require(config: TrainConfig, step_config: GAPOConfig) -> TrainConfig:
+    """The run with the settings that depend on the device, before pairs and weights are read.
 
     Raises:
-        ConfigError: a setting cannot be used here; names it.
+        ConfigError: a setting, the environment or the model cannot be used here; names it.
         ModuleNotFoundError: a library that a setting needs is not installed.
     """
     trackers = get_available_reporting_integrations()
-    for name in _trackers(config):
+    for name in names_in(config.report_to) or []:
         if name not in ("none", "all", *trackers):
             listed = ", ".join(trackers)
             raise ConfigError(f"report_to={name!r} is no tracker of transformers that is installed: {listed}")
-    try:
-        arguments = _arguments(config, Path(config.output_dir, "checkpoints"), 1)
-        arguments.device  # noqa: B018  # set up now, with the processes
-        weight = torch.zeros(1, requires_grad=True)
-        get_scheduler(config.scheduler, torch.optim.SGD([weight]), num_warmup_steps=1, num_training_steps=2)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    arguments = require_arguments(config, step_config)
     if arguments.world_size != ranks.count():
         raise ConfigError(
             f"{ranks.count()} processes were started, which PyTorch makes no group of on {arguments.device}: start one"
@@ -223,17 +182,24 @@ def require(config: TrainConfig) -> None:
             f"{arguments.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported: start it with "
             f"torchrun --nproc_per_node {arguments.n_gpu} -m gapo train ..., or show it one, CUDA_VISIBLE_DEVICES=0"
         )
-    if config.lora_r:
-        with named_extra("gapo train with lora_r", "hf"):
-            import peft  # noqa: F401
+    if config.lora_dropout and config.disable_dropout and ranks.is_first():
+        logger.warning("lora_dropout has no effect while disable_dropout is true, the default as in TRL")
+    lora_config(config)
+    loading_options(config)
     if config.model != "tiny":
-        settings = require_model(config.model, tokenizer=config.tokenizer)
+        settings = require_model(config.model, tokenizer=config.tokenizer, revision=config.model_revision)
         if getattr(settings, "quantization_config", None) is not None:
             _require_adapters(config)
+    return _on_device(config, arguments)
 
 
-def _trackers(config: TrainConfig) -> list[str]:
-    return [name.strip() for name in config.report_to.split(",")]
+def _on_device(config: TrainConfig, arguments: GAPOArguments) -> TrainConfig:
+    """The run with what its device decides; checkpointing waits for the model, which may not support it."""
+    checkpointing: Any = arguments.gradient_checkpointing
+    if ranks.is_first() and config.bf16 is None and arguments.bf16:
+        print("defaults on this GPU: bf16 true, and gradient_checkpointing true unless it is set", flush=True)
+    waits = checkpointing and arguments.checkpointing_by_default
+    return replace(config, bf16=bool(arguments.bf16), gradient_checkpointing=None if waits else bool(checkpointing))
 
 
 def _require_adapters(config: TrainConfig) -> None:

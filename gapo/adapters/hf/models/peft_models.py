@@ -43,6 +43,25 @@ def adapters_off(model: Any) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
+def with_adapters(model: Any, peft_config: Any, args: Any) -> Any:
+    """`model` with new adapters; a quantised one is made ready for them, with the checkpointing of `args`.
+
+    Raises:
+        ValueError: the model has adapters already.
+    """
+    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if isinstance(model, PeftModel):
+        raise ValueError("the model has adapters already: leave peft_config out, or merge and unload them first")
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=bool(args.gradient_checkpointing),
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        )
+    return get_peft_model(model, peft_config)
+
+
 def peft_model(model: Any) -> Any:
     """The `PeftModel` inside DDP and torch.compile; None without one."""
     while isinstance(model, nn.Module):

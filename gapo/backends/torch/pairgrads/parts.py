@@ -41,16 +41,34 @@ class Explicit:
 class Outer:
     """A (blocks, N, tokens, in) and G (blocks, N, tokens, out) of theta (out, in), or (in, out) if transposed.
 
-    `grad_i = sum_t G[i, t] A[i, t]^T` is never formed: its product with delta is that of `A delta^T` with G.
+    `grad_i = sum_t G[i, t] A[i, t]^T` is not formed: its product with delta is that of `A delta^T` with G.
     """
 
     a: Tensor
     g: Tensor
     transposed: bool
 
+    def smaller(self) -> Part:
+        """The form of fewer numbers: this one, or N explicit gradients.
+
+        R rows of A and G take `4 R in out` flops and twice the reading of `R (in + out)` numbers for probe and update;
+        N gradients take `2 R in out + 4 N in out` flops, and are `N in out` numbers, written once and read twice. So
+        where they are fewer numbers they cost less in flops, in bytes moved and in bytes kept; where they are more, the
+        flops that they save are paid with memory, which is what runs out first.
+        """
+        groups, inputs, outputs = self.a.shape[1], self.a.shape[-1], self.g.shape[-1]
+        if groups * inputs * outputs > self.a.numel() + self.g.numel():
+            return self
+        left, right = (self.a, self.g) if self.transposed else (self.g, self.a)
+        grads = torch.bmm(left[0].mT, right[0])
+        for block in range(1, self.a.shape[0]):
+            grads.baddbmm_(left[block].mT, right[block])
+        return Explicit(grads)
+
     def weighted(self, weights: Tensor) -> Tensor:
-        g = self.g * weights.to(self.g.dtype)[None, :, None, None]
-        left, right = (self.a, g) if self.transposed else (g, self.a)
+        a, g, scale = self.a, self.g, weights.to(self.g.dtype)[None, :, None, None]
+        a, g = (a * scale, g) if a.shape[-1] < g.shape[-1] else (a, g * scale)
+        left, right = (a, g) if self.transposed else (g, a)
         return left.flatten(0, 2).T @ right.flatten(0, 2)
 
     def along(self, delta: Tensor) -> Tensor:

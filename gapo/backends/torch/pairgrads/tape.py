@@ -19,7 +19,7 @@ for more.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,6 +32,7 @@ from gapo.backends.torch.pairgrads.agreement import HALVES, coarse_arithmetic, c
 from gapo.backends.torch.pairgrads.gradients import GroupGradients
 from gapo.backends.torch.pairgrads.graph import Edge, no_grads_left, uses, walk
 from gapo.backends.torch.pairgrads.local import Rerun, Snapshot, differentiable, local_vjp
+from gapo.backends.torch.pairgrads.parts import Outer
 from gapo.backends.torch.pairgrads.refused import Refused
 from gapo.backends.torch.pairgrads.rows import odd_rows, scaled_by, unequal
 from gapo.backends.torch.pairgrads.rules import Rule, rule_for, trained, unfit
@@ -53,6 +54,8 @@ class Tape:
         verdicts: what earlier tapes proved. Pass one `Verdicts()` to all tapes of a loop, and the comparison with
             autograd, which costs a second backward, is made once; without it, each tape proves itself.
         key: the function that makes the outputs of the module and a batch; a verdict holds for this one alone.
+        once: names of parameters of which one weighted sum is asked. Their matrix products are put off until then: N
+            explicit gradients would be written and read again for nothing.
 
     Raises:
         Refused: by `with` or `backward`, with the reason.
@@ -79,9 +82,10 @@ class Tape:
         by_row: bool = False,
         verdicts: Verdicts | None = None,
         key: Any = None,
+        once: Iterable[str] = (),
     ) -> None:
         self._module, self._groups, self._blocks = module, groups, blocks
-        self._by_row = by_row and blocks > 1
+        self._by_row, self._once = by_row and blocks > 1, frozenset(once)
         self.parameters: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._verdicts = Verdicts() if verdicts is None else verdicts
         self._basis: Hashable = basis(key, module)
@@ -428,8 +432,10 @@ class Tape:
             if call.as_groups and a is not None:
                 a = by_tokens(a)
             parts = list(call.grads(call.layer, a, by_tokens(gradients[0])))
-        for name, part in parts:
-            self._sink.parts[call.own[name]].append((call.block, part))
+        for own_name, part in parts:
+            name = call.own[own_name]
+            part = part.smaller() if isinstance(part, Outer) and name not in self._once else part
+            self._sink.parts[name].append((call.block, part))
 
 
 class _Call:

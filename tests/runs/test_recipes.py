@@ -1,0 +1,114 @@
+"""The recipes of the package: their numbers, two steps of each on a tiny model of its class, and their memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import pytest
+import transformers
+
+from gapo import GAPOConfig, cli, data, files
+from gapo.commands.train import parse
+from gapo.runs.launch import CONFIGS, config_file
+from gapo.runs.train import train as train_module
+from gapo.runs.train.train_config import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECIPES = {path.stem: path for path in sorted(CONFIGS.parent.glob("*.yaml"))}
+# The class of each model, and the pairs that share an anchor on 8 devices.
+MODELS = {
+    "mistral-7b-instruct": ("Mistral", 32),
+    "mistral-7b-base": ("Mistral", 16),
+    "llama-3-8b-base": ("Llama", 16),
+    "llama-3-8b-instruct": ("Llama", 16),
+    "gemma-2-9b-it": ("Gemma2", 16),
+}
+
+
+def settings(name: str) -> tuple[TrainConfig, GAPOConfig]:
+    return parse([str(RECIPES[name])])
+
+
+def test_each_recipe_has_the_numbers_of_the_documentation() -> None:
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    rows = re.findall(
+        r"^\| ((?:Mistral|Llama|Gemma)[^|]*?)(?: \(.*?\))? \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text, re.M
+    )
+    table = {row[0].split(",")[0].lower(): tuple(map(float, row[1:])) for row in rows}
+    assert set(table) == set(RECIPES) == set(MODELS)
+    beta, gamma, rate = re.findall(r"`beta` (\S+), `gamma` (\S+) and learning rate (\S+)\.", text.replace("\n", " "))[0]
+    *_, rho = table["llama-3-8b-base"]
+    table["llama-3-8b-instruct"] = (float(beta), float(gamma), float(rate), rho)  # "-v2", for the plain instruct model
+    for name, numbers in table.items():
+        config, step = settings(name)
+        assert (step.beta, step.gamma, config.learning_rate, step.rho) == numbers, name
+        assert (step.adaptive, step.probe, config.scheduler, config.warmup_ratio) == (True, "loss", "cosine", 0.1)
+        assert (8 * config.batch_size, 8 * config.batch_size * config.accumulation) == (MODELS[name][1], 128)
+        assert config_file(str(config.accelerate_config)).parent == CONFIGS
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    files.write_rows(folder / "train.jsonl", data.generate_pairs(32))
+    files.write_rows(folder / "test.jsonl", data.generate_pairs(4, seed=1))
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_steps_of_each_on_a_tiny_model_of_its_class(
+    name: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # launched already
+    monkeypatch.setattr(train_module, "write_report", lambda *_: None)
+    kind, _ = MODELS[name]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": hf_models.VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    tiny = getattr(transformers, f"{kind}Config")(**sizes, **ids, num_key_value_heads=1, head_dim=8)
+    getattr(transformers, f"{kind}ForCausalLM")(tiny).save_pretrained(tmp_path / "model")
+    hf_models.tokenizer().save_pretrained(tmp_path / "model")
+    instead = {
+        "model": tmp_path / "model", "pairs": pairs / "train.jsonl", "split": "train", "max_steps": 2, "max_length": 64,
+        "eval_pairs": pairs / "test.jsonl", "eval_split": "null", "output_dir": tmp_path / "run", "logging_steps": 1,
+    }  # fmt: skip
+    assert cli.main(["train", str(RECIPES[name]), *(f"--{key}={value}" for key, value in instead.items())]) == 0
+    steps = files.read_lines(tmp_path / "run" / "steps.jsonl")
+    config, step = settings(name)
+    assert [len(row["pair"]) for row in steps[: config.accumulation]] == [config.batch_size] * config.accumulation
+    assert {row["step"] for row in steps} == {1, 2}
+    assert all(0 < weight < step.beta for row in steps for weight in row["weights"])
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == kind.lower()
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script that computes the memory of a device."""
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks" / "memory.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_memory_of_a_device_is_that_of_the_documentation(memory: Any) -> None:
+    published = {"Mistral": 7_241_732_096, "Llama": 8_030_261_248, "Gemma2": 9_241_705_984}
+    assert {name: memory.layers_of(name)[0] for name in RECIPES} == {
+        name: published[MODELS[name][0]] for name in MODELS
+    }
+    text = (ROOT / "docs" / "devices.md").read_text()
+    assert "\n".join(memory.table(8)) in text
+    # Mistral-Instruct on FSDP2, by hand: its states, and four pairs of 2 x 2048 tokens.
+    tokens, parameters = 4 * 2 * 2048, published["Mistral"]
+    inside = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    step = 4 * parameters / 8 + 4 * tokens * (32 * 4096 + 2 * inside) + 8 * tokens * 32000
+    sizes = memory.per_device("mistral-7b-instruct", memory.WAYS["fsdp2"], 8, 4, 2048)
+    assert sizes["step"] == pytest.approx(step / 1e9)
+    assert sizes["weights"] + sizes["optimizer"] == pytest.approx(16 * parameters / 8 / 1e9)
