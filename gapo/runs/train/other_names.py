@@ -24,6 +24,7 @@ OTHER_NAMES = {
     "dataset_name": "pairs",
     "dataset_train_split": "split",
     "dataset_test_split": "eval_split",
+    "dataset_streaming": "streaming",
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulation",
