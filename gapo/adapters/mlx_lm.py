@@ -185,7 +185,7 @@ def pair_logps(
     """
     options, arrays = LogpOptions(ld_alpha), as_arrays(batch) if isinstance(batch, Mapping) else batch
     if len(arrays) > 2:
-        _constants(*arrays[1:3], options)  # for its checks
+        _constants(arrays[1], arrays[2], options)  # for its checks
     return PairLogps(row_logits, options)(model, arrays)
 
 
