@@ -9,6 +9,6 @@ from gapo.logps import sequence_logps
 from gapo.objective import anchor_gap, loss, weights
 from gapo.step import StepResult, value_and_grad
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["GAPOConfig", "StepResult", "anchor_gap", "loss", "sequence_logps", "value_and_grad", "weights"]

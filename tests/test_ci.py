@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 
@@ -25,7 +27,7 @@ def rows() -> dict[str, set[str]]:
 def test_every_row_has_tests_that_exist(rows: dict[str, set[str]]) -> None:
     assert rows.keys() == {
         *("core", "torch", "jax", "mlx", "hf", "flax", "mlx-lm", "cli", "study"),
-        *("axolotl", "llama-factory"),
+        *("axolotl", "llama-factory", "hf-lowest", "deepspeed"),
     }
     assert all((ROOT / file).is_file() for files in rows.values() for file in files)
 
@@ -52,3 +54,39 @@ def test_the_demonstration_installs_the_command_line_alone() -> None:
     assert installs("demo") == ["cli"]
     assert installs("test") == ["cli", "all,dev"]
     assert installs("test-lowest") == ["all,dev"]
+
+
+def test_the_workflows_run_what_exists(rows: dict[str, set[str]]) -> None:
+    workflows = {path.name: yaml.safe_load(path.read_text("utf-8")) for path in ROOT.glob(".github/workflows/*.yml")}
+    jobs = {name: job for workflow in workflows.values() for name, job in workflow["jobs"].items()}
+    assert set(jobs["extras"]["strategy"]["matrix"]["row"]) == set(rows)
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    commands += jobs["others"]["strategy"]["matrix"]["command"]
+    assert ".ci/run" in commands
+    targets = (ROOT / "Makefile").read_text("utf-8")
+    for command in commands:
+        if command.startswith("make "):
+            assert f"\n{command.removeprefix('make ')}:" in targets
+        elif command.startswith(".ci/"):
+            assert (ROOT / command.split()[0]).stat().st_mode & 0o111
+    nightly = (ROOT / ".ci" / "nightly").read_text("utf-8").splitlines()
+    assert {*nightly} >= {*jobs["others"]["strategy"]["matrix"]["command"], ".ci/extras"}
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        yaml.safe_load(form.read_text("utf-8"))
+
+
+def test_no_telemetry() -> None:
+    """No module opens the network itself; the Hub's library is imported for the class of a model card alone.
+
+    `socket` is imported for the host's name.
+    """
+    network = {"urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub"}
+    imports = [
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in sorted((ROOT / "gapo").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        if name and name.split(".")[0] in network
+    ]
+    assert imports == [("gapo/adapters/hf/trainer.py", "huggingface_hub")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import os
@@ -206,6 +207,8 @@ def test_a_push_to_the_hub_leaves_it_out(tmp_path: Path, monkeypatch: pytest.Mon
         uploads.append(list(filter_repo_objects(names, ignore_patterns=ignore_patterns)))
 
     monkeypatch.setattr(HfApi, "upload_folder", upload)
+    # As older versions call it.
+    monkeypatch.setattr("transformers.trainer.upload_folder", functools.partial(upload, None), raising=False)
     trainer.hub_model_id = "somebody/model"
     trainer.push_to_hub()
     assert "model.safetensors" in uploads[0]

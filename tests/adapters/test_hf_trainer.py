@@ -130,6 +130,8 @@ def test_pushing_goes_the_trainers_way(tmp_path: Path, monkeypatch: pytest.Monke
     url = type("Url", (), {"repo_id": "someone/model"})()
     monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: url)
     monkeypatch.setattr(HfApi, "upload_folder", lambda _, **options: pushed.update(options))
+    monkeypatch.setattr("transformers.trainer.create_repo", lambda *_, **__: url, raising=False)  # older versions call
+    monkeypatch.setattr("transformers.trainer.upload_folder", lambda **options: pushed.update(options), raising=False)
     trainer.push_to_hub()
     assert pushed["repo_id"] == "someone/model"
     assert "2602.04909" in (tmp_path / "README.md").read_text()
@@ -224,12 +226,13 @@ def test_parsers_and_yaml(tmp_path: Path) -> None:
         carried = GAPOConfig.__dataclass_fields__[name]
         assert f"--{name}" in help_text
         assert (carried.default, carried.metadata) == (core.default, core.metadata)
-        assert hints[name] == core_hints[name]
+        assert hints[name] == (str if name == "perturb" else core_hints[name])  # a parser reads no masks
     assert "--probe {loss,margin}" in help_text
 
 
 def test_the_example_in_trls_style(saved: Path, tmp_path: Path) -> None:
-    examples = Path(__file__).parents[2] / "examples"
+    pytest.importorskip("trl")
+    examples = Path(gapo.__file__).parent / "examples"
     write_rows(tmp_path / "pairs.jsonl", [{name: row[name] for name in COLUMNS} for row in hf_models.pairs(8)])
     command = [sys.executable, str(examples / "trl_style.py"), "--config", str(examples / "trl_style.yaml")]
     options = {
@@ -255,7 +258,7 @@ def test_the_example_in_trls_style(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_the_callback_on_trls_own_trainers(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    import trl
+    trl = pytest.importorskip("trl", minversion="1.0")  # older ones do not run on transformers 5
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     options = {
@@ -295,7 +298,7 @@ def test_the_callback_on_trls_own_trainers(saved: Path, tmp_path: Path, monkeypa
 @pytest.mark.filterwarnings("ignore")
 def test_trls_trainers_without_pairs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    import trl
+    trl = pytest.importorskip("trl", minversion="1.0")  # older ones do not run on transformers 5
 
     own = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     unpaired = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "label": i % 2 == 0} for i in range(4)])
@@ -318,7 +321,7 @@ def test_trls_trainers_without_pairs_are_refused(tmp_path: Path, monkeypatch: py
 def test_trls_settings_of_the_loss_are_said_to_have_no_effect(
     saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import trl
+    trl = pytest.importorskip("trl", minversion="1.0")  # older ones do not run on transformers 5
 
     own = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     for settings in ({}, {"beta": 0.2, "loss_type": ["ipo"], "ld_alpha": 0.5}):

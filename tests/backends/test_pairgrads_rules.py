@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from gapo.backends.torch.pairgrads import Refused, Tape, Verdicts, tape
@@ -193,6 +195,16 @@ def assert_autograds(model: Any, side: str, tol: float) -> None:
         assert float((along - by_hand).norm()) <= tol * size * float(direction[name].norm()), name
 
 
+# Rules for experts, and for DoRA, fit these versions. Before them such a layer runs again, and gives the same gradient.
+HAVE_RULES = Version(transformers.__version__) >= Version("5.16") and Version(version("peft")) >= Version("0.19")
+needs_rules = pytest.mark.skipif(not HAVE_RULES, reason="before transformers 5.16 and PEFT 0.19 these layers run again")
+
+
+def assert_rerun(rerun: set[str], local: set[str]) -> None:
+    """The layers without a rule, as far as the libraries' versions have the layers that the rules are for."""
+    assert rerun == local or (not HAVE_RULES and rerun >= local)
+
+
 SIDES = [(kind, side) for kind in MODELS for side in ("left", "right") if side == "right" or kind not in EAGER]
 
 
@@ -200,7 +212,7 @@ SIDES = [(kind, side) for kind in MODELS for side in ("left", "right") if side =
 def test_each_pairs_gradient_is_autograds(kind: str, side: str, rerun: set[str]) -> None:
     model = make(kind)
     assert_autograds(model, side, tol=1e-5)
-    assert rerun == LOCAL.get(kind, set())
+    assert_rerun(rerun, LOCAL.get(kind, set()))
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mixtral"])
@@ -208,14 +220,14 @@ def test_under_checkpointing(kind: str, rerun: set[str]) -> None:
     model = make(kind).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_autograds(model, "right", tol=1e-5)
-    assert rerun == LOCAL.get(kind, set())
+    assert_rerun(rerun, LOCAL.get(kind, set()))
 
 
 def test_a_layer_that_stands_twice_in_the_model(rerun: set[str]) -> None:
     model = make("mixtral")
     model.model.layers[1] = model.model.layers[0]
     assert_autograds(model, "right", tol=1e-5)
-    assert rerun == LOCAL["mixtral"]
+    assert_rerun(rerun, LOCAL["mixtral"])
 
 
 PARTS = {
@@ -232,7 +244,7 @@ def test_some_parameters_alone(kind: str, rerun: set[str]) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith(PARTS[kind]))
     assert_autograds(model, "right", tol=1e-5)
-    assert not rerun
+    assert_rerun(rerun, set())
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "cohere", "nemotron", "opt", "mixtral"])
@@ -243,7 +255,7 @@ def test_sixteen_bits_keep_the_rules(kind: str, autocast: bool, rerun: set[str])
     with Tape(model, PAIRS, blocks=2) as recorder, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = margins(model, *batch("right"))
     recorder.backward(outputs)  # compares with autograd's
-    assert rerun == LOCAL.get(kind, set())
+    assert_rerun(rerun, LOCAL.get(kind, set()))
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
@@ -251,7 +263,7 @@ def test_every_way_to_compute_experts(implementation: str, rerun: set[str]) -> N
     model = make("qwen3-moe").float()
     model.config._experts_implementation = implementation
     assert_autograds(model, "right", tol=1e-4)
-    assert rerun == LOCAL["qwen3-moe"]
+    assert_rerun(rerun, LOCAL["qwen3-moe"])
 
 
 def dora(dropout: float = 0.0, bias: bool = False) -> Any:
@@ -272,7 +284,7 @@ def dora(dropout: float = 0.0, bias: bool = False) -> Any:
 @pytest.mark.parametrize("bias", [False, True])
 def test_magnitudes_of_dora(bias: bool, rerun: set[str]) -> None:
     assert_autograds(dora(bias=bias), "right", tol=1e-5)
-    assert not rerun
+    assert_rerun(rerun, set())
 
 
 def test_dora_behind_dropout(rerun: set[str]) -> None:
@@ -281,7 +293,7 @@ def test_dora_behind_dropout(rerun: set[str]) -> None:
     handle = model.register_forward_pre_hook(lambda *_: torch.manual_seed(3) and None)
     assert_autograds(model, "right", tol=1e-5)
     handle.remove()
-    assert not rerun
+    assert_rerun(rerun, set())
 
 
 def experts(index: Tensor, kind: str = "mixtral") -> tuple[Any, tuple[Tensor, ...], Tensor]:
@@ -291,6 +303,7 @@ def experts(index: Tensor, kind: str = "mixtral") -> tuple[Any, tuple[Tensor, ..
     return layer, inputs, layer(*inputs)
 
 
+@needs_rules
 def test_a_slot_for_no_expert_and_an_expert_for_no_slot() -> None:
     index = torch.tensor([[0, 4], [4, 4], [2, 0], [0, 2], [4, 2], [0, 4]])  # 4 stands for none; 1 and 3 get nothing
     layer, inputs, output = experts(index)
@@ -350,6 +363,8 @@ LAYERS: dict[str, tuple[str, Any]] = {
 def test_no_rule_stands_for_what_it_does_not_fit(name: str, change: Any) -> None:
     kind, pick = LAYERS[name]
     layer = pick(make(kind))
+    if name == "experts" and not HAVE_RULES:
+        pytest.skip("these experts have no rule")
     assert rule_for(layer) is not None
     change(layer)
     assert rule_for(layer) is None
@@ -381,6 +396,7 @@ def test_numbers_tell_a_layer_that_only_has_the_name(monkeypatch: pytest.MonkeyP
     assert not rule.confirms(layer, ids, right)
 
 
+@needs_rules
 def test_numbers_tell_experts_that_gate_otherwise() -> None:
     layer, inputs, output = experts(torch.tensor([[0, 1], [2, 3]]))
     rule = rule_for(layer)

@@ -77,7 +77,7 @@ def test_a_precision_of_accelerate_s_that_is_not_the_run_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    message = f"accelerate's configuration has mixed_precision '{precision}', and bf16=False is 'no': let them agree"
+    message = f"accelerate's configuration has mixed_precision '{precision}', and the run's own is 'no': let them agree"
     refused(message, tmp_path / "run", monkeypatch)
 
 

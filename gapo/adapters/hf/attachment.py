@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -109,6 +110,11 @@ class Attachment:
         self._set_sync = trainer.accelerator.is_fsdp2 and not self._accumulation.get("sync_each_batch")
         if self._set_sync:
             self._accumulation["sync_each_batch"] = True
+        # The Trainer divides the loss by the steps. That of transformers 5.5 names them to accelerate too, which would
+        # divide once more; later ones name 1. DeepSpeed is told not to by the Trainer itself.
+        self._divided = self._accumulation.get("num_steps", 1)
+        if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            self._accumulation["num_steps"] = 1
         self._replaced = {name: getattr(trainer, name) for name in _REPLACED}
         for name in _REPLACED:
             setattr(trainer, name, getattr(self, name))
@@ -128,6 +134,7 @@ class Attachment:
         self._prepared.undo()
         if self._set_sync:
             self._accumulation["sync_each_batch"] = False
+        self._accumulation["num_steps"] = self._divided
         del self.trainer._gapo_attachment
 
     def begin(self) -> None:

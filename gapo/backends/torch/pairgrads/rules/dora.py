@@ -66,7 +66,7 @@ def _is_linear(layer: Any, read: tuple[Tensor, ...], output: Tensor) -> bool:
 register_rule(
     "peft.tuners.lora.dora.DoraLinearLayer",
     magnitude,
-    fits=lambda layer: owns(layer) == {"weight"},
+    fits=lambda layer: owns(layer) == {"weight"} and hasattr(layer, "get_lora_weight"),  # not before PEFT 0.19
     reads=_reads,
     confirms=_is_linear,
 )
