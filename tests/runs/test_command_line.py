@@ -154,6 +154,9 @@ def test_values_of_another_type_and_of_another_backend() -> None:
     with pytest.raises(ConfigError, match="save_total_limit"):
         typed_values({"save_total_limit": "few"})
     assert typed_values({"adam_epsilon": "1e-9", "fsdp": True}) == {"adam_epsilon": 1e-9, "fsdp": True}
+    words = train_command.parse(["--save_strategy", "no", "--run_name", "2.10", "--fsdp", "true"])[0]
+    assert typed_values(words.training_arguments) == {"save_strategy": "no", "run_name": "2.10", "fsdp": True}
+    assert typed_values({"push_to_hub": False}) == {"push_to_hub": False}
     from gapo.runs.train.loop import require_supported
 
     for line in (["--optim", "sgd"], ["--use_dora"], ["--dtype", "float16"], ["--bf16"], ["--lora_r=2"]):
