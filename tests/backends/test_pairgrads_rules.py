@@ -196,8 +196,8 @@ def assert_autograds(model: Any, side: str, tol: float) -> None:
 
 
 # Rules for experts, and for DoRA, fit these versions. Before them such a layer runs again, and gives the same gradient.
-HAVE_RULES = Version(transformers.__version__) >= Version("5.16") and Version(version("peft")) >= Version("0.19")
-needs_rules = pytest.mark.skipif(not HAVE_RULES, reason="before transformers 5.16 and PEFT 0.19 these layers run again")
+HAVE_RULES = Version(transformers.__version__) >= Version("5.19") and Version(version("peft")) >= Version("0.19")
+needs_rules = pytest.mark.skipif(not HAVE_RULES, reason="before transformers 5.19 and PEFT 0.19 these layers run again")
 
 
 def assert_rerun(rerun: set[str], local: set[str]) -> None:
