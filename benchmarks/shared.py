@@ -47,9 +47,10 @@ def time_rounds(
     synchronise: Callable[[], Any] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each step by `clock`, round by round: as many rounds as end within `budget` seconds, and at least three.
+    """Seconds of each step by `clock`, round by round: as many rounds as end within `budget` seconds.
 
-    Each round takes every step once, so that a noisy machine disturbs all alike. Of two, quartiles would be extrapolated. `synchronise` waits for the device.
+    At least three are run: of two, quartiles would be extrapolated. Each round takes every step once, so that a noisy
+    machine disturbs all alike. `synchronise` waits for the device.
     """
     begin = time.monotonic()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
