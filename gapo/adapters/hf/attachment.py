@@ -36,7 +36,13 @@ from gapo.adapters.hf.batches import stack_pairs
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import constants_of, rows_logps
 from gapo.adapters.hf.models import PreparedModel, forward_parameters, has_wide_weights, require_causal, require_graph
-from gapo.adapters.hf.supported import left_out, require_supported, require_update, with_trls_alpha
+from gapo.adapters.hf.supported import (
+    left_out,
+    require_joined,
+    require_supported,
+    require_update,
+    with_trls_alpha,
+)
 from gapo.adapters.hf.window import MetricsWindow
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.sharded import is_shard
@@ -177,6 +183,7 @@ class Attachment:
         if loss.needs_reference:
             require_reference(loss.name, inputs, "gapo.adapters.hf.with_reference_logps")
         takes_anchor = loss.needs_anchor or config.updates_at_anchor
+        require_joined(self.trainer, model)
         bare = self.trainer.accelerator.unwrap_model(model)
         rows = stack_pairs(inputs, forward_parameters(bare))
         self._logps.await_batch(rows)

@@ -98,7 +98,8 @@ def run(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress())
     try:
-        if last is None and trainer.is_deepspeed_enabled:  # which evaluates under the training's engine alone
+        if last is None and (ranks.count() > 1 or trainer.is_deepspeed_enabled):
+            # An evaluation before it would mark the model as prepared, without DDP: each process would train alone.
             trainer.args.eval_on_start = True
         elif last is None:
             trainer.evaluate()
