@@ -94,7 +94,7 @@ def scanned(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
     import jax.numpy as jnp
 
     width, inner, depth = options.width, 3 * options.width, options.depth
-    shapes = dict.fromkeys(("q", "k", "v", "o"), (depth, width, width))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "o"), (depth, width, width))
     shapes |= {"up": (depth, width, inner), "down": (depth, inner, width)}
     shapes |= {"embed": (options.vocab, width), "lm_head.weight": (width, options.vocab)}
     keys = jax.random.split(jax.random.key(0), len(shapes))
@@ -130,7 +130,7 @@ def jax_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Names
     if options.scan or options.remat:
         weights, logits = scanned(options)
     params: Any = weights
-    data = {name: jnp.asarray(x) for name, x in batch.items()}
+    data: dict[str, Any] = {name: jnp.asarray(x) for name, x in batch.items()}
     if options.lora:
         data["weights"] = weights
         params = {}
