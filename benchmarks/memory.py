@@ -2,7 +2,7 @@
 
 `python benchmarks/memory.py [--devices 8] [--batch_size N]` prints the table of docs/devices.md. The models are built
 without memory, from the dimensions that their makers publish. All pairs are taken to be of the full length. What
-kernels, communication and fragments take comes on top. `--check` measures a small model's step on this CPU beside it.
+kernels, communication and fragments take comes on top.
 """
 
 from __future__ import annotations
@@ -120,42 +120,12 @@ def table(devices: int, batch_size: int | None = None) -> list[str]:
     return lines
 
 
-def check() -> str:
-    """The peak of a step of a small Llama on this CPU, without an optimizer, beside what `per_device` computes."""
-    from shared import random_batch
-    from step_cost import peak_memory
-
-    import gapo
-    from gapo.adapters.hf.margins import pair_logps
-
-    pairs, tokens, vocab = 2, 512, 4096
-    config = transformers.LlamaConfig(
-        vocab_size=vocab, hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8
-    )
-    MODELS["check"] = config
-    model = transformers.LlamaForCausalLM(config).train()
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    rows = random_batch(argparse.Namespace(vocab=vocab, pairs=pairs, tokens=tokens))
-    batch = {name: torch.from_numpy(x) for name, x in rows.items()}
-    parts = []
-    for title, anchor, sharded in (("two passes", "exact", True), ("one pass", "first_order", False)):
-        step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(anchor=anchor), backend="torch", one_pass=not sharded)
-        step(model, batch)  # the first one also compares the engine with autograd
-        measured = peak_memory(model, lambda step=step: step(model, batch), "cpu") * 2**20 / 1e9
-        sizes = per_device("check", Way(weight=4, state=0, sharded=sharded), 1, pairs, tokens)
-        computed = sum(sizes.values()) - sizes["gathered"]  # one device gathers nothing
-        parts.append(f"{title}: measured {measured:.3f} GB, computed {computed:.3f} GB")
-    return "; ".join(parts)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--batch_size", type=int, help="pairs a device instead of the recipe's")
-    parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    print(check() if options.check else "\n".join(table(options.devices, options.batch_size)))
+    print("\n".join(table(options.devices, options.batch_size)))
 
 
 if __name__ == "__main__":

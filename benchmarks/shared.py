@@ -47,9 +47,10 @@ def time_rounds(
     synchronise: Callable[[], Any] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each step by `clock`, round by round: as many rounds as end within `budget` seconds, and at least two.
+    """Seconds of each step by `clock`, round by round: as many rounds as end within `budget` seconds.
 
-    Each round takes every step once, so that a noisy machine disturbs all alike. `synchronise` waits for the device.
+    At least three are run: of two, quartiles would be extrapolated. Each round takes every step once, so that a noisy
+    machine disturbs all alike. `synchronise` waits for the device.
     """
     begin = time.monotonic()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -57,7 +58,7 @@ def time_rounds(
         step()  # the first step compiles, or examines the model
         progress(f"{name}: ran once, {time.monotonic() - begin:.0f} s")
     rounds, longest = 0, 0.0
-    while rounds < 2 or time.monotonic() - begin + longest < budget:
+    while rounds < 3 or time.monotonic() - begin + longest < budget:
         rounds, start_of_round = rounds + 1, time.monotonic()
         for name, step in steps.items():
             synchronise()
@@ -66,7 +67,7 @@ def time_rounds(
             synchronise()
             seconds[name].append(clock() - start)
         longest = max(longest, time.monotonic() - start_of_round)
-        if rounds <= 2 or rounds % 10 == 0:
+        if rounds <= 3 or rounds % 10 == 0:
             progress(f"round {rounds}, {time.monotonic() - begin:.0f} s of {budget:.0f} s")
     return seconds
 
@@ -78,7 +79,7 @@ def progress(text: str) -> None:
 
 def add_time_arguments(parser: argparse.ArgumentParser) -> None:
     """`--seconds`, `--cpu-time` and `--output`."""
-    parser.add_argument("--seconds", type=float, default=120, help="duration of the rounds; at least two are run")
+    parser.add_argument("--seconds", type=float, default=120, help="duration of the rounds; at least three are run")
     parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where other programs run too")
     parser.add_argument("--output", type=Path, help="CSV file to which the rows are appended")
 

@@ -52,6 +52,72 @@ class LowRank:
         return x @ self._weight.T + (x @ self._down.T) @ self._up.T
 
 
+def vmapped(margin_fn: Callable[..., Any], config: gapo.GAPOConfig) -> Callable[..., Any]:
+    """First-order GAPO by `jax.vmap` of each pair's gradient: N times the weights, where no operation is looked at.
+
+    The parameters are a dict of which "lm_head.weight" is not perturbed; "weights" of the batch is no pair's.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def margin(params: Any, pair: Any, fixed: Any) -> Any:
+        chosen, rejected = margin_fn(params, {name: x[None] for name, x in pair.items()} | fixed)
+        return (chosen - rejected)[0]
+
+    def step(params: Any, batch: Any) -> Any:
+        fixed = {name: x for name, x in batch.items() if name == "weights"}
+        pairs = {name: x for name, x in batch.items() if name not in fixed}
+        margins, grads = jax.vmap(jax.value_and_grad(margin), (None, 0, None))(params, pairs, fixed)
+
+        def weighted(weights: Any) -> Any:
+            return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), grads)
+
+        pull = jax.nn.sigmoid(config.gamma - config.beta * margins)
+        moved = {name: (params[name], g) for name, g in weighted(-pull).items() if name != "lm_head.weight"}
+        scaled = {name: jax.tree.map(jnp.multiply, *pair) for name, pair in moved.items()}
+        norm = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(scaled)))
+        delta = {
+            name: jax.tree.map(lambda t, x: config.rho * t * x / norm, params[name], x) for name, x in scaled.items()
+        }
+        along = [jax.tree.map(lambda g, d: jnp.tensordot(g, d, d.ndim), grads[name], d) for name, d in delta.items()]
+        anchors = margins + sum(jax.tree.leaves(along))
+        zeros = jnp.zeros_like(margins)
+        loss, slopes = jax.value_and_grad(lambda m: gapo.loss(m, zeros, anchors, zeros))(margins)
+        return loss, weighted(slopes)
+
+    return step
+
+
+def scanned(options: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
+    """Weights and logits of a decoder whose layers `jax.lax.scan` takes one by one, rematerialised with --remat."""
+    import jax
+    import jax.numpy as jnp
+
+    width, inner, depth = options.width, 3 * options.width, options.depth
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "o"), (depth, width, width))
+    shapes |= {"up": (depth, width, inner), "down": (depth, inner, width)}
+    shapes |= {"embed": (options.vocab, width), "lm_head.weight": (width, options.vocab)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    weights = {name: 0.05 * jax.random.normal(key, shapes[name]) for name, key in zip(shapes, keys, strict=True)}
+    weights |= {"norm_attention": jnp.ones((depth, width)), "norm_mlp": jnp.ones((depth, width))}
+
+    def norm(x: Any, scale: Any) -> Any:
+        return scale * x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+    def layer(x: Any, p: Any) -> Any:
+        h = norm(x, p["norm_attention"])
+        q, k, v = ((h @ p[name]).reshape(*h.shape[:2], max(1, width // 64), -1) for name in "qkv")
+        x = x + jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(h.shape) @ p["o"]
+        return x + jax.nn.silu(norm(x, p["norm_mlp"]) @ p["up"]) @ p["down"], None
+
+    def logits(params: Any, ids: Any) -> Any:
+        layers = {name: x for name, x in params.items() if name not in ("embed", "lm_head.weight")}
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if options.remat else layer, params["embed"][ids], layers)
+        return x @ params["lm_head.weight"]
+
+    return weights, logits
+
+
 def jax_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Step]:
     import jax
     import jax.numpy as jnp
@@ -60,8 +126,11 @@ def jax_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Names
     from gapo.runs.models import llama
 
     settings, weights = llama.load(folder)
+    logits = lambda p, ids: llama.logits(p, ids, settings)  # noqa: E731
+    if options.scan or options.remat:
+        weights, logits = scanned(options)
     params: Any = weights
-    data = {name: jnp.asarray(x) for name, x in batch.items()}
+    data: dict[str, Any] = {name: jnp.asarray(x) for name, x in batch.items()}
     if options.lora:
         data["weights"] = weights
         params = {}
@@ -76,7 +145,7 @@ def jax_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Names
     def margin_fn(p: Any, b: Any) -> Any:
         if options.lora:
             p = {**b["weights"], **{name: LowRank(b["weights"][name], adapter) for name, adapter in p.items()}}
-        return pair_logps(lambda ids, _: llama.logits(p, ids, settings), b)
+        return pair_logps(lambda ids, _: logits(p, ids), b)
 
     def simpo(p: Any, b: Any) -> Any:
         return jax.value_and_grad(lambda q: objectives.simpo(*margin_fn(q, b)))(p)
@@ -93,6 +162,8 @@ def jax_steps(folder: str, batch: dict[str, np.ndarray], options: argparse.Names
         way: gapo.value_and_grad(margin_fn, gapo.GAPOConfig(anchor=anchor), backend="jax") if anchor else simpo
         for way, anchor in WAYS.items()
     }
+    if options.vmap:
+        functions["vmap first_order"] = vmapped(margin_fn, gapo.GAPOConfig())
     return {name: prepared(function) for name, function in functions.items()}
 
 
@@ -195,6 +266,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TMPDIR"] = folder  # MLX keeps compiled kernels there: none is left over from another run
         parameters = save_model(options, folder)
+        if options.scan or options.remat:
+            parameters = sum(x.size for x in scanned(options)[0].values())
         steps = {"jax": jax_steps, "mlx": mlx_steps}[options.framework](folder, shared.random_batch(options), options)
         seconds = shared.time_rounds(
             {name: step.run for name, step in steps.items()}, options.seconds, clock=shared.clock(options)
@@ -212,6 +285,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "pairs": options.pairs,
         "tokens": options.tokens,
         "lora": options.lora,
+        "layers": "remat" if options.remat else "scan" if options.scan else "loop",
         "eager": options.eager,
         "rounds": len(seconds["simpo"]),
     }
@@ -261,6 +335,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--framework", choices=("jax", "mlx"), required=True, help="the framework to time")
     shared.add_size_arguments(parser, pairs=4, tokens=256, width=256, depth=8, vocab=8192)
     parser.add_argument("--lora", action="store_true", help=f"train LoRA adapters of rank {RANK} on attention only")
+    parser.add_argument("--scan", action="store_true", help="JAX: another model, whose layers are scanned; all train")
+    parser.add_argument("--remat", action="store_true", help="JAX: the same, and its layers are rematerialised")
+    parser.add_argument("--vmap", action="store_true", help="JAX: also first order by jax.vmap of each pair's gradient")
     parser.add_argument("--eager", action="store_true", help="MLX without mx.compile; JAX always compiles")
     parser.add_argument("--compile-time", action="store_true", help="MLX: measure it too, which takes minutes")
     shared.add_time_arguments(parser)
@@ -268,7 +345,10 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = arguments().parse_args()
+    parser = arguments()
+    options = parser.parse_args()
+    if (options.scan or options.remat) and (options.lora or options.framework != "jax"):
+        parser.error("--scan and --remat are of JAX, and train all weights")
     rows = measure(options)
     for row in rows:
         flops = f"flops {row['flop_ratio']:.3f} x, " if row["flop_ratio"] else ""

@@ -27,7 +27,7 @@ def rows() -> dict[str, set[str]]:
 def test_every_row_has_tests_that_exist(rows: dict[str, set[str]]) -> None:
     assert rows.keys() == {
         *("core", "torch", "jax", "mlx", "hf", "flax", "mlx-lm", "cli", "study"),
-        *("axolotl", "llama-factory", "hf-lowest"),
+        *("axolotl", "llama-factory", "hf-lowest", "deepspeed"),
     }
     assert all((ROOT / file).is_file() for files in rows.values() for file in files)
 

@@ -109,7 +109,7 @@ def given(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
 
 @pytest.mark.parametrize("heading", examples())
 def test_example(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = given(heading, tmp_path, monkeypatch)
+    names = given(heading or "Trainer", tmp_path, monkeypatch)
     exec(compile(examples()[heading], f"README.md: {heading}", "exec"), names)
     if "trainer" in names:
         assert names["trainer"].state.global_step == 1

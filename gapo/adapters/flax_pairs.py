@@ -36,13 +36,14 @@ def pair_logps(
     Args:
         logits: gives logits (2N, seq, vocab), chosen rows first.
         batch: the columns of `gapo.data.collate_pairs`.
-        ld_alpha: as in `gapo.pairs.pair_logps`; a reference in the batch is not looked at.
+        ld_alpha: as in `gapo.pairs.pair_logps`.
 
     Raises:
         TypeError: `logits` returns anything but an array.
-        ValueError: `ld_alpha` is not in [0, 1].
+        ValueError: `ld_alpha` is not in [0, 1], or not that of the batch's reference.
     """
-    return measured(logits, batch, LogpOptions(ld_alpha))[0]
+    options = LogpOptions(ld_alpha)
+    return measured(logits, options.checked(batch), options)[0]
 
 
 def measured(logits: Callable[..., jax.Array], batch: Mapping[str, Any], options: LogpOptions) -> Measured:

@@ -176,13 +176,17 @@ def pair_logps(
     Args:
         model: gives logits (2N, seq, vocab) of ids (2N, seq).
         batch: (ids, labels, ...), each (2N, seq), chosen rows first, or a batch of `gapo.data.collate_pairs`.
-        ld_alpha: as in `gapo.pairs.pair_logps`; a reference in the batch is not looked at.
+        ld_alpha: as in `gapo.pairs.pair_logps`.
 
     Raises:
-        ValueError: shapes that are not those of pairs, padding on the left, or an `ld_alpha` out of its range.
+        ValueError: shapes that are not those of pairs, padding on the left, or an `ld_alpha` that is out of its range
+            or not that of the batch's reference.
         TypeError: the model returns more than logits.
     """
-    return PairLogps(row_logits, LogpOptions(ld_alpha))(model, batch)
+    options, arrays = LogpOptions(ld_alpha), as_arrays(batch) if isinstance(batch, Mapping) else batch
+    if len(arrays) > 2:
+        _constants(arrays[1], arrays[2], options)  # for its checks
+    return PairLogps(row_logits, options)(model, arrays)
 
 
 def row_logits(model: nn.Module, batch: Sequence[mx.array] | Mapping[str, Any]) -> tuple[mx.array, mx.array]:

@@ -57,6 +57,7 @@ def read_rows(source: Source) -> Rows:
         if path.is_file():
             if kind not in _READERS:
                 raise PairError(f"{path} has no known ending; accepted are {FILES}, or the name of a data set")
+            _require_of_hub(source, "a file")
             return _READERS[kind](path, kind, source)
         if kind in _READERS or (path.exists() and not path.is_dir()):
             raise PairError(f"{path} {_what(path)}; give a file ({FILES}) or the name of a data set")
@@ -141,6 +142,7 @@ def _load_dataset(source: Source) -> Iterable[Any]:
     path = Path(source.path)
     try:
         if path.is_dir() and any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
+            _require_of_hub(source, "a saved data set")
             loaded = datasets.load_from_disk(source.path)
             rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
@@ -151,12 +153,20 @@ def _load_dataset(source: Source) -> Iterable[Any]:
                 revision=source.revision,
                 streaming=source.streaming,
             )
+    except PairError:
+        raise
     except Exception as error:  # `datasets` raises many kinds; all mean that the source is unreadable
         raise PairError(
             f"{source.path!r} is neither a file ({FILES}) nor a data set that could be loaded ({_part(source)}): "
             f"{type(error).__name__}: {error}"
         ) from error
     return _of_dataset(rows, source)
+
+
+def _require_of_hub(source: Source, what: str) -> None:
+    for name in ("config", "revision"):
+        if (value := getattr(source, name)) is not None:
+            raise PairError(f"{name} {value!r} is of a data set on the Hub, but {source.path} is {what}: leave it out")
 
 
 def _part(source: Source) -> str:

@@ -21,7 +21,6 @@ from gapo.data.tokenize import Tokens, tokens_of_each
 
 # Columns that a table has while it is made: how many tokens of a row were cut, and whether it is left out.
 NOTES = ("_gapo_prompt_cut", "_gapo_answers_cut", "_gapo_equal")
-_CODE = ("chat.py", "limits.py", "messages.py", "pair_rows.py", "tokenize.py")
 _AT_ONCE = 512
 
 
@@ -112,8 +111,8 @@ def _digest(rows: Sequence[Row], key: str) -> str:
 def tokens_key(tokenizer: Any, limits: Limits) -> str:
     """A digest of everything but the rows that tokens depend on: the tokenizer, the limits, the code, the libraries."""
     digest = hashlib.sha256(repr((limits, _identity(text_tokenizer(tokenizer)))).encode())
-    for file in _CODE:
-        digest.update(Path(__file__).with_name(file).read_bytes())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
 
 

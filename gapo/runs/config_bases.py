@@ -113,6 +113,10 @@ class EvaluatedPairs(PairSource):
             raise ValueError(f"eval_split={self.eval_split!r} is a split of eval_pairs: give eval_pairs too")
         if self.mixture and self.pairs != "demo":
             raise ValueError(f"mixture and pairs={self.pairs!r} exclude each other: name that source in the mixture")
+        if self.mixture and (self.dataset_config is not None or self.dataset_revision is not None):
+            raise ValueError(
+                "dataset_config and dataset_revision are of one data set: name them at a source of mixture"
+            )
         super().__post_init__()
         for part in self.mixture:
             source_of(self, part)
@@ -140,7 +144,7 @@ def source_of(config: EvaluatedPairs, part: dict[str, Any]) -> PairSource:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
                 raise ValueError(f"each source of mixture needs a weight > 0, or none of them; got {weight!r}")
     own = {key: value for key, value in part.items() if key != "weight"}
-    shared = {name: getattr(config, name) for name in ("split", *READING)}
+    shared = {name: getattr(config, name) for name in ("split", "columns", "preference", "encoding", "streaming")}
     if "columns" in own or "preference" in own:  # the two describe one table
         shared |= {"columns": None, "preference": None}
     return PairSource(**{**shared, **own})

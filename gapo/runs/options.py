@@ -19,7 +19,7 @@ from gapo.runs.errors import ConfigError
 from gapo.runs.shipped import configuration, configuration_names
 from gapo.runs.yaml_file import require_plain_yaml
 
-_PAIRS = (".jsonl", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
+_PAIRS = (".jsonl", ".csv", ".tsv", ".parquet", ".gz")
 
 
 def parser_of(classes: Sequence[type], **about: str) -> Any:

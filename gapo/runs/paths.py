@@ -21,7 +21,7 @@ def require_there(option: str, name: str | None) -> None:
     parent = Path(name).parent
     names = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
     beside = f"; {parent} has {', '.join(shown)}" if (shown := [n for n in names if not n.startswith(".")][:8]) else ""
-    raise ConfigError(f"{option} {name!r} does not exist: there is no such file or folder{beside}")
+    raise ConfigError(f"{option}: {name} does not exist, neither as a file nor as a folder{beside}")
 
 
 def _is_local(name: str) -> bool:

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from flax_problem import nnx_problem
 
-from gapo.adapters.flax import make_eval_step, make_loss, make_train_step
+from gapo.adapters.flax import make_eval_step, make_loss, make_train_step, pair_logps
 from gapo.data import collate_pairs
 from gapo.pairs import REFERENCE
 
@@ -99,6 +99,8 @@ def test_a_reference_of_another_alpha_is_refused() -> None:
             step(model, optimizer, batch)
     with pytest.raises(ValueError, match="the policy is measured with ld_alpha=None"):
         make_eval_step(**DPO)(model, problem())
+    with pytest.raises(ValueError, match="the policy is measured with ld_alpha=None"):
+        pair_logps(lambda ids, mask: model(ids), problem())
     traced = nnx.jit(lambda model, batch: make_loss(**DPO, ld_alpha=hand.ALPHA)(model, batch)[0])
     assert np.isnan(float(traced(model, problem(0.7))))
     assert np.isfinite(float(traced(model, problem())))

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 import gapo
 from gapo.adapters.hf import GAPOCallback, GAPOTrainer, PreferenceCollator, with_reference_logps
 from gapo.adapters.hf import GAPOConfig as Arguments
+from gapo.adapters.hf.margins import pair_logps
 
 OPTIONS: dict[str, Any] = {"ld_alpha": hand.ALPHA, "use_weighting": True}
 
@@ -87,10 +88,10 @@ def test_value_gradient_and_evaluation_by_hand(tmp_path: Path, objective: str) -
         value = (weights * -torch.nn.functional.logsigmoid(config.beta * gaps - config.gamma)).mean()
         held_out = (weights * -torch.nn.functional.logsigmoid(config.beta * margins - config.gamma)).mean()
     loss.backward()
-    assert float(results[0].loss) == pytest.approx(float(value), rel=1e-6)
+    assert float(results[0].loss) == pytest.approx(float(value.detach()), rel=1e-6)
     for name, p in policy.named_parameters():
         torch.testing.assert_close(gradients.first[name], p.grad, rtol=1e-4, atol=1e-6)
-    assert evaluated["eval_loss"] == pytest.approx(float(held_out), rel=1e-5)
+    assert evaluated["eval_loss"] == pytest.approx(float(held_out.detach()), rel=1e-5)
     assert evaluated["eval_logps/chosen"] == pytest.approx(float(means[:4].detach().mean()), rel=1e-6)
 
 
@@ -145,6 +146,9 @@ def test_the_trainer_takes_them_from_its_arguments(tmp_path: Path) -> None:
 
 def test_a_reference_of_another_alpha_is_refused_in_training_and_evaluation(tmp_path: Path) -> None:
     model = hf_models.make("llama").double()
+    batch = PreferenceCollator(hf_models.tokenizer())(measured(hand.rows(), hand.ALPHA))
+    with pytest.raises(ValueError, match="the policy is measured with ld_alpha=None"):
+        pair_logps(model, batch)
     for alpha, option in ((None, hand.ALPHA), (hand.ALPHA, None), (0.7, hand.ALPHA)):
         trainer = trainer_of(tmp_path, model, measured(hand.rows(), alpha), [], objective="dpo", ld_alpha=option)
         for ask in (trainer.train, trainer.evaluate):

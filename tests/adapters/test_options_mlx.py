@@ -13,7 +13,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 import gapo
-from gapo.adapters.mlx_lm import make_loss
+from gapo.adapters.mlx_lm import make_loss, pair_logps
 from gapo.adapters.mlx_pairs import as_arrays
 from gapo.data import collate_pairs
 from gapo.pairs import REFERENCE
@@ -96,5 +96,9 @@ def test_a_reference_of_another_alpha_is_refused() -> None:
             loss_of()
             with pytest.raises(ValueError, match=f"the policy is measured with ld_alpha={option}, and the batch's"):
                 make_loss(**DPO, ld_alpha=option)(net, *as_arrays(batch))
+    for batch in (problem(), as_arrays(problem())):
+        with pytest.raises(ValueError, match="the policy is measured with ld_alpha=None"):
+            pair_logps(net, batch)
+        pair_logps(net, batch, ld_alpha=hand.ALPHA)
     with pytest.raises(ValueError, match="use_weighting weights the loss of each pair, and objective 'dr_dpo'"):
         make_loss(objective="dr_dpo", use_weighting=True)

@@ -110,7 +110,8 @@ def assert_equal_to_one_process(scenario: str, ranks: list[dict[str, Any]], rtol
     if "gapo/anchor_pairs" in one["log"]:
         assert log["gapo/anchor_pairs"] == one["log"]["gapo/anchor_pairs"] == PAIRS
     for name in set(one["log"]) - {"gapo/anchor_gap_std"}:  # a deviation within each rank's pairs
-        assert log[name] == pytest.approx(one["log"][name], rel=50 * max(rtol, 2e-7), abs=1e-7), f"{scenario}: {name}"
+        slack = 1.5 / weights if name == "gapo/changed_fraction" else 1e-7
+        assert log[name] == pytest.approx(one["log"][name], rel=50 * max(rtol, 2e-7), abs=slack), f"{scenario}: {name}"
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, rtol: float, what: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 import gapo
 from gapo.backends import jax_onepass
 from gapo.backends.jax import JaxForward
-from gapo.backends.jaxrows.labels import Mixes, carry
+from gapo.backends.jaxrows.group_gradients import UNROLLED, _weighted_sum
 
 VOCAB, WIDTH, TOKENS, PAIRS, LAYERS = 11, 6, 5, 3, 3
 DRAWS = np.random.default_rng(0)
@@ -288,18 +288,17 @@ def test_flops_and_memory(anchor: str, bar: float) -> None:
     assert memory / plain_memory < 1.15
 
 
-def test_labels_are_refused_where_entries_meet() -> None:
-    rows = np.arange(4)[:, None]
-    assert carry("reshape", {"dimensions": None}, [(4, 6)], [(2, 2, 6)], [rows])[0].tolist() == [[[0], [1]], [[2], [3]]]
-    (halved,) = carry("reshape", {"dimensions": None}, [(4, 6)], [(24,)], [rows])
-    assert halved.tolist() == np.repeat(np.arange(4), 6).tolist()
-    with pytest.raises(Mixes, match="sums over"):
-        carry("reduce_sum", {"axes": (0,)}, [(4, 6)], [(6,)], [rows])
-    with pytest.raises(Mixes, match="different groups"):
-        carry("add", {}, [(4, 6), (4, 6)], [(4, 6)], [rows, rows[::-1]])
-    with pytest.raises(Mixes, match="two derivatives"):
-        carry("mul", {}, [(4, 6), (4, 6)], [(4, 6)], [rows, rows])
-    with pytest.raises(Mixes, match="not linear"):
-        carry("div", {}, [(4, 6), (4, 6)], [(4, 6)], [None, rows])
-    with pytest.raises(Mixes, match="not among the operations"):
-        carry("exp", {}, [(4, 6)], [(4, 6)], [rows])
+@pytest.mark.parametrize("groups", [1, 2, UNROLLED, UNROLLED + 3])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_sums_over_groups_in_float32_or_wider(groups: int, axis: int) -> None:
+    shape = [4, 3]
+    shape.insert(axis, groups)
+    x, weights = DRAWS.integers(-8, 8, shape), DRAWS.integers(-(2**12), 2**12, groups)
+    exact = np.zeros((4, 3))
+    for i in range(groups):
+        exact += weights[i] * x.take(i, axis)
+    # bfloat16 holds x, but neither the weights nor partial sums.
+    total = _weighted_sum(jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.float32), axis)
+    assert total.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(total, jnp.asarray(exact, jnp.bfloat16))
+    np.testing.assert_array_equal(_weighted_sum(jnp.asarray(x, jnp.float32), jnp.asarray(weights), axis), exact)

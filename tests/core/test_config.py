@@ -33,8 +33,8 @@ from gapo.objectives.registry import find
         ({"loss_type": "ipo"}, r"loss_type must be one of 'sigmoid', 'hinge', got 'ipo'"),
         ({"last_layers": 0}, r"last_layers must be a whole number >= 1, or None, got 0"),
         ({"last_layers": True}, r"last_layers must be a whole number >= 1, or None, got True"),
-        ({"perturb": "("}, r"perturb must be 'backbone', 'all' or a regular expression, got '\('"),
-        ({"perturb": ""}, r"perturb must be 'backbone', 'all' or a regular expression, got ''"),
+        ({"perturb": "("}, r"perturb must be 'backbone', 'all', a regular expression, or masks by name, got '\('"),
+        ({"perturb": ""}, r"perturb must be 'backbone', 'all', a regular expression, or masks by name, got ''"),
     ],
 )
 def test_what_is_not_accepted(options: dict[str, Any], message: str) -> None:

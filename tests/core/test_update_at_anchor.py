@@ -230,3 +230,18 @@ def test_rounded_weights_are_told_with_what_helps_here() -> None:
     batch = {name: torch.tensor(x, dtype=torch.bfloat16) for name, x in FEATURES.items()}
     with pytest.raises(RuntimeWarning, match=r"16-bit weights .* since update='anchor' needs theta"):
         step_of(library, "simpo", update="anchor", rho=0.02)(params, batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"update": "anchor"}, "update='anchor' is not supported on"),
+        ({"perturb": {"up": np.ones(4)}}, "perturb with masks is"),
+    ],
+    ids=str,
+)
+def test_shards_are_refused(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str) -> None:
+    monkeypatch.setattr("gapo.backends.torch.backend.fsdp_units", lambda module: [module])
+    library = models.BACKENDS["torch"]
+    with pytest.raises(ValueError, match=f"{message}.* sharded parameters"):
+        step_of(library, "gapo", **options)(models.to_backend(library, PARAMS, "float64"), batch_of(library))

@@ -33,6 +33,8 @@ from gapo.runs.train.unmoved import unmoved
 TRL = """
 model_name_or_path: org/model
 dataset_name: org/pairs
+dataset_config: default
+dataset_streaming: true
 num_train_epochs: 2
 per_device_train_batch_size: 4
 gradient_accumulation_steps: 8
@@ -72,7 +74,7 @@ def test_the_names_of_trl(tmp_path: Path) -> None:
     )
     assert (config.lora_r, config.lora_alpha, config.learning_rate, step.rho) == (16, 32, 5e-6, 0.025)
     assert config.gradient_checkpointing is True
-    assert config.bf16 is None
+    assert (config.bf16, config.streaming, config.dataset_config) == (None, True, "default")
     assert config.training_arguments == {
         "lr_scheduler_kwargs": {"min_lr": 1e-8},
         "optim": "adafactor",
@@ -152,6 +154,9 @@ def test_values_of_another_type_and_of_another_backend() -> None:
     with pytest.raises(ConfigError, match="save_total_limit"):
         typed_values({"save_total_limit": "few"})
     assert typed_values({"adam_epsilon": "1e-9", "fsdp": True}) == {"adam_epsilon": 1e-9, "fsdp": True}
+    words = train_command.parse(["--save_strategy", "no", "--run_name", "2.10", "--fsdp", "true"])[0]
+    assert typed_values(words.training_arguments) == {"save_strategy": "no", "run_name": "2.10", "fsdp": True}
+    assert typed_values({"push_to_hub": False}) == {"push_to_hub": False}
     from gapo.runs.train.loop import require_supported
 
     for line in (["--optim", "sgd"], ["--use_dora"], ["--dtype", "float16"], ["--bf16"], ["--lora_r=2"]):
@@ -233,7 +238,7 @@ def test_a_local_name_that_is_not_there_is_refused_at_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there" / "mine").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="does not exist: there is no such file or folder"):
+    with pytest.raises(ConfigError, match=r"model: \S+ does not exist, neither as a file nor as a folder"):
         require_there("model", name)
     for other in ("org/model", "model", "there/mine", None):
         require_there("model", other)
@@ -293,8 +298,10 @@ def test_a_score_takes_the_settings_of_the_run(tmp_path: Path) -> None:
 
 
 def test_columns_are_those_of_the_same_pairs(tmp_path: Path) -> None:
-    run = run_folder(tmp_path / "a", pairs=str(tmp_path / "p.jsonl"), columns="prompt=q")
-    assert settings_of_runs([str(run)], str(tmp_path / "." / "p.jsonl"), ())[0]["columns"] == "prompt=q"
+    run = run_folder(tmp_path / "a", pairs=str(tmp_path / "p.jsonl"), columns={"prompt": "q"})
+    (run / "model").mkdir()
+    line = [str(tmp_path / "." / "p.jsonl"), "--output", "s.jsonl", "--model", str(run / "model")]
+    assert score_command.parse(line)[0].columns == {"prompt": "q"}
     assert "columns" not in settings_of_runs([str(run)], "other.jsonl", ())[0]
 
 

@@ -187,7 +187,7 @@ def test_a_gzip_bomb_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_error_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["flip", "\x1b[2J\x07gone.jsonl", "--output", str(tmp_path / "a.jsonl")]) == 1
-    assert r"gapo: error: \x1b[2J\x07gone.jsonl does not exist" in capsys.readouterr().err
+    assert r"gapo: error: pairs: \x1b[2J\x07gone.jsonl does not exist" in capsys.readouterr().err
 
 
 def test_a_chat_template_that_refuses_is_told_by_roles() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from gapo import cli
 from gapo.runs import launch as module
 from gapo.runs.errors import ConfigError
+from gapo.runs.models import tiny
 from gapo.runs.train.train_config import TrainConfig
 
 RANK_SCRIPT = Path(__file__).parent.parent / "support" / "rank_script.py"
@@ -79,9 +82,10 @@ def test_two_processes_start_and_their_status_is_the_command_s(
         monkeypatch.delenv(name, raising=False)
     options = module._options(TrainConfig(), 2)
     assert module._run([*options, str(RANK_SCRIPT), str(tmp_path), str(status)]) == status
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    ended = [0, 1] if status == 0 else [1]  # the launcher ends the other one, maybe before it has written
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in ended]
     expected = {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}
-    assert told == [{"LOCAL_RANK": str(rank), **expected} for rank in range(2)]
+    assert told == [{"LOCAL_RANK": str(rank), **expected} for rank in ended]
 
 
 @pytest.mark.parametrize(
@@ -97,3 +101,28 @@ def test_accelerate_reads_what_is_shipped(name: str, kind: str) -> None:
     if kind == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2
     assert set(SHIPPED) == {"fsdp2", "single", "zero2", "zero3"}
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_the_tiny_policy_is_warmed_up_outside_of_the_launch(monkeypatch: pytest.MonkeyPatch, ranks: str) -> None:
+    launched = {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks, "ACCELERATE_USE_DEEPSPEED": "true", "FSDP_VERSION": "2"
+    }  # fmt: skip
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    seen: list[set[str]] = []
+
+    class Here(futures.Executor):
+        def __init__(self, *_: Any) -> None: ...
+
+        def submit(self, work: Any, /, *arguments: Any, **_: Any) -> futures.Future[Any]:
+            seen.append(set(os.environ))
+            done: futures.Future[Any] = futures.Future()
+            done.set_result(work(*arguments))
+            return done
+
+    monkeypatch.setattr(tiny, "ProcessPoolExecutor", Here)
+    tiny._alone(seen.append, {"ran"})
+    assert not seen[0] & launched.keys()
+    assert seen[1] == {"ran"}
+    assert {name: os.environ[name] for name in launched} == launched

@@ -129,6 +129,15 @@ def test_eval_split_alone_is_of_the_training_data_set(tmp_path: Path) -> None:
         TrainConfig(eval_split="test")
 
 
+def test_what_is_of_the_hub_alone_is_refused_elsewhere(tmp_path: Path) -> None:
+    data.write_rows(tmp_path / "a.jsonl", rows(4))
+    with pytest.raises(data.PairError, match=r"config 'x' is of a data set on the Hub, but .*a\.jsonl is a file: l"):
+        data.read_pairs(tmp_path / "a.jsonl", config="x")
+    datasets.Dataset.from_list(rows(4)).save_to_disk(tmp_path / "saved")
+    with pytest.raises(data.PairError, match=r"revision 'v2' is of a data set on the Hub, but .*saved is a saved data"):
+        data.read_pairs(tmp_path / "saved", revision="v2")
+
+
 def test_tables_in_every_command(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     lines = "".join(f"{i}? ;yes {i};no {i};1\n{i}? ;no {i};yes {i};2\n" for i in range(20))
@@ -195,6 +204,7 @@ def test_bad_rows_of_a_mixture_are_named_by_source(tmp_path: Path) -> None:
         ({"mixture": [{"pairs": "a", "weight": 0}]}, "needs a weight > 0, or none of them; got 0"),
         ({"mixture": [{"pairs": "a", "columns": "x"}]}, "columns must be name=column"),
         ({"mixture": [{"pairs": "a"}], "pairs": "b"}, "mixture and pairs='b' exclude each other"),
+        ({"mixture": [{"pairs": "a"}], "dataset_config": "x"}, "dataset_config and dataset_revision are of one data"),
         ({"dataset_num_proc": 0}, "dataset_num_proc must be >= 1"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_precision_of_accelerate_s_that_is_not_the_run_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    message = f"accelerate's configuration has mixed_precision '{precision}', and bf16=False is 'no': let them agree"
+    message = f"accelerate's configuration has mixed_precision '{precision}', and the run's own is 'no': let them agree"
     refused(message, tmp_path / "run", monkeypatch)
 
 
@@ -244,7 +244,7 @@ def test_two_processes_write_once_and_count_each_pair_once(tmp_path: Path) -> No
     assert first["codes"] == second["codes"] == [130, 0, 0]  # interrupted, gone on with, and another objective
     assert second["wrote"] == []
     assert {"metrics.jsonl", "steps.jsonl", "summary.json", "reference.safetensors"} <= set(first["wrote"])
-    assert done.stdout.count("reward accuracy on held-out pairs") == 2
+    assert done.stdout.count("reward accuracy on held-out pairs") == 3  # the first process, and the run alone
 
     steps = files.read_lines(tmp_path / "run" / "steps.jsonl")
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
@@ -261,6 +261,9 @@ def test_two_processes_write_once_and_count_each_pair_once(tmp_path: Path) -> No
     for row in steps:
         expected = step.beta / (1 + np.exp(step.beta * np.array(row["anchor_gaps"]) - step.gamma))
         np.testing.assert_allclose(row["weights"], expected, rtol=1e-3)
+    norms = [[row["grad_norm"] for row in files.read_lines(tmp_path / name / "metrics.jsonl") if "grad_norm" in row]
+             for name in ("dpo", "one")]  # fmt: skip
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # the ranks' gradients are averaged: those of one process
     metrics = [row["step"] for row in files.read_lines(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row]
     assert metrics == [0, 3, 6, 6]
 

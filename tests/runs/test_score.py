@@ -447,5 +447,7 @@ def test_in_python(folder: Path, tmp_path: Path) -> None:
     assert rows == [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     with pytest.raises(ValueError, match="sft_weight changes no score"):
         score.score(config, gapo.GAPOConfig(sft_weight=0.1))
+    with pytest.raises(ValueError, match="update changes no score: leave it at 'policy', got 'anchor'"):
+        score.score(config, gapo.GAPOConfig(update="anchor"))
     with pytest.raises(ValueError, match="pairs, output must be different files"):
         ScoreConfig(pairs="a.jsonl", output="./a.jsonl")

@@ -52,10 +52,9 @@ def test_backends_agree_and_the_reference_is_measured_alike(model: str, tmp_path
     assert abs(start["eval_logps/chosen"] / plain[0]["eval_logps/chosen"] - 1) > 0.01
     for name, found in rows.items():
         assert found[0]["eval_reference/margins"] == pytest.approx(0, abs=1e-4), name
-        for row, expected in ((found[0], start), (found[-1], rows["torch"][-1])):
-            for key in ("eval_loss", "eval_logps/chosen", "eval_reference/margins"):
-                assert row[key] == pytest.approx(expected[key], rel=2e-3, abs=2e-3), (name, key)
-    assert rows["torch"][-1]["eval_reference/margins"] > 0.01
+        for key in ("eval_loss", "eval_logps/chosen"):
+            assert found[0][key] == pytest.approx(start[key], rel=1e-4), (name, key)
+        assert found[-1]["eval_reference/margins"] > 0.01, name
     config = json.loads((tmp_path / "torch" / "run" / "config.json").read_text())
     assert (config["ld_alpha"], config["use_weighting"]) == (0.4, True)
 

@@ -16,11 +16,11 @@ import gapo
 from gapo.cli import main
 from gapo.commands.study import parse
 from gapo.data import write_rows
-from gapo.objectives import OBJECTIVES
+from gapo.objectives import OBJECTIVES, resolve
 from gapo.runs.claims import Claims
 from gapo.study import grid as grid_module
 from gapo.study import study as study_module
-from gapo.study.arms import ARMS
+from gapo.study.arms import ARMS, arm_of
 from gapo.study.cell_run import bucketed, draw, measure, train
 from gapo.study.cells import Cell, settings_key
 from gapo.study.grid import Grid
@@ -130,6 +130,18 @@ def test_any_objective_of_the_registry_is_an_arm_and_all_lists_a_few(config: Stu
     assert [ARMS[name].control for name in named.arm_names] == [False, False, True, True, True]
     with pytest.raises(KeyError):
         ARMS["gapo+orpo"]
+
+
+def test_an_arm_updated_at_the_anchor_tries_what_the_plain_one_tries() -> None:
+    for name in ("dpo", "ipo", "gapo"):
+        plain, sam, control = (arm_of(f"{name}{variant}") for variant in ("", "-sam", "-sam-gaussian"))
+        assert (sam.control, control.control) == (False, True)
+        assert sam.second == plain.second
+        for arm, direction in ((sam, "pessimistic"), (control, "gaussian")):
+            step, own = arm.divided(arm.first_tries([1e-3])[0])
+            assert (step.update, step.direction, step.moves) == ("anchor", direction, True)
+            resolve(arm.objective, step, own)
+    assert not any("sam" in name for name in ARMS)  # on demand, by its name
 
 
 def test_a_weighted_arm_tries_what_it_weights_tries() -> None:
@@ -520,6 +532,10 @@ def test_the_page_escapes_what_users_gave(tmp_path: Path, config: StudyConfig) -
         (["--arms", "gapo+gapo_target-rho0"], "is the same as 'simpo'"),
         (["--arms", "gapo+gapo-rho0"], "is the same as 'gapo-rho0'"),
         (["--arms", "margin+dpo-gaussian"], "'margin+dpo' has no anchor; take 'margin+dpo'"),
+        (
+            ["--arms", "dpo-sam", "--settings", "{dpo-sam: {learning_rate: 1e-3, update: policy}}"],
+            "update='anchor'; its",
+        ),
         (["--arms", ","], "arms must name at least one, or be 'all'; got none"),
         (["--arms", "gapo", "--baseline", "dpo"], "baseline must be among gapo, got 'dpo'"),
         (["--arms", "gapo", "--settings", "{dpo: {learning_rate: 1e-3}}"], "which is not among arms: gapo"),

@@ -21,6 +21,7 @@ from gapo.data import generate_pairs
 from gapo.runs.train import train
 from gapo.runs.train.train_torch import Recorder
 
+ONE_STEP = ("--loss=dpo", "--max_steps=1", "--logging_steps=1")
 PAIRS = 11  # to train on: of the last micro-batch of an epoch, two processes of two pairs each get three
 
 
@@ -57,7 +58,7 @@ def rank(folder: Path) -> None:
     Recorder.on_step_begin = interrupt_in_the_second_epoch  # type: ignore[method-assign]
     codes = [cli.main(command(folder, "run"))]
     Recorder.on_step_begin = step_begin  # type: ignore[method-assign]
-    codes += [cli.main(command(folder, "run")), cli.main(command(folder, "dpo", "--loss=dpo", "--max_steps=1"))]
+    codes += [cli.main(command(folder, "run")), cli.main(command(folder, "dpo", *ONE_STEP))]
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps({"codes": codes, "wrote": wrote}))
 
 
@@ -73,6 +74,9 @@ def main(folder: Path) -> None:
     hf_models.tokenizer().save_pretrained(folder / "model")
     files.write_rows(folder / "pairs.jsonl", generate_pairs(PAIRS + 4))
     launch(rank, folder)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    cli.main(command(folder, "one", *ONE_STEP, "--batch_size=4"))  # alone, with the pairs of both
 
 
 if __name__ == "__main__":

@@ -28,15 +28,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
+from gapo.adapters.hf.accumulation import Accumulation
 from gapo.adapters.hf.batches import stack_pairs
 from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import constants_of, rows_logps
 from gapo.adapters.hf.models import PreparedModel, forward_parameters, has_wide_weights, require_causal, require_graph
-from gapo.adapters.hf.supported import left_out, require_supported, require_update, with_trls_alpha
+from gapo.adapters.hf.supported import (
+    left_out,
+    require_joined,
+    require_supported,
+    require_update,
+    with_trls_alpha,
+)
 from gapo.adapters.hf.window import MetricsWindow
 from gapo.backends.torch import TorchBackend
 from gapo.backends.torch.sharded import is_shard
@@ -94,27 +100,10 @@ class Attachment:
         self._causal: nn.Module | None = None  # the model that has shown that it is causal
         self._gave_loss = False
         self.running: Running = {}  # statistics of the objective, as they stand after the last micro-batch
-        self._flags = {
-            name: getattr(trainer, name)
-            for name in ("loss_is_scaled_for_ga", "model_accepts_loss_kwargs")
-            if hasattr(trainer, name)
-        }
-        for name in self._flags:  # the loss is a mean over the micro-batch: the Trainer is to divide it by the steps
-            setattr(trainer, name, False)
+        self._accumulation = Accumulation(trainer)
         if trainer.args.remove_unused_columns:
             logger.info("remove_unused_columns was True, which would drop the pairs' columns: set to False")
             trainer.args.remove_unused_columns = False
-        # The probe of every micro-step needs reduced gradients. FSDP2 reduces them in a backward, and accelerate would
-        # let it do so only in the last micro-step of an accumulation.
-        self._accumulation = trainer.accelerator.gradient_state.plugin_kwargs
-        self._set_sync = trainer.accelerator.is_fsdp2 and not self._accumulation.get("sync_each_batch")
-        if self._set_sync:
-            self._accumulation["sync_each_batch"] = True
-        # The Trainer divides the loss by the steps. That of transformers 5.5 names them to accelerate too, which would
-        # divide once more; later ones name 1. DeepSpeed is told not to by the Trainer itself.
-        self._divided = self._accumulation.get("num_steps", 1)
-        if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            self._accumulation["num_steps"] = 1
         self._replaced = {name: getattr(trainer, name) for name in _REPLACED}
         for name in _REPLACED:
             setattr(trainer, name, getattr(self, name))
@@ -129,12 +118,8 @@ class Attachment:
         """Restore the trainer, and the model's dropout and kernels."""
         for name in _REPLACED:
             delattr(self.trainer, name)
-        for name, value in self._flags.items():
-            setattr(self.trainer, name, value)
+        self._accumulation.undo()
         self._prepared.undo()
-        if self._set_sync:
-            self._accumulation["sync_each_batch"] = False
-        self._accumulation["num_steps"] = self._divided
         del self.trainer._gapo_attachment
 
     def begin(self) -> None:
@@ -177,6 +162,7 @@ class Attachment:
         if loss.needs_reference:
             require_reference(loss.name, inputs, "gapo.adapters.hf.with_reference_logps")
         takes_anchor = loss.needs_anchor or config.updates_at_anchor
+        require_joined(self.trainer, model)
         bare = self.trainer.accelerator.unwrap_model(model)
         rows = stack_pairs(inputs, forward_parameters(bare))
         self._logps.await_batch(rows)

@@ -34,9 +34,9 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tens
     """(chosen_logps, rejected_logps), each (N,), nats per token, of a causal language model on a batch of pairs.
 
     Padding may stand on either side. Further inputs of the model's forward that the batch holds (images, token types,
-    task ids) are passed on: see `stack_pairs`.
+    task ids) are passed on: see `stack_pairs`. A reference that was measured with an `ld_alpha` is refused.
     """
-    return _PLAIN.logps(*row_logits(model, stack_pairs(batch, forward_parameters(model))))
+    return _PLAIN.logps(*row_logits(model, stack_pairs(_PLAIN.checked(batch), forward_parameters(model))))
 
 
 def rows_logps(options: LogpOptions = _PLAIN) -> PairLogps:

@@ -7,6 +7,8 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
@@ -63,6 +65,19 @@ def require_update(trainer: Trainer, config: GAPOConfig) -> None:
         raise ValueError(
             "update='anchor' is not supported with fp16=True, whose gradient scaler would not see its backward: train "
             "in float32, or set update='policy'"
+        )
+
+
+def require_joined(trainer: Trainer, model: nn.Module) -> None:
+    """Raise RuntimeError where DDP does not join the ranks: each would train on its own gradients, and they would part.
+
+    accelerate leaves DDP out where `trainer.evaluate()` came before `trainer.train()`.
+    """
+    alone = str(trainer.accelerator.distributed_type.value).startswith("MULTI_")
+    if alone and not any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise RuntimeError(
+            "the model is not wrapped in DistributedDataParallel, so each process would train alone: call "
+            "trainer.evaluate() after trainer.train(), or set eval_on_start=True in its place"
         )
 
 

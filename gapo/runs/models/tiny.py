@@ -24,11 +24,12 @@ from gapo.runs import ranks
 from gapo.runs.config_bases import TrainingConfig
 
 SEQUENCE = 128
-# The variables by which torchrun and `accelerate launch` describe its group to a process.
+# The variables by which torchrun and `accelerate launch` describe to a process its group, and how it shares the work.
 _GROUP = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
     *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
 )
+_LAUNCHERS = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 END = "<|end|>"
 
 
@@ -61,14 +62,15 @@ def tiny_model(config: TrainingConfig, answers: Sequence[str]) -> Path:
 
 
 def _alone(work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work` outside the group of processes that torchrun made.
+    """Run `work` outside the group of processes that torchrun or `accelerate launch` made.
 
-    Inside it, the Trainer would warm up over all processes, and the policy would depend on their number.
+    Inside it, the Trainer would warm up over all processes, with FSDP or DeepSpeed where the run has it, and the policy
+    would depend on that.
     """
-    if ranks.count() == 1:
+    group = {name: value for name, value in os.environ.items() if name in _GROUP or name.startswith(_LAUNCHERS)}
+    if ranks.count() == 1 and not any(name.startswith("ACCELERATE_") for name in group):
         work(*arguments)
         return
-    group = {name: value for name, value in os.environ.items() if name in _GROUP or name.startswith("TORCHELASTIC_")}
     for name in group:
         del os.environ[name]
     try:

@@ -14,7 +14,7 @@ from gapo.runs.errors import ConfigError
 from gapo.runs.score.score_config import ScoreConfig
 
 _ADOPTED = (*(f.name for f in fields(GAPOConfig) if f.name not in OF_THE_UPDATE), "max_length", "batch_size")
-_OF_PAIRS = ("columns", "preference")  # of a table with other names, where the same table is scored
+_OF_PAIRS = ("columns", "preference", "encoding")  # where the pairs that are scored are those of the run
 _OTHER = {"rho": "target_gap", "target_gap": "rho"}  # one of them sets the radius
 
 

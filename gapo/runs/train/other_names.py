@@ -24,6 +24,7 @@ OTHER_NAMES = {
     "dataset_name": "pairs",
     "dataset_train_split": "split",
     "dataset_test_split": "eval_split",
+    "dataset_streaming": "streaming",
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulation",
@@ -62,9 +63,10 @@ def add_other_names(parser: Any) -> None:
         parser.add_argument(f"--{name}", type=types[short], help=argparse.SUPPRESS)
         own[f"--{short}"].help += f". Also --{name}"
     parser.add_argument("--use_peft", type=bool, help=argparse.SUPPRESS)
-    for name in {**declared_fields(), **REFUSED}:
+    for name, annotation in {**dict.fromkeys(REFUSED, ""), **declared_fields()}.items():
         if f"--{name}" not in own:
-            parser.add_argument(f"--{name}", type=Any, help=argparse.SUPPRESS)
+            is_text = annotation in ("str", "str | None") and name != "fsdp"  # which may be true, too
+            parser.add_argument(f"--{name}", type=str | None if is_text else Any, help=argparse.SUPPRESS)
 
 
 def other_switches() -> set[str]:

@@ -98,7 +98,10 @@ def run(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress())
     try:
-        if last is None:
+        if last is None and (ranks.count() > 1 or trainer.is_deepspeed_enabled):
+            # An evaluation before it would mark the model as prepared, without DDP: each process would train alone.
+            trainer.args.eval_on_start = True
+        elif last is None:
             trainer.evaluate()
         if last is None or not _load_if_finished(trainer, last):
             trainer.train(resume_from_checkpoint=last)
@@ -171,11 +174,11 @@ def require(config: TrainConfig, step_config: GAPOConfig) -> TrainConfig:
         raise ConfigError(
             f"{ranks.count()} processes were started, which PyTorch makes no group of on {arguments.device}: start one"
         )
-    precision = "bf16" if config.bf16 else "no"
-    if arguments.mixed_precision != precision:
+    own = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
+    if arguments.mixed_precision != own:
         raise ConfigError(
-            f"accelerate's configuration has mixed_precision {arguments.mixed_precision!r}, and bf16={config.bf16} is "
-            f"{precision!r}: let them agree"
+            f"accelerate's configuration has mixed_precision {arguments.mixed_precision!r}, and the run's own is "
+            f"{own!r}: let them agree"
         )
     if arguments.n_gpu > 1:
         raise ConfigError(

@@ -44,10 +44,13 @@ def typed_values(values: Mapping[str, Any]) -> dict[str, Any]:
     hints: dict[str, Any] = typing.get_type_hints(TrainingArguments)
     hints["fsdp"] |= bool  # the new form, which the annotation lacks
     parser = ArgumentParser(exit_on_error=False)
-    for name in values:
+    plain = dict(values)
+    for name, value in values.items():
         parser.add_argument(f"--{name}", type=hints[name])
+        if value is False and bool not in typing.get_args(hints[name]) and str in typing.get_args(hints[name]):
+            plain[name] = "no"  # as YAML reads the word
     try:
-        settings: dict[str, Any] = parser.parse_object(dict(values)).as_dict()
+        settings: dict[str, Any] = parser.parse_object(plain).as_dict()
     except (ArgumentError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     return settings

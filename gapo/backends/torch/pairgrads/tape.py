@@ -434,8 +434,8 @@ class Tape:
             parts = list(call.grads(call.layer, a, by_tokens(gradients[0])))
         for own_name, part in parts:
             name = call.own[own_name]
-            part = part.smaller() if isinstance(part, Outer) and name not in self._once else part
-            self._sink.parts[name].append((call.block, part))
+            form = part.smaller() if isinstance(part, Outer) and name not in self._once else part
+            self._sink.parts[name].append((call.block, form))
 
 
 class _Call:
