@@ -42,7 +42,7 @@ class GAPOArgs(BaseModel):
         return value
 
 
-class GAPOPlugin(BasePlugin):  # type: ignore[misc]
+class GAPOPlugin(BasePlugin):
     """Axolotl's hook: the trainer of `rl: simpo` gets a `GAPOCallback`; loss, evaluation and logs are GAPO's."""
 
     def get_input_args(self) -> str:
@@ -72,8 +72,8 @@ class GAPOPlugin(BasePlugin):  # type: ignore[misc]
 
 def callback_of(settings: Mapping[str, Any]) -> GAPOCallback:
     """The callback of these settings. Raises ValueError, naming it, for one that there is not."""
-    known = {f.name for f in fields(GAPOConfig)}
-    if unknown := [name for name in settings if name not in {*known, *_OF_CALLBACK}]:
-        raise ValueError(f"gapo has no setting {unknown[0]!r}; it has {', '.join([*sorted(known), *_OF_CALLBACK])}")
-    config = GAPOConfig(**{name: value for name, value in settings.items() if name in known})
+    of_step = {f.name for f in fields(GAPOConfig)}
+    if unknown := [name for name in settings if name not in {*of_step, *_OF_CALLBACK}]:
+        raise ValueError(f"gapo has no setting {unknown[0]!r}; it has {', '.join([*sorted(of_step), *_OF_CALLBACK])}")
+    config = GAPOConfig(**{name: value for name, value in settings.items() if name in of_step})
     return GAPOCallback(config, **{name: value for name, value in settings.items() if name in _OF_CALLBACK})

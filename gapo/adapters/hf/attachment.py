@@ -37,6 +37,7 @@ from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.margins import constants_of, rows_logps
 from gapo.adapters.hf.models import PreparedModel, forward_parameters, has_wide_weights, require_causal, require_graph
 from gapo.adapters.hf.supported import (
+    as_trls,
     left_out,
     require_joined,
     require_supported,
@@ -164,7 +165,7 @@ class Attachment:
         takes_anchor = loss.needs_anchor or config.updates_at_anchor
         require_joined(self.trainer, model)
         bare = self.trainer.accelerator.unwrap_model(model)
-        rows = stack_pairs(inputs, forward_parameters(bare))
+        rows = stack_pairs(as_trls(inputs, self.trainer), forward_parameters(bare))
         self._logps.await_batch(rows)
         forward = self._backend.forward(
             self._logps, bare, rows, config, anchor=takes_anchor, by_side=loss.by_side, wrapper=model
@@ -228,7 +229,7 @@ class Attachment:
         if loss.evaluated.needs_reference:
             require_reference(loss.name, inputs, "gapo.adapters.hf.with_reference_logps")
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
-            rows = stack_pairs(inputs, forward_parameters(model))
+            rows = stack_pairs(as_trls(inputs, self.trainer), forward_parameters(model))
             self._logps.await_batch(rows)
             outputs = self._logps(model, rows)
             constants = self._constants(inputs, rows)

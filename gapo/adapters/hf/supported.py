@@ -16,9 +16,12 @@ from gapo.adapters.hf.collator import PreferenceCollator
 from gapo.adapters.hf.models import REENTRANT, peft_model, text_config
 from gapo.columns import REFERENCE_ALPHA
 from gapo.config import GAPOConfig
+from gapo.data.tokenize import IGNORE_INDEX
 from gapo.logp_options import LogpOptions
 from gapo.pairs import COLUMNS, REFERENCE
 
+# Libraries whose preference trainers, of TRL's, stack pairs with "labels" in place of TRL's "completion_mask".
+_STACKED_WITH_LABELS = ("llamafactory", "swift")
 # The trainers of TRL whose batches are pairs. The others train on unpaired rows, triplets, or their own generations.
 _TRL_TRAINERS = ("DPOTrainer", "CPOTrainer", "ORPOTrainer")
 _TRL_COLLATORS = ("DataCollatorForPreference", "DataCollatorForVisionPreference", "DPODataCollatorWithPadding")
@@ -57,6 +60,20 @@ def trls_alpha(trainer: Trainer) -> float | None:
 
 def _measures_reference(trainer: Trainer) -> bool:
     return bool(getattr(trainer.args, "precompute_ref_log_probs", False))
+
+
+def as_trls(batch: Mapping[str, Any], trainer: Trainer) -> Mapping[str, Any]:
+    """The batch, in TRL's layout where LLaMA-Factory's or ms-swift's trainer for pairs has stacked it with labels.
+
+    From another trainer, rows with labels are no pairs (supervised tuning), and stay as they are.
+    """
+    hosts = {kind.__module__.partition(".")[0] for kind in type(trainer).__mro__}
+    if "completion_mask" in batch or "labels" not in batch or hosts.isdisjoint(_STACKED_WITH_LABELS):
+        return batch
+    if not any(_is_trl(kind) and kind.__name__ in _TRL_TRAINERS for kind in type(trainer).__mro__):
+        return batch
+    others = {name: value for name, value in batch.items() if name != "labels"}
+    return {**others, "completion_mask": (batch["labels"] != IGNORE_INDEX).long()}
 
 
 def require_update(trainer: Trainer, config: GAPOConfig) -> None:
