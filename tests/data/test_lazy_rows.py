@@ -22,6 +22,9 @@ from gapo.data.lazy_rows import Rows, RowWriter, joined
 from gapo.data.limits import Limits
 from gapo.data.token_table import tokenized_rows
 
+# `datasets` forks its workers; JAX, where another test of this process has imported it, warns of that.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+
 ROWS = [
     {"id": i, "prompt": f"{i}? ", "chosen": "yes" * (i + 1), "rejected": f"no {i}", "x": [i, None]} for i in range(9)
 ]

@@ -132,7 +132,7 @@ def test_a_step_refused_between_its_passes_leaves_no_hook_in_the_next() -> None:
 def test_ctrl_c_at_any_line_while_the_weights_are_the_anchors() -> None:
     model, batch = hf_models.make("llama"), hf_models.batch()
     before = weights_of(model)
-    codes = {TorchForward.at.__code__, TorchForward._put_back.__code__}
+    codes = {f.__code__ for f in (TorchForward.at, TorchForward._while_moved, TorchForward._put_back)}
     for line in range(1, 200):
         sys.settrace(interrupt_at(line, codes))
         try:
@@ -271,9 +271,9 @@ class Toy:
         result = StepResult(loss=loss, margins=np.zeros(pairs), weights=np.ones(pairs), running={"mean": self._running})
         return {"loss": loss}, result
 
-    def logps(self, batch: Any) -> tuple[np.ndarray, np.ndarray]:
+    def measured(self, batch: Any) -> tuple[tuple[np.ndarray, np.ndarray], None]:
         n = len(batch["chosen_labels"])
-        return np.full(n, -self.w[1]), np.full(n, -1.0)
+        return (np.full(n, -self.w[1]), np.full(n, -1.0)), None
 
     def state(self) -> dict[str, np.ndarray]:
         return {"w": self.w}
