@@ -7,7 +7,7 @@ check in every command; a command may still have its own default for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gapo.data.layouts import Layout, parse_columns
@@ -118,6 +118,11 @@ class EvaluatedPairs(PairSource):
                 "dataset_config and dataset_revision are of one data set: name them at a source of mixture"
             )
         super().__post_init__()
+        own = [f.name for f in fields(self) if f.name in READING and getattr(self, f.name) != f.default]
+        if own and self.pairs == "demo" and not self.mixture and self.evaluated is None:
+            raise ValueError(
+                f"{own[0]} says how pairs are read, and pairs='demo' generates them: give pairs, or no {own[0]}"
+            )
         for part in self.mixture:
             source_of(self, part)
 

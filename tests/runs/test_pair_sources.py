@@ -218,3 +218,15 @@ def test_a_study_of_a_mixture(tmp_path: Path) -> None:
     mixture = [{"pairs": str(tmp_path / "a.jsonl")}]
     split = load_split(StudyConfig(mixture=mixture, train_pairs=9, validation_pairs=4, test_pairs=4))
     assert len(split.pool) + len(split.validation) + len(split.test) == 30
+
+
+@pytest.mark.parametrize("option", [{"columns": "prompt=question"}, {"encoding": "cp1252"}, {"streaming": True}])
+def test_how_generated_pairs_are_read_is_no_question(option: dict[str, Any]) -> None:
+    """With pairs to evaluate on, or a mixture, the options are theirs."""
+    (name,) = option
+    with pytest.raises(
+        ValueError, match=f"{name} says how pairs are read, and pairs='demo' generates them: give pairs"
+    ):
+        TrainConfig(**option)
+    assert TrainConfig(eval_pairs="a.csv", **option).pairs == "demo"
+    assert TrainConfig(mixture=[{"pairs": "a.csv"}], **option).pairs == "demo"
