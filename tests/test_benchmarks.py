@@ -16,17 +16,22 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 SMALL = ["--pairs", "2", "--tokens", "16", "--width", "64", "--depth", "1", "--vocab", "64", "--seconds", "0"]
 
 
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script of the folder, as a module."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setenv("TMPDIR", os.environ.get("TMPDIR", ""))  # which the benchmark changes
-    spec = importlib.util.spec_from_file_location("step_cost_frameworks", FOLDER / "step_cost_frameworks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
+    return script("step_cost_frameworks", monkeypatch)
 
 
 @pytest.mark.parametrize("options", [["--framework", "jax", "--lora"], ["--framework", "mlx", "--eager"]])
@@ -48,19 +53,8 @@ def test_the_benchmark_of_frameworks_runs(
     assert float(rows[1]["seconds"]) > 0
 
 
-@pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script that computes the memory of a device."""
-    spec = importlib.util.spec_from_file_location("memory", FOLDER / "memory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_memory_of_a_device_is_that_of_the_documentation(memory: Any) -> None:
+def test_the_memory_of_a_device_is_that_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = script("memory", monkeypatch)
     published = {"mistral": 7_241_732_096, "llama": 8_030_261_248, "gemma": 9_241_705_984}
     for name in memory.MODELS:
         assert memory.layers_of(name)[0] == published[name.split("-")[0]], name
