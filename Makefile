@@ -9,12 +9,15 @@ DOCS_ADDRESS ?= 127.0.0.1:8000
 # On all cores, in the order of the files, so that a file's fixtures are made once. A worker that is done takes tests from others.
 PYTEST := pytest -n auto --dist worksteal --durations=25
 
-.PHONY: demo test test-lowest test-machines lint bench docs docs-build clean
+.PHONY: demo test test-all test-lowest test-machines lint bench docs docs-build clean
 
 demo: $(CLI)  ## tune a small language model on noisy pairs; leaves runs/demo/report.html
 	$(BIN)/gapo train examples/demo.yaml --overwrite
 
-test: $(INSTALLED)  ## all tests
+test: $(INSTALLED)  ## all tests but those marked slow
+	$(BIN)/$(PYTEST) -m "not slow"
+
+test-all: $(INSTALLED)  ## all tests
 	$(BIN)/$(PYTEST)
 
 test-lowest: $(LOWEST)/installed  ## all tests, with the lowest versions that pyproject.toml admits

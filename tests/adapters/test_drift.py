@@ -429,6 +429,7 @@ def test_gapo_train_draws_it_in_its_report_and_goes_on(tmp_path: Path, monkeypat
     assert f"At step 4 the policy's distribution over the next token was {found[2]['drift/kl']:.3g} nats" in text
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     """Five pairs over two gloo ranks: shares of unequal size, each pair once, and nobody waits for ever."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}

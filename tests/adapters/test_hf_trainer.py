@@ -230,6 +230,7 @@ def test_parsers_and_yaml(tmp_path: Path) -> None:
     assert "--probe {loss,margin}" in help_text
 
 
+@pytest.mark.slow
 def test_the_example_in_trls_style(saved: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     examples = Path(gapo.__file__).parent / "examples"

@@ -52,7 +52,9 @@ def full_pipe() -> Iterator[int]:
 
 
 @pytest.mark.filterwarnings("ignore:first_order_ratio")  # rho is large on purpose
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=[pytest.mark.slow] if name == "fsdp2" else []) for name in ENGINES]
+)
 def test_two_ranks(engine: str, tmp_path: Path) -> None:
     """One launch serves all that is asked of an engine, since starting Python takes longest."""
     if engine == "zero3":  # it first compiles an extension, for minutes, so CI does without; run it once beforehand
@@ -158,6 +160,7 @@ def assert_checkpoints_are_one_process(folder: Path, rtol: float) -> None:
             assert_near(saved[name], value, rtol, f"{checkpoint}: {name}")
 
 
+@pytest.mark.slow
 def test_a_ring_of_mlx_equals_one_process(tmp_path: Path) -> None:
     """mlx-lm's train on two ranks of `mlx.launch`: one anchor for both."""
     import mlx.core as mx
@@ -184,6 +187,7 @@ def test_a_ring_of_mlx_equals_one_process(tmp_path: Path) -> None:
     assert (verbs["draw 0"] != verbs["draw 1"]).any()
 
 
+@pytest.mark.slow
 def test_two_hosts_of_jax_equal_one_process(tmp_path: Path) -> None:
     """Global arrays over two processes: the pairs of both share one anchor."""
     import hosts_script

@@ -141,7 +141,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(
     assert "holds an unfinished run with other settings (rho: 0.2 -> 0.7)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("loss", ["gapo", "dpo"])
+@pytest.mark.parametrize("loss", ["gapo", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_the_same_yaml_on_every_backend(
     finished: Path, finished_on: Callable[[str], Path], tmp_path: Path, loss: str
 ) -> None:
@@ -192,7 +192,7 @@ def test_the_same_yaml_on_every_backend(
         assert float(chosen.mean()) == pytest.approx(summaries[backend]["after"]["eval_logps/chosen"], rel=1e-3)
 
 
-@pytest.mark.parametrize("loss", ["gapo", "drifting:drifting"])
+@pytest.mark.parametrize("loss", ["gapo", pytest.param("drifting:drifting", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
 def test_other_backends_resume_too(
     finished: Path,
@@ -327,8 +327,8 @@ def test_what_other_backends_cannot(
         ("train x.yaml", "jsonargparse"),
         ("train --output_dir=new", "matplotlib"),
         ("train --output_dir=new", "jinja2"),
-        ("study --pairs=new.jsonl --output_dir=new", "scipy"),
-        ("score new --model=new --output=scores.jsonl", "jinja2"),
+        pytest.param("study --pairs=new.jsonl --output_dir=new", "scipy", marks=pytest.mark.slow),
+        pytest.param("score new --model=new --output=scores.jsonl", "jinja2", marks=pytest.mark.slow),
     ],
 )
 def test_a_library_of_the_command_line_that_is_not_installed_is_named_before_any_work(

@@ -86,6 +86,7 @@ def test_measuring_leaves_the_weights_as_they_are(folder: Path) -> None:
     assert all(p.grad is None for p in measure._model.parameters())
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_line_it_ends_in_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole.jsonl.gz", tmp_path / "cut" / "whole.jsonl.gz"
     assert cli.main(command(folder, whole, repeats="2")) == 0

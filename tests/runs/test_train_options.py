@@ -40,6 +40,7 @@ def evaluations(folder: Path, **options: Any) -> list[dict[str, float]]:
     return [row for row in files.read_lines(folder / "run" / "metrics.jsonl") if "eval_loss" in row]
 
 
+@pytest.mark.slow
 def test_backends_agree_and_the_reference_is_measured_alike(model: str, tmp_path: Path) -> None:
     """At the start z is 0 for every pair, and the loss log 2 times the mean weight. Two kinds of sums would move it."""
     for library in ("flax", "mlx_lm"):

@@ -17,6 +17,7 @@ from gapo.study import study as study_module
 from gapo.study.study_config import StudyConfig
 
 
+@pytest.mark.slow
 def test_two_copies_give_the_numbers_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_module, "write_report", lambda *_: None)
     config = copies_script.config_of(tmp_path, "alone")
