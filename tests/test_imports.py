@@ -87,4 +87,5 @@ def test_links_at_the_top() -> None:
 
 def test_every_module_imports() -> None:
     for module in pkgutil.walk_packages(gapo.__path__, "gapo."):
-        importlib.import_module(module.name)
+        if module.name != "gapo.adapters.axolotl":  # of Axolotl, which `tests/adapters/test_axolotl.py` stands in for
+            importlib.import_module(module.name)
