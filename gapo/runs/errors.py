@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 
 class ConfigError(ValueError):
     """A configuration or command line cannot be used."""
@@ -17,3 +20,9 @@ def require_limit(limit: int | None) -> None:
     """Raise ValueError for a number of rows that is none."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be >= 1, or none for all pairs, got {limit!r}")
+
+
+def changes(names: Iterable[str], earlier: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The settings among `names` that differ, each with its earlier and its new value; empty where none does."""
+    differing = [name for name in names if earlier.get(name) != new.get(name)]
+    return ", ".join(f"{name}: {earlier.get(name)!r} -> {new.get(name)!r}" for name in differing)

@@ -22,7 +22,7 @@ from gapo.data.streams import stream
 from gapo.data.tokenize import tokenize_prompt
 from gapo.files import JsonLines, read_lines, require_writable
 from gapo.runs import held_out
-from gapo.runs.errors import ConfigError
+from gapo.runs.errors import ConfigError, changes
 from gapo.runs.generate.formats import write_answers
 from gapo.runs.generate.generate_config import GenerateConfig, settings_of
 from gapo.runs.generate.questions import Question, read_questions
@@ -87,9 +87,8 @@ def _earlier(path: Path, settings: Row, overwrite: bool) -> list[Row]:
     if overwrite or not head:
         return []
     settings, earlier = json.loads(json.dumps(settings)), head.get("settings", {})
-    if changed := [name for name in settings if settings[name] != earlier.get(name)]:
-        changes = ", ".join(f"{name}: {earlier.get(name)!r} -> {settings[name]!r}" for name in changed)
-        raise ConfigError(f"{path} holds answers of other settings ({changes}): give another output, or overwrite")
+    if changed := changes(settings, earlier, settings):
+        raise ConfigError(f"{path} holds answers of other settings ({changed}): give another output, or overwrite")
     return lines
 
 

@@ -22,7 +22,7 @@ from gapo.files import JsonLines, read_lines, write_text
 from gapo.runs import held_out
 from gapo.runs.claims import Claims, owner_of
 from gapo.runs.config_bases import READING
-from gapo.runs.errors import ConfigError
+from gapo.runs.errors import ConfigError, changes
 from gapo.runs.output.tables import Row, read_table, write_table
 from gapo.runs.score.measure import Measure
 from gapo.runs.score.score_config import ScoreConfig
@@ -187,10 +187,8 @@ def _adopt(config: ScoreConfig, step_config: GAPOConfig, earlier: Row) -> tuple[
 
 
 def _require_same(settings: Row, earlier: Row, where: Path) -> None:
-    changed = [name for name in settings if name != "pairs" and settings[name] != earlier.get(name)]
-    if changed:
-        changes = ", ".join(f"{name}: {earlier.get(name)!r} -> {settings[name]!r}" for name in changed)
-        raise ConfigError(f"{where} holds scores of other settings ({changes}): give another output, or overwrite")
+    if changed := changes([name for name in settings if name != "pairs"], earlier, settings):
+        raise ConfigError(f"{where} holds scores of other settings ({changed}): give another output, or overwrite")
 
 
 def _require_no_shards(files: Files, config: ScoreConfig) -> None:

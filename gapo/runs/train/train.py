@@ -14,7 +14,7 @@ from gapo.data import warmup_text
 from gapo.files import read_lines, write_text
 from gapo.runs import ranks
 from gapo.runs.config_bases import READING
-from gapo.runs.errors import ConfigError
+from gapo.runs.errors import ConfigError, changes
 from gapo.runs.held_out import Rows, fingerprint
 from gapo.runs.models.tiny import answer_texts, tiny_model
 from gapo.runs.train.loop import require_supported
@@ -108,11 +108,9 @@ def _require_same_settings(folder: Path, config: TrainConfig, step_config: GAPOC
         return
     new = as_dict(config, step_config)
     old = as_dict(TrainConfig(), GAPOConfig()) | json.loads((folder / "config.json").read_text())
-    changed = [name for name in {**new, **old} if name not in _FREE and old.get(name) != new.get(name)]
-    if changed:
-        changes = ", ".join(f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in changed)
+    if changed := changes([name for name in {**new, **old} if name not in _FREE], old, new):
         raise ConfigError(
-            f"{config.output_dir} holds an unfinished run with other settings ({changes}): give another "
+            f"{config.output_dir} holds an unfinished run with other settings ({changed}): give another "
             "output_dir, or --overwrite true"
         )
 
