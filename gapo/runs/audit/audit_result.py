@@ -17,8 +17,8 @@ class AuditResult(Sequence[Row]):
 
     Attributes:
         rows: one dict for each pair. "rank" counts from 1. "row" is the place among the usable pairs, from 0, "line"
-            the line in the source file, from 1, or None; "id" the pair's own, or None. "p_wrong" is the probability that
-            the label is wrong. Means over the policies that judged the pair, none of which trained on its prompt:
+            the line in the source file, from 1, or None; "id" the pair's own, or None. "p_wrong" is the probability
+            that the label is wrong. Means over the policies that judged the pair, none of which trained on its prompt:
             "margin" (nats per token), "gap" (the same, at an anchor that training pairs form), "weight" (of the gap, in
             a GAPO update). "against" of the "policies" have a negative margin. "prompt", "chosen", "rejected" are the
             pair's; "is_flipped" too, or None. "mark" is what a person marked, or None.

@@ -36,13 +36,12 @@ _FORMAT = 1  # of a measurement: raised when its meaning changes, so that old fi
 
 def audit(pairs: str | Path | Iterable[Mapping[str, Any]], **settings: Any) -> AuditResult:
     """What `gapo.audit` runs; arguments and errors are its."""
-    named = isinstance(pairs, (str, Path))
     with TemporaryDirectory(prefix="gapo-audit-") as folder:
         files = {"output": str(Path(folder, "audit.jsonl")), "cache_dir": str(Path(folder, "cache"))}
         settings = {**(files if "output" not in settings else {}), "workers": 1, **settings}
-        config = AuditConfig(pairs=str(pairs) if named else "pairs in memory", **settings)
-        if named:
-            return run_audit(config)
+        if isinstance(pairs, (str, Path)):
+            return run_audit(AuditConfig(pairs=str(pairs), **settings))
+        config = AuditConfig(pairs="pairs in memory", **settings)
         checked = pairs_of(
             (dict(row) for row in pairs),
             source=config.pairs,

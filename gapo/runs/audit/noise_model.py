@@ -135,9 +135,8 @@ def _design_effect(x: np.ndarray, share: float, b: np.ndarray, groups: np.ndarra
     """
     right = _sigmoid(x @ b)
     q = _as_it_is(right, share)
-    slopes = np.concatenate(
-        [((1 - 2 * share) * right * (1 - right) / q)[:, None] * x, ((1 - 2 * right) / q)[:, None]], 1
-    )
+    by_odds, by_share = (1 - 2 * share) * right * (1 - right) / q, (1 - 2 * right) / q
+    slopes = np.concatenate([by_odds[:, None] * x, by_share[:, None]], 1)
     slopes -= slopes.mean(0)
     by_group = np.stack([np.bincount(groups, column) for column in slopes.T], 1)
     alone, together = slopes.T @ slopes, by_group.T @ by_group

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from gapo.anchor import probe_pull
 from gapo.backends import get_backend
-from gapo.backends.base import margins_of, on_outputs
+from gapo.backends.base import AnchorForward, margins_of, on_outputs
 from gapo.config import GAPOConfig
 from gapo.perturbation import Perturbation
 from gapo.runs.policy.policy import Policy
@@ -40,7 +41,7 @@ def training_anchor(policy: Policy, tokens: Sequence[Row], config: GAPOConfig) -
     backend = get_backend("torch", one_pass=False)
     total: dict[str, Tensor] = {}
     for batch in policy.batches(tokens, _AT_ONCE):
-        forward = backend.forward(pair_logps, policy.model, batch, config)
+        forward = cast(AnchorForward, backend.forward(pair_logps, policy.model, batch, config))
         names = select(forward.parameters, forward.head, config)
         pull, factor = probe_pull(margins_of(forward.outputs), config.gamma, config, backend)
         share = float(factor) * len(batch["index"]) / len(tokens)
