@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gapo._fields import choice, choices_of
+from gapo.config import GAPOConfig
+from gapo.objectives import OBJECTIVES, resolve
 from gapo.runs.config_bases import PairSource, TinyPolicy, require_not_negative, require_positive
 from gapo.runs.errors import require_seed
 from gapo.runs.output.tables import ENDINGS, require_ending
@@ -28,8 +30,7 @@ class AuditConfig(TinyPolicy, PairSource):
         train_layers: last layers to tune; none for all of "tiny" and the last two of another model. What the layers
             below say of each pair is computed once.
         objective: what the policies are tuned with, a name of `gapo.objectives.OBJECTIVES`.
-        objective_settings: settings of the objective and of its step, such as {beta: 0.1}; none for the audit's own,
-            or for another objective its defaults.
+        objective_settings: settings of the objective and of its step, such as {beta: 0.1}.
         learning_rate: peak learning rate; none for what suits the model.
         epochs: passes over the training pairs of each policy.
         batch_size: pairs in a step.
@@ -60,10 +61,10 @@ class AuditConfig(TinyPolicy, PairSource):
     output: str = "runs/audit/audit.jsonl"
     model: str = "tiny"
     train_layers: int | None = None
-    objective: str = "dpo"
+    objective: str = "sigmoid_loss"
     objective_settings: dict[str, Any] = field(default_factory=dict)
     learning_rate: float | None = None
-    epochs: int = 2
+    epochs: int = 3
     batch_size: int = 16
     warmup_ratio: float = 0.1
     folds: int = 5
@@ -100,7 +101,21 @@ class AuditConfig(TinyPolicy, PairSource):
             raise ValueError(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio!r}")
         if not self.output.endswith(TABLES):
             raise ValueError(f"output must end in {', '.join(TABLES)}, got {self.output!r}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        try:
+            resolve(self.objective, *self.step_settings())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"objective_settings: {error}") from error
         self._check_cleaning()
+
+    def step_settings(self) -> tuple[GAPOConfig, dict[str, Any]]:
+        """`objective_settings` and `rho` as the step takes them: those of `GAPOConfig`, and the objective's own."""
+        objective = OBJECTIVES[self.objective]
+        of_step = {name for name, field in objective.step_settings.items() if name == field}
+        own = {name: x for name, x in self.objective_settings.items() if name in objective.defaults.keys() - of_step}
+        rest = {name: x for name, x in self.objective_settings.items() if name not in own}
+        return GAPOConfig(**{"rho": self.rho, **rest}), own
 
     def _check_cleaning(self) -> None:
         for name in ("drop", "flip", "threshold"):

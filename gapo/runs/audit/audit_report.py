@@ -81,9 +81,9 @@ def result_of(
 def _table(
     rows: Sequence[Row], lines: Sequence[int], scores: Scores, finding: Finding, marks: Mapping[int, str]
 ) -> list[Row]:
-    margin, gap = scores.margins.mean(0), scores.gaps.mean(0)
+    margin, gap = scores.margin, scores.gaps.mean(0)
     weight = gapo.weights(gap, backend="numpy")
-    against = (scores.margins < 0).sum(0)
+    against = (scores.margins.mean(1) < 0).sum(0)
     order = np.argsort(-finding.p_wrong, kind="stable") if finding.learned else np.arange(len(rows))
     out: list[Row] = []
     for rank, i in enumerate(map(int, order), start=1):

@@ -21,36 +21,63 @@ _PARTS = 5  # of the pairs, for the accuracy of the combination on pairs that it
 
 @dataclass(frozen=True)
 class Scores:
-    """What the policies said of n pairs; none of them trained on a pair's prompt. Nats per token.
+    """What the policies said of n pairs; none of them trained on a pair's prompt.
 
     Attributes:
-        margins: (seeds, n) log-probability of the chosen answer minus that of the rejected one.
-        gaps: (seeds, n) how far it falls towards the anchor of training pairs.
+        margins: (seeds, epochs, n) log-probability of the chosen answer minus that of the rejected one, nats per token.
+        rewards: (seeds, epochs, n) how far the training has raised the chosen answer's log-probability over the
+            rejected one's, nats: DPO's implicit reward, over beta.
+        gaps: (seeds, n) how far the last margin falls towards the anchor of training pairs, nats per token.
         start: (n,) the margin before any training.
     """
 
     margins: np.ndarray
+    rewards: np.ndarray
     gaps: np.ndarray
     start: np.ndarray
 
     @classmethod
-    def of(cls, parts: Mapping[Member, Arrays], start: np.ndarray) -> Scores:
-        """From the policies' measurements, and `start` (n, 2), the log-probabilities before any training."""
+    def of(cls, parts: Mapping[Member, Arrays], start: np.ndarray, counts: np.ndarray) -> Scores:
+        """From the policies' measurements (`Judges.measure`), and (n, 2) log-probabilities and numbers of tokens."""
         seeds = 1 + max(member.seed for member in parts)
-        margins, gaps = np.full((2, seeds, len(start)), np.nan)
+        epochs = len(next(iter(parts.values()))["logps"])
+        margins, rewards = np.full((2, seeds, epochs, len(start)), np.nan)
+        gaps = np.full((seeds, len(start)), np.nan)
         for member, arrays in parts.items():
-            here, moved = (arrays[name][:, 0] - arrays[name][:, 1] for name in ("logps", "anchor_logps"))
-            margins[member.seed, arrays["rows"]] = here
-            gaps[member.seed, arrays["rows"]] = here - moved
-        return cls(margins, gaps, start[:, 0] - start[:, 1])
+            rows, logps = arrays["rows"], arrays["logps"]
+            margins[member.seed][:, rows] = _difference(logps)
+            rewards[member.seed][:, rows] = _difference((logps - start[rows]) * counts[rows])
+            gaps[member.seed, rows] = _difference(logps[-1] - arrays["anchor_logps"])
+        return cls(margins, rewards, gaps, _difference(start))
+
+    @property
+    def margin(self) -> np.ndarray:
+        """(n,) the margin, a mean over epochs and seeds, nats per token."""
+        return _mean(self.margins)
 
     def features(self) -> np.ndarray:
-        """(n, 3) scores of unit size that change sign with the label: margin, start margin, gap.
+        """(n, 4) scores of unit size that change sign with the label: margin, reward, margin before training, gap.
 
-        A policy's margins count in units of their own size, so that one which went further does not outvote the others.
+        A policy counts in units of its own scores' size, so that one which went further does not outvote the others.
         """
-        margin, gap = (unit_size(values.T).mean(1) for values in (self.margins, self.gaps))
-        return unit_size(np.stack([margin, self.start, gap], 1))
+        margin, reward, gap = (_mean(_units(values)) for values in (self.margins, self.rewards, self.gaps))
+        return unit_size(np.stack([margin, reward, self.start, gap], 1))
+
+
+def _difference(sides: np.ndarray) -> np.ndarray:
+    """Chosen minus rejected, from (..., 2)."""
+    return sides[..., 0] - sides[..., 1]
+
+
+def _units(values: np.ndarray) -> np.ndarray:
+    """(..., n) each row in units of its own size."""
+    return unit_size(np.moveaxis(values, -1, 0)).transpose(*range(1, values.ndim), 0)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """(n,) the mean of (..., n) over all else."""
+    mean: np.ndarray = values.reshape(-1, values.shape[-1]).mean(0)
+    return mean
 
 
 @dataclass(frozen=True)
@@ -101,11 +128,14 @@ def detection(scores: Scores, p_wrong: np.ndarray, is_flipped: np.ndarray) -> Ro
     """
     if is_flipped.all() or not is_flipped.any():
         return {}
-    margin, gap = scores.margins.mean(0), scores.gaps.mean(0)
     suspicions = {
-        "p_wrong": p_wrong, "margin": -margin, "gap": -gap, "start margin": -scores.start,
-        "margin gained": scores.start - margin,
-    }  # fmt: skip
+        "p_wrong": p_wrong,
+        "margin": -scores.margin,
+        "margin at the end": -scores.margins[:, -1].mean(0),
+        "reward": -_mean(scores.rewards),
+        "gap": -scores.gaps.mean(0),
+        "margin before training": -scores.start,
+    }
     order = np.argsort(-p_wrong, kind="stable")
     flipped = int(is_flipped.sum())
     return {

@@ -27,7 +27,7 @@ from gapo.runs.audit.folds import divided, prompt_groups
 from gapo.runs.audit.judging import Judges, Member
 from gapo.runs.claims import Claims
 from gapo.runs.models.pretrained import require_model
-from gapo.runs.output.tensors import Arrays, open_tensors
+from gapo.runs.output.tensors import open_tensors
 from gapo.runs.score.sources import Source, fingerprint
 from gapo.runs.workers import Workers, one_thread, run_missing
 
@@ -78,8 +78,7 @@ def run_audit(config: AuditConfig, pairs: Pairs | None = None) -> AuditResult:
     marks = {} if config.apply is None else _marks(config.apply, digest, len(pairs.rows))
     with Claims() as claims:
         files.begin(_settings(config, digest), config.overwrite, claims)
-        parts, start = _measured(config, pairs, files, claims)
-    scores = Scores.of(parts, start)
+        scores = _measured(config, pairs, files, claims)
     finding = combine(scores.features(), groups, config.seed)
     result = result_of(config, pairs, scores, finding, marks, digest=digest, seconds=time.monotonic() - began)
     write_result(files, result)
@@ -91,7 +90,7 @@ def run_audit(config: AuditConfig, pairs: Pairs | None = None) -> AuditResult:
 def _marks(path: str, digest: str, pairs: int) -> dict[int, str]:
     from gapo.runs.audit.marks import read_marks
 
-    marks: dict[int, str] = read_marks(path, digest)
+    marks: dict[int, str] = read_marks(path, digest, pairs=pairs)
     return marks
 
 
@@ -110,10 +109,8 @@ def _settings(config: AuditConfig, digest: str) -> Row:
     return plain
 
 
-def _measured(
-    config: AuditConfig, pairs: Pairs, files: AuditFiles, claims: Claims
-) -> tuple[dict[Member, Arrays], np.ndarray]:
-    """The measurements of every policy, and the log-probabilities before any training (n, 2)."""
+def _measured(config: AuditConfig, pairs: Pairs, files: AuditFiles, claims: Claims) -> Scores:
+    """What every policy says; those are trained whose measurements are not there."""
     members = [Member(seed, fold) for seed in range(config.seeds) for fold in range(config.folds)]
     tasks = {files.part(member): member for member in members}
     if not files.start.exists() or not all(path.exists() for path in tasks):
@@ -121,7 +118,7 @@ def _measured(
         try:
             with claims.alone(files.start, "the model at the start"):
                 judges = Judges(config, pairs.rows)  # what it computes once is kept, and the workers read it
-                write_bytes(files.start, save({"logps": judges.start}))
+                write_bytes(files.start, save({"logps": judges.start, "counts": judges.counts}))
             with Workers(config.workers, _load, (config, pairs.rows), here=judges.measure) as workers:
                 run_missing(tasks, workers, claims, lambda path, x: write_bytes(path, save(x)), "auditing")
         finally:
@@ -131,7 +128,7 @@ def _measured(
         with open_tensors(path) as file:
             parts[member] = {name: file.get_tensor(name) for name in ("rows", "logps", "anchor_logps")}
     with open_tensors(files.start) as file:
-        return parts, file.get_tensor("logps")
+        return Scores.of(parts, file.get_tensor("logps"), file.get_tensor("counts"))
 
 
 def _load(config: AuditConfig, rows: Any) -> Any:

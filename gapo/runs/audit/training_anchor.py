@@ -19,8 +19,8 @@ from gapo.backends import get_backend
 from gapo.backends.base import AnchorForward, margins_of, on_outputs
 from gapo.config import GAPOConfig
 from gapo.perturbation import Perturbation
+from gapo.runs.policy.pair_batches import Row, pair_logps
 from gapo.runs.policy.policy import Policy
-from gapo.runs.policy.rows import Row, pair_logps
 from gapo.selection import select
 
 _AT_ONCE = 16
