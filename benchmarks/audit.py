@@ -77,6 +77,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny_text_steps", type=int, default=500)
     parser.add_argument("--cache_dir", default="runs/cache")
     parser.add_argument("--folder", type=Path, default=Path("runs/audit-benchmark"))
+    parser.add_argument(
+        "--in_sample", action="store_true", help="ask each policy about the pairs that it trained on, too"
+    )
     parser.add_argument("--test", help="clean pairs: then also train on cleaned pairs, and test on these")
     parser.add_argument("--runs", type=int, default=5, help="training runs for each way of cleaning")
     parser.add_argument("--train_objective", default="dpo", help="of those runs")
@@ -91,8 +94,8 @@ def config_of(options: argparse.Namespace) -> AuditConfig:
     return AuditConfig(pairs=options.pairs, **{name: getattr(options, name) for name in names})
 
 
-def measured(config: AuditConfig, rows: list[Row], folder: Path) -> tuple[dict[Member, Arrays], Judges]:
-    """What each policy says of the pairs of its fold and of those that it trained on; kept in `folder`."""
+def measured(config: AuditConfig, rows: list[Row], folder: Path, watched: bool) -> tuple[dict[Member, Arrays], Judges]:
+    """What each policy says of its fold, and if it is watched of the pairs that it trained on; kept in `folder`."""
     judges = Judges(config, rows)
     digest = f"{held_out.fingerprint(rows)} {json.dumps(config.measured(), sort_keys=True)}"
     parts = {}
@@ -101,7 +104,7 @@ def measured(config: AuditConfig, rows: list[Row], folder: Path) -> tuple[dict[M
         if not path.exists():
             progress(f"{folder.name}: {member.name}")
         others = "what other pairs or settings gave: give another folder"
-        parts[member] = kept_arrays(path, digest, lambda member=member: judges.measure(member, True), others=others)
+        parts[member] = kept_arrays(path, digest, lambda member=member: judges.measure(member, watched), others=others)
     return parts, judges
 
 
@@ -138,7 +141,7 @@ def suspicions(
         "last margin minus margin before (z)": scores.start - last,
         "reward (orders as DPO's loss)": -scores.rewards[:, -1].mean(0),
         "gap at an anchor of training pairs": -scores.gaps.mean(0),
-        **in_sample(parts, len(groups)),
+        **(in_sample(parts, len(groups)) if all("trained" in arrays for arrays in parts.values()) else {}),
         "audit (combination)": finding.p_wrong,
         "audit, one seed": combine(one.features(), groups, 0).p_wrong,
         "audit without the gap": fit_noise(scores.features()[:, :3], groups).p_wrong(scores.features()[:, :3]),
@@ -349,7 +352,7 @@ def main() -> None:
     for cell in cells:
         noisy = list(flip_pairs(rows, mode=cell.mode, rate=cell.rate, seed=cell.draw))
         folder = options.folder / cell.name
-        parts, judges = measured(config, noisy, folder)
+        parts, judges = measured(config, noisy, folder, options.in_sample)
         groups, flips = prompt_groups(noisy), np.array([row["is_flipped"] for row in noisy])
         scores, finding = suspicions(parts, judges, groups)
         share = cleanlab_share(Scores.of(parts, judges.start, judges.counts))

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 
 # Lapse rates. At one half the labels say nothing, and beyond it they would be those of the other answer.
-LAPSES = np.linspace(0.0025, 0.4975, 100)
+LAPSES = np.linspace(0.005, 0.495, 50)
 MOST_LAPSES = 0.2  # of the policies alone
-_OWN = np.linspace(0, MOST_LAPSES, 41)
+_OWN = np.linspace(0, MOST_LAPSES, 21)
 _STEPS, _CLOSE = 100, 1e-9  # of a fit; nats per pair
 _PRIOR = 0.04  # precision of a normal prior on b, of scores of unit size: it holds b where all pairs agree
 

@@ -43,7 +43,7 @@ def training_anchor(policy: Policy, tokens: Sequence[Row], config: GAPOConfig) -
     for batch in policy.batches(tokens, _AT_ONCE):
         forward = cast(AnchorForward, backend.forward(pair_logps, policy.model, batch, config))
         names = select(forward.parameters, forward.head, config)
-        pull, factor = probe_pull(margins_of(forward.outputs), config.gamma, config, backend)
+        pull, factor = probe_pull(margins_of(forward.outputs).detach(), config.gamma, config, backend)
         share = float(factor) * len(batch["index"]) / len(tokens)
         for name, x in forward.pullback(on_outputs(-pull, forward.outputs, backend.xp), names).items():
             total[name] = share * x if name not in total else total[name].add_(x, alpha=share)
