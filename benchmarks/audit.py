@@ -140,7 +140,7 @@ def suspicions(
         "the same, one seed": -one.margin,
         "last margin minus margin before (z)": scores.start - last,
         "reward (orders as DPO's loss)": -scores.rewards[:, -1].mean(0),
-        "gap at an anchor of training pairs": -scores.gaps.mean(0),
+        "gap at an anchor of training pairs": scores.gaps.mean(0),
         **(in_sample(parts, len(groups)) if all("trained" in arrays for arrays in parts.values()) else {}),
         "audit (combination)": finding.p_wrong,
         "audit, one seed": combine(one.features(), groups, 0).p_wrong,
