@@ -47,7 +47,7 @@ def test_the_verdict(about: dict[str, Any], said: str) -> None:
 
 def test_the_first_line_is_the_verdict_and_the_rest_is_counted() -> None:
     text = render(audited(60), most=50)
-    assert re.search(r"<body>\s*<h1>About 18 % of your labels", text)
+    assert re.search(r"<body>\s*<h1>About 18\xa0% of your labels", text)
     words = " ".join(text.split())
     assert "The first 50 of 60 pairs; the other 10 are in pairs.audit.parquet." in words
     assert "They agree with 71.0 % of the labels as they are (69.0 to 73.0 %; 50 % is a coin toss)" in words
