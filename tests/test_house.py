@@ -27,8 +27,9 @@ BELOW = {
     "backends": {"core", "objectives", "pairgrads"},
     "adapters": {"core", "objectives", "data", "backends"},
     "runs": {"core", "objectives", "data", "adapters"},
-    "study": {"core", "objectives", "data", "adapters", "runs"},
-    "commands": {"core", "objectives", "data", "runs", "study"},
+    "audit": {"core", "objectives", "data", "adapters", "runs"},
+    "study": {"core", "objectives", "data", "adapters", "runs", "audit"},
+    "commands": {"core", "objectives", "data", "runs", "audit", "study"},
     "examples": {"core", "objectives", "data", "adapters"},  # scripts as users write them
 }
 FRAMEWORKS = {"torch", "jax", "mlx", "numpy", "transformers", "flax"}
@@ -71,10 +72,13 @@ def room_of(path: str) -> str:
 
     The protocol of a backend, and the lookup of a backend by its name, stand beside the backends but belong to the
     core: the step and every backend are written against them. The engines of pairs' gradients know nothing of GAPO.
+    The audit is built on the other runs.
     """
     parts = path.split("/")
     if "pairgrads" in parts or "jaxrows" in parts:
         return "pairgrads"
+    if path.startswith("gapo/runs/audit/"):
+        return "audit"
     if path in ("gapo/backends/__init__.py", "gapo/backends/base.py"):
         return "core"
     if len(parts) == 2:
