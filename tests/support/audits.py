@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gapo import data
+from gapo.runs.audit.audit_result import AuditResult
 
 DIGEST = "ab12" * 16
 
 
-@dataclass(frozen=True)
-class Audited:
-    """What the page reads of an `AuditResult`."""
-
-    rows: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-
-def audited(n: int = 60, *, flips: bool | None = None, learned: bool = True, **summary: Any) -> Audited:
+def audited(n: int = 60, *, flips: bool | None = None, learned: bool = True, **summary: Any) -> AuditResult:
     """An audit of n generated pairs, most suspicious first: the margin of the pair of rank k grows with k."""
     rng = np.random.default_rng(0)
     pairs, rows = data.generate_pairs(n), rng.permutation(n)
@@ -43,7 +35,7 @@ def audited(n: int = 60, *, flips: bool | None = None, learned: bool = True, **s
     about = {
         "pairs": n, "source": "pairs.jsonl", "learned": learned, "share": {"mean": 0.18, "low": 0.15, "high": 0.22},
         "held_out_accuracy": 0.71, "held_out_low": 0.69, "held_out_high": 0.73, "folds": 5, "seeds": 1, "model": "tiny",
-        "advice": None, "fifths": [0.6, 0.2, 0.1, 0.05, 0.05], "settings": {"beta": 2.5, "rho": 0.3}, "seconds": 93.2,
+        "advice": None, "fifths": [0.6, 0.2, 0.1, 0.05, 0.05], "settings": {"rho": 0.3}, "seconds": 93.2,
         "versions": {"gapo": "0.0"}, "digest": DIGEST, "table": "pairs.audit.parquet",
     }  # fmt: skip
     if flips is not None:
@@ -55,4 +47,4 @@ def audited(n: int = 60, *, flips: bool | None = None, learned: bool = True, **s
     if not learned:
         result = [row | {"rank": None, "p_wrong": None} for row in sorted(result, key=lambda row: row["row"])]
         about |= {"share": None, "held_out_accuracy": 0.51, "advice": "try a larger model"}
-    return Audited(result, {**about, **summary})
+    return AuditResult(result, {**about, **summary})

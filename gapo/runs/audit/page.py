@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from gapo.config import GAPOConfig
 from gapo.files import write_text
+from gapo.runs.audit.audit_result import AuditResult
 from gapo.runs.audit.marks import MARKS
 from gapo.runs.output import plots
 from gapo.runs.output.pages import render_page, share
@@ -20,24 +22,14 @@ _LETTERS = 20_000  # of one text; the table holds the whole
 _LONG, _LINES = 450, 12  # letters or lines from which a text is folded
 _EXACT = 2**53  # whole numbers from here on lose digits in a browser
 _KEYS = dict(zip("wru", MARKS, strict=True))
-_BETA = 2.5  # where the settings name none
 
 
-class Audited(Protocol):
-    """What the page reads of an `AuditResult`."""
-
-    @property
-    def rows(self) -> list[Row]: ...
-    @property
-    def summary(self) -> Row: ...
-
-
-def write_page(path: Path, result: Audited, *, most: int = 500) -> None:
+def write_page(path: Path, result: AuditResult, *, most: int = 500) -> None:
     """Write the page on `result` to `path`, atomically, with at most `most` pairs, the most suspicious first."""
     write_text(path, render(result, most=most))
 
 
-def render(result: Audited, *, most: int = 500) -> str:
+def render(result: AuditResult, *, most: int = 500) -> str:
     """The page as text. Texts of users are escaped."""
     rows, summary, folder = result.rows, result.summary, Path(__file__).parent
     shown = rows[:most] if summary["learned"] else []
@@ -51,7 +43,7 @@ def render(result: Audited, *, most: int = 500) -> str:
         summary=summary,
         source=visible(summary["source"]),
         model=visible(str(summary["model"])),
-        beta=_beta(summary),
+        beta=GAPOConfig.beta,
         pairs=[_shown(row) for row in shown],
         left=len(rows) - len(shown),
         keys=_KEYS,
@@ -120,11 +112,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _beta(summary: Row) -> float:
-    beta = (summary.get("settings") or {}).get("beta")
-    return float(beta) if _is_number(beta) and beta > 0 else _BETA
-
-
 def _detection(detection: Row) -> list[list[str]]:
     """A line for each score: its name, AUROC and precision."""
     precision = detection.get("precision") or {}
@@ -138,7 +125,7 @@ def pictures(rows: Sequence[Row], summary: Row) -> list[str]:
     """The charts, as SVG: probabilities, margins and weights of all pairs, and where the suspicious ones are."""
     flips = [row.get("is_flipped") for row in rows]
     flipped = np.array(flips, dtype=bool) if None not in flips and 0 < sum(map(bool, flips)) < len(flips) else None
-    beta = _beta(summary)
+    beta = GAPOConfig.beta  # which the weights of an audit are of
     values = {name: [row.get(name) for row in rows] for name in ("p_wrong", "margin", "weight")}
     charts = [
         ("Probability that a label is wrong", "probability, %", "p_wrong", (0.0, 100.0), 100.0),
