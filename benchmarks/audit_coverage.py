@@ -1,9 +1,9 @@
 """How often the audit's interval for the share of wrong labels covers the truth, on simulated scores.
 
-    python benchmarks/audit_coverage.py --pairs 1000 5000 --draws 100
+    python benchmarks/audit_coverage.py --pairs 2000 --draws 40
 
-Two normal scores predict the better answer by a logistic of slope 2 and 1 (about 80 % right). A share of the predictions
-are turned over whatever their size (the policies' own lapses), and a share of the labels are wrong.
+Two normal scores predict the better answer by a logistic of slope 2 and 1 (about 80 % right). A share of the
+predictions are turned over whatever their size (the policies' own lapses), and a share of the labels are wrong.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, nargs="+", default=[1000, 5000])
+    parser.add_argument("--pairs", type=int, nargs="+", default=[2000])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.2, 0.4])
     parser.add_argument("--lapses", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2])
-    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--draws", type=int, default=40)
     options = parser.parse_args()
     print("| pairs | lapses | share | mean estimate | mean interval | covers | Brier, and of the true share alone |")
     print("|---|---|---|---|---|---|---|")

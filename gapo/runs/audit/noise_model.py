@@ -56,12 +56,14 @@ class NoiseModel:
         return float(np.sum(weights * shares))
 
     def share_interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The (low, high) between which e lies with probability `level`."""
-        shares, weights = (values.ravel() for values in self._shares())
-        order = np.argsort(shares)
-        below = np.cumsum(weights[order]) - weights[order] / 2
-        low, high = np.interp([(1 - level) / 2, (1 + level) / 2], below, shares[order])
-        return float(low), float(high)
+        """The (low, high) between which e lies with probability `level` at least.
+
+        `low` is a quantile of e. `high` is one of L, which e is where the policies never lapse: a quantile of e would
+        leave that case out.
+        """
+        shares, weights = self._shares()
+        low = _quantile((1 - level) / 2, shares.ravel(), weights.ravel())
+        return low, max(low, _quantile((1 + level) / 2, LAPSES, self.weights))
 
     def log_odds(self, x: np.ndarray) -> np.ndarray:
         """(n,) log-odds that the chosen answer is the better one, its label unseen; from x (n, features)."""
@@ -86,6 +88,12 @@ class NoiseModel:
         likely = possible * (1 - _OWN / MOST_LAPSES)
         weights = self.weights[:, None] * likely / likely.sum(1, keepdims=True)
         return np.where(possible, shares, 0.0), weights / weights.sum()
+
+
+def _quantile(level: float, values: np.ndarray, weights: np.ndarray) -> float:
+    order = np.argsort(values)
+    below = np.cumsum(weights[order]) - weights[order] / 2
+    return float(np.interp(level, below, values[order]))
 
 
 def fit(x: np.ndarray, groups: np.ndarray | None = None) -> NoiseModel:
