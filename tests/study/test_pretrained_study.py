@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from gapo.study.outcome import Study
 from gapo.study.statistics import detectable
 from gapo.study.study import run_study
 from gapo.study.study_config import StudyConfig
+from gapo.study.tune import tune
 
 TEXT = "It was the best of times, it was the worst of times. " * 200
 
@@ -77,8 +77,9 @@ def cell(**more: Any) -> Cell:
 
 
 def test_a_run_says_what_it_fitted_kept_and_lost(material: Material, config: StudyConfig) -> None:
-    record = measure(material, config, cell())
-    drawn = draw(material, config, "random", 0.25, 0)
+    record = measure(material, config, cell(rate=0.3125))
+    drawn = draw(material, config, "random", 0.3125, 0)
+    assert drawn.is_flipped.sum() == 5
     labelled = np.subtract(*material.logps([material.tokens["pool"][i] for i in drawn.rows]).T)
     labelled[drawn.is_flipped] *= -1
     assert record["fitted"] == {
@@ -163,12 +164,18 @@ def test_the_study_shows_what_the_runs_did_besides(study: Study, config: StudyCo
     assert set(tries) == {"dpo", "gapo"}
 
 
-def test_settings_chosen_on_noisy_labels_are_best_by_them(study: Study, config: StudyConfig) -> None:
-    entries = [json.loads(path.read_text()) for path in Path(config.output_dir, "cells").glob("*.json")]
-    tries = [e for e in entries if e["cell"]["judged_on"] == "validation" and e["cell"]["arm"] == "dpo"]
-    best = max(e["record"]["noisy_accuracy"] for e in tries)
-    chosen = [e for e in tries if dict(map(tuple, e["cell"]["settings"])) == study.chosen_by["noisy"]["dpo"]]
-    assert [e["record"]["noisy_accuracy"] for e in chosen] == [best]
+class Judged:
+    """A grid whose runs are the better by true labels, and the worse by noisy ones, the higher the learning rate."""
+
+    def run(self, cells: list[Cell], title: str) -> dict[Cell, dict[str, Any]]:
+        rates = {cell: dict(cell.settings)["learning_rate"] for cell in cells}
+        return {cell: {"evaluation": {"accuracy": rate}, "noisy_accuracy": 1 - rate} for cell, rate in rates.items()}
+
+
+def test_settings_are_chosen_by_the_labels_that_are_asked_for(config: StudyConfig) -> None:
+    tried = replace(config, learning_rates=(1e-3, 1e-2))
+    chosen = {labels: tune(tried, Judged(), labels)[0]["dpo"]["learning_rate"] for labels in ("clean", "noisy")}  # type: ignore[arg-type]
+    assert chosen["noisy"] < 1e-3 < 1e-2 < chosen["clean"]
 
 
 def test_four_of_five_studies_find_a_detectable_difference() -> None:
