@@ -1,6 +1,8 @@
 import gc
 import os
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -75,3 +77,12 @@ def _small_heap() -> None:
     """What is alive now is not searched for garbage again: a Trainer calls `gc.collect` each time it trains."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium. Closed with its module: while it runs, no other test of the process may start an event loop."""
+    import browsers
+
+    with browsers.chromium() as running:
+        yield running
