@@ -20,7 +20,7 @@ from gapo import data
 from gapo.data import lazy_rows as stored
 from gapo.data.lazy_rows import Rows, RowWriter, joined
 from gapo.data.limits import Limits
-from gapo.data.token_table import tokenized_rows
+from gapo.data.token_table import TokenRows, tokenized_rows
 
 # `datasets` forks its workers; JAX, where another test of this process has imported it, warns of that.
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
@@ -129,7 +129,7 @@ def test_reading_needs_little_memory(tmp_path: Path) -> None:
 TOKENIZER = bytes_tokenizer(opens="<b>")
 
 
-def table(rows: Any, folder: Path, **options: Any) -> Rows:
+def table(rows: Any, folder: Path, **options: Any) -> TokenRows:
     settings = {"limits": Limits(8), "name": "pairs", "folder": folder, **options}
     return tokenized_rows(rows, TOKENIZER, settings.pop("limits"), **settings)
 
@@ -138,11 +138,13 @@ def table(rows: Any, folder: Path, **options: Any) -> Rows:
 def test_tokens_from_a_file_are_those_of_each_pair(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, processes: int | None
 ) -> None:
-    pairs = [GOOD, {**GOOD, "chosen": "123456789", "rejected": "123456780"}, {**GOOD, "id": 2}]
+    pairs = [GOOD, {**GOOD, "chosen": "zzzzzzzz9", "rejected": "zzzzzzzz0"}, {**GOOD, "id": 2}]
     with caplog.at_level(logging.WARNING, logger="gapo"):
         found = table(written(pairs), tmp_path, processes=processes)
         expected = data.tokenize_pairs(pairs, TOKENIZER, max_length=8, name="pairs")
     assert found == expected
+    sides = [row[f"{side}_input_ids"] for row in expected for side in ("chosen", "rejected")]
+    assert found.extent() == (max(map(max, sides)), max(map(len, sides)))  # without the row that is left out
     assert caplog.messages[0] == caplog.messages[1]
     assert "left out, since their answers are the same tokens: 1 (row 1)" in caplog.messages[0]
 
