@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 import gapo
+from gapo.runs.policy.pair_batches import pair_logps
 from gapo.runs.versions import versions
 from gapo.study.cell_run import draw, evaluate, train
-from gapo.study.policy import Material, load_split, pair_logps
+from gapo.study.material import Material, load_split
 from gapo.study.study_config import StudyConfig
 
 SIZES = ((32, 2), (128, 4))

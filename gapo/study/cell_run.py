@@ -1,31 +1,29 @@
-"""One run of a study: a policy trained on noisy pairs with one objective, and its measurements.
-
-The order of batches (pairs of like length together) and the schedule are the study's own, not those of `gapo train`:
-the published numbers depend on both, bit for bit for a seed.
-"""
+"""One run of a study: a policy trained on noisy pairs with one objective, and its measurements."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 import gapo
 from gapo.data import flip_pairs
+from gapo.data.streams import stream
 from gapo.objectives import OBJECTIVES, Objective
+from gapo.runs.policy.aside import drift, perplexity
+from gapo.runs.policy.fit import bucketed, fit
+from gapo.runs.policy.pair_batches import Batch, flipped, length, pair_logps
 from gapo.study.arms import ARMS
 from gapo.study.cells import Cell
-from gapo.study.policy import Material, flipped, length, pair_logps
+from gapo.study.material import Material
 from gapo.study.study_config import StudyConfig
 from gapo.study.weight_log import WeightLog
 
-_BUCKET = 8  # batches that are sorted by length together: little padding, and still random batches
 _TRUE_LABELS = 250  # training pairs on whose true labels the trained policy is judged
+_DRIFT = 64  # test pairs on which the divergence from the policy at the start is measured
 
 
 @dataclass(frozen=True)
@@ -53,24 +51,41 @@ def draw(material: Material, config: StudyConfig, mode: str, rate: float, seed: 
     """
     rng = np.random.default_rng([seed, 1])
     rows = rng.permutation(len(material.split.pool))[: config.train_pairs]
-    noisy = flip_pairs([material.split.pool[i] for i in rows], mode=mode, rate=rate, seed=seed)
+    if mode == "judge":
+        is_flipped = _judged_wrong(-np.subtract(*material.start["pool"][rows].T), rate)
+    else:
+        noisy = flip_pairs([material.split.pool[i] for i in rows], mode=mode, rate=rate, seed=seed)
+        is_flipped = np.array([row["is_flipped"] for row in noisy])
     lengths = np.array([length(material.tokens["pool"][i]) for i in rows])
     order = [batch for _ in range(config.epochs) for batch in bucketed(lengths, config.batch_size, rng)]
-    return Draw(rows, np.array([row["is_flipped"] for row in noisy]), order, seed)
+    return Draw(rows, is_flipped, order, seed)
 
 
-def bucketed(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Batches in random order, each of pairs of about equal length; the last, incomplete one is left out."""
-    order = rng.permutation(len(lengths))
-    groups = [order[i : i + _BUCKET * size] for i in range(0, len(order), _BUCKET * size)]
-    in_order = [group[np.argsort(lengths[group], kind="stable")] for group in groups]
-    batches = [group[i : i + size] for group in in_order for i in range(0, len(group), size)]
-    whole = [batch for batch in batches if len(batch) == size] or batches
-    return [whole[i] for i in rng.permutation(len(whole))]
+def _judged_wrong(doubt: np.ndarray, rate: float) -> np.ndarray:
+    """(n,) bool: the share `rate` of the pairs with the largest `doubt`, which is above 0 where the judge is wrong.
+
+    Raises:
+        ValueError: the judge is wrong on fewer pairs.
+    """
+    count, wrong = round(rate * len(doubt)), int((doubt > 0).sum())
+    if count > wrong:
+        raise ValueError(
+            f"rate={rate} asks for {count} flips, but the policy before training gets only {wrong} of {len(doubt)} "
+            f"pairs wrong: the greatest rate here is {wrong / len(doubt):.4g}"
+        )
+    is_flipped = np.zeros(len(doubt), dtype=bool)
+    is_flipped[np.argsort(-doubt, kind="stable")[:count]] = True
+    return is_flipped
 
 
 def train(
-    material: Material, config: StudyConfig, arm: str, settings: Mapping[str, Any], drawn: Draw, anchor_pairs: int = 0
+    material: Material,
+    config: StudyConfig,
+    arm: str,
+    settings: Mapping[str, Any],
+    drawn: Draw,
+    anchor_pairs: int = 0,
+    after_step: Callable[[int], None] | None = None,
 ) -> WeightLog:
     """Train the policy from its first weights; `material.model` is the trained one afterwards.
 
@@ -81,34 +96,33 @@ def train(
         settings: the learning rate, and settings of the objective.
         drawn: pairs, flips and order.
         anchor_pairs: pairs that share an anchor; 0 for the whole batch. A batch is then several micro-batches.
+        after_step: called with the number of the step, from 1.
     """
-    material.reset()
-    model = material.model
     objective, step = _step(arm, settings)
     tokens = [
         flipped(material.tokens["pool"][row]) if swap else material.tokens["pool"][row]
         for row, swap in zip(drawn.rows, drawn.is_flipped, strict=True)
     ]
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     log = WeightLog(drawn.is_flipped)
-    total = len(drawn.order)
-    torch.manual_seed(drawn.seed)  # of the gaussian direction: intervals over seeds are to hold its chance too
-    for number, index in enumerate(drawn.order):
-        parts = np.array_split(index, len(index) // anchor_pairs) if anchor_pairs else [index]
-        optimizer.zero_grad(set_to_none=True)
-        for batch in material.batches(tokens, len(index), parts):
-            result, grads = step(model, batch)
-            share = len(batch["index"]) / len(index)
-            for name, p in model.named_parameters():
-                p.grad = grads[name] * share if p.grad is None else p.grad.add_(grads[name], alpha=share)
-            # How hard the objective pulls at what it compares: at a margin per token, or at a log-ratio of sums.
-            weights = result.weights if objective.average else result.weights / batch["rejected_lengths"]
-            gaps = None if result.anchor_gaps is None else result.anchor_gaps.numpy()
-            log.add(number / total, batch["index"], result.margins.numpy(), weights.numpy(), gaps)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = settings["learning_rate"] * _schedule(number, total, config.warmup_ratio)
-        optimizer.step()
+
+    def note(share: float, batch: Batch, result: Any) -> None:
+        # How hard the objective pulls at what it compares: at a margin per token, or at a log-ratio of sums.
+        weights = result.weights if objective.average else result.weights / batch["rejected_lengths"]
+        gaps = None if result.anchor_gaps is None else result.anchor_gaps.numpy()
+        log.add(share, batch["index"], result.margins.numpy(), weights.numpy(), gaps)
+
+    fit(
+        material,
+        tokens,
+        drawn.order,
+        step,
+        learning_rate=settings["learning_rate"],
+        warmup_ratio=config.warmup_ratio,
+        anchor_pairs=anchor_pairs,
+        seed=drawn.seed,
+        on_batch=note,
+        after_step=after_step,
+    )
     return log
 
 
@@ -119,24 +133,20 @@ def _step(arm: str, settings: Mapping[str, Any]) -> tuple[Objective, Callable[..
     return objective, gapo.value_and_grad(pair_logps, config, objective, backend="torch", objective_settings=own)
 
 
-def _schedule(step: int, total: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate: a linear rise, then a cosine to 0."""
-    warmup = warmup_ratio * total
-    if step + 1 < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
 def evaluate(material: Material, tokens: list[dict[str, Any]]) -> dict[str, float]:
     """Reward accuracy, mean margin and mean log-probabilities of `tokens` under the model now, nats per token.
 
     Raises:
         FloatingPointError: one of them is not finite.
     """
-    logps = material.logps(tokens)
+    return rewards(finite(material.logps(tokens)))
+
+
+def finite(logps: np.ndarray) -> np.ndarray:
+    """`logps`. Raises FloatingPointError where one of them is not finite."""
     if not np.isfinite(logps).all():
         raise FloatingPointError("log-probabilities after the training are not finite")
-    return rewards(logps)
+    return logps
 
 
 def rewards(logps: np.ndarray) -> dict[str, float]:
@@ -165,19 +175,68 @@ def measure(material: Material, config: StudyConfig, cell: Cell) -> dict[str, An
 
 def _measure(material: Material, config: StudyConfig, cell: Cell) -> dict[str, Any]:
     drawn = draw(material, config, cell.mode, cell.rate, cell.seed)
+    is_test = cell.judged_on == "test"
+    course = Course(material, config, len(drawn.order)) if is_test and config.checks else None
     began = time.process_time()  # of one thread: what else runs on the machine hardly counts
-    log = train(material, config, cell.arm, dict(cell.settings), drawn, cell.anchor_pairs)
+    log = train(
+        material, config, cell.arm, dict(cell.settings), drawn, cell.anchor_pairs, course.check if course else None
+    )
+    seconds = time.process_time() - began - (course.seconds if course else 0.0)
+    judged = finite(material.logps(material.tokens[cell.judged_on]))
     record = {
         "steps": len(drawn.order),
         "flipped": int(drawn.is_flipped.sum()),
-        "cpu_seconds": round(time.process_time() - began, 3),
-        "evaluation": evaluate(material, material.tokens[cell.judged_on]),
+        "cpu_seconds": round(seconds, 3),
+        "evaluation": rewards(judged),
         **log.summary(),
     }
-    if cell.judged_on == "test":
-        truth = [material.tokens["pool"][i] for i in drawn.rows[:_TRUE_LABELS]]
-        record["train_true"] = evaluate(material, truth)
+    if not is_test:
+        return {**record, "noisy_accuracy": _noisy_accuracy(judged, config)}
+    truth = finite(material.logps([material.tokens["pool"][i] for i in drawn.rows[:_TRUE_LABELS]]))
+    record["train_true"] = rewards(truth)
+    is_flipped = drawn.is_flipped[:_TRUE_LABELS]
+    is_right = truth[:, 0] > truth[:, 1]
+    if is_flipped.any() and not is_flipped.all():
+        fitted = (~is_right[is_flipped], is_right[~is_flipped])  # as they are labelled
+        record["fitted"] = {name: float(x.mean()) for name, x in zip(("flipped", "clean"), fitted, strict=True)}
+    record["drift"] = drift(material, material.tokens["test"][:_DRIFT])
+    if "transfer" in material.tokens:
+        record["transfer"] = evaluate(material, material.tokens["transfer"])
+    if material.text:
+        record["perplexity"] = perplexity(material, material.text)
+    if course:
+        record["course"] = course.points
     return record
+
+
+def _noisy_accuracy(logps: np.ndarray, config: StudyConfig) -> float:
+    """Accuracy on validation pairs whose labels are flipped as those of the tries are: what a user could measure."""
+    is_flipped = np.zeros(len(logps), dtype=bool)
+    is_flipped[: round(config.tune_flip_rate * len(logps))] = True
+    is_flipped = stream(config.seed, "study validation labels").permutation(is_flipped)
+    return float(((logps[:, 0] > logps[:, 1]) != is_flipped).mean())
+
+
+class Course:
+    """Reward accuracy on test pairs during a run.
+
+    Attributes:
+        points: "step" and "accuracy" of each check.
+        seconds: of the processor, that the checks took.
+    """
+
+    def __init__(self, material: Material, config: StudyConfig, steps: int) -> None:
+        self._material, self._tokens = material, material.tokens["test"][: config.check_pairs]
+        self._steps = {round(steps * (i + 1) / config.checks) for i in range(config.checks)}
+        self.points: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def check(self, step: int) -> None:
+        """Evaluate, if it is time to."""
+        if step in self._steps:
+            began = time.process_time()
+            self.points.append({"step": step, "accuracy": evaluate(self._material, self._tokens)["accuracy"]})
+            self.seconds += time.process_time() - began
 
 
 def _value(material: Material, config: StudyConfig, cell: Cell) -> dict[str, Any]:

@@ -23,6 +23,11 @@ def frame(records: dict[Cell, dict[str, Any]], cells: Iterable[Cell]) -> pd.Data
         row |= {name: value for name, value in record.items() if not isinstance(value, (dict, list))}
         row |= record.get("evaluation", {})
         row |= {f"train_true_{name}": value for name, value in record.get("train_true", {}).items()}
+        row |= {f"fitted_{name}": share for name, share in record.get("fitted", {}).items()}
+        row |= {f"transfer_{name}": value for name, value in record.get("transfer", {}).items()}
+        if course := record.get("course"):
+            accuracies = [point["accuracy"] for point in course]
+            row |= {"course_best": max(accuracies), "course_last": accuracies[-1]}
         row |= {f"flips_in_fifth_{fifth + 1}": share for fifth, share in enumerate(record.get("fifths", []))}
         rows.append(row)
     return pd.DataFrame(rows)

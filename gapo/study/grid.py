@@ -30,11 +30,11 @@ from gapo.files import write_text
 from gapo.runs.claims import POLL, Claims
 from gapo.study.cell_run import measure
 from gapo.study.cells import Cell
-from gapo.study.policy import Material, load_split
+from gapo.study.material import Material, load_split
 from gapo.study.study_config import StudyConfig
 
-_FORMAT = 1  # of a record: raised when the meaning of a run changes, so that old files are not taken for it
-_FORMATS = {"gapo-gaussian": 2}  # of arms whose runs alone have changed
+_FORMAT = 2  # of a record: raised when the meaning of a run changes, so that old files are not taken for it
+_FORMATS = {"gapo-gaussian": 3}  # of arms whose runs alone have changed
 
 
 class Grid:
@@ -51,7 +51,8 @@ class Grid:
     def __init__(self, config: StudyConfig, folder: Path, material: Material, claims: Claims) -> None:
         self._config, self._folder, self._material, self._claims = config, folder, material, claims
         decisive = ("train_pairs", "epochs", "batch_size", "warmup_ratio", "valuation_share")
-        self._decisive = [material.fingerprint, *(getattr(config, name) for name in decisive)]
+        checks = [config.checks, config.check_pairs] if config.checks else []
+        self._decisive = [material.fingerprint, *(getattr(config, name) for name in decisive), *checks]
         self._made_by = {"gapo": gapo.__version__, "torch": torch.__version__, "code": _code()}
         self._others: dict[Path, str] = {}
         self._pool: ProcessPoolExecutor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gapo.study.arms import Settings
@@ -19,9 +19,11 @@ class Study:
         chosen: settings of each arm.
         tries: every try of them.
         records: the cells of the grid, curves and valuation with their records.
-        parts: the same cells by part: "grid", "rho", "anchor", "valuation".
+        parts: the same cells by part: "grid", "rho", "anchor", "valuation", and "noisy choice", the grid with settings
+            that were chosen on noisy validation labels.
         left_out: (mode, rate) that the pairs do not allow, with the reason.
         facts: policy, data, versions, times.
+        chosen_by: settings of each arm by the validation labels, "clean" or "noisy", that they were chosen on.
     """
 
     config: StudyConfig
@@ -31,3 +33,4 @@ class Study:
     parts: dict[str, list[Cell]]
     left_out: dict[str, str]
     facts: dict[str, Any]
+    chosen_by: dict[str, dict[str, Settings]] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from gapo.files import write_bytes, write_text
@@ -14,16 +15,22 @@ from gapo.runs.output.pages import render_page
 from gapo.study import figures
 from gapo.study import frames as tables
 from gapo.study.arms import parts_of
+from gapo.study.asides import asides, in_words, noisy_choice
+from gapo.study.asides import points as percent
 from gapo.study.cells import Cell
-from gapo.study.markdown import facts, render_markdown
+from gapo.study.markdown import facts, paired_text, render_markdown
 from gapo.study.names import shown
 from gapo.study.outcome import Study
-from gapo.study.statistics import Error, Interval, bootstrap, intervals
+from gapo.study.statistics import Error, bootstrap, detectable, intervals
 from gapo.study.study_config import as_dict
 
 _TEST = "reward accuracy, clean test pairs, %"
 _TRUE = "reward accuracy, true labels of train pairs, %"
-_MODES = {"random": "flipped at random", "length": "flipped to favour longer answers"}
+_MODES = {
+    "random": "flipped at random",
+    "length": "flipped to favour longer answers",
+    "judge": "of a judge that is sure where it is wrong",
+}
 _WEIGHTS = {
     "flipped_weight_change": "weight of flipped over clean, minus 1, %",
     "flips_in_fifth_1": "flips in lowest fifth, %",
@@ -81,6 +88,8 @@ def content(study: Study) -> dict[str, Any]:
         "diagnostics": _diagnostics(noisy),
         "diagnosed_at": f"{100 * rate:g} % of the labels {_MODES[config.modes[0]]}",
         "logps": _logps(noisy, study.facts["before"]),
+        "asides": asides(noisy, study.facts),
+        "noisy_choice": noisy_choice(study),
         "settings": _settings(study),
         "curves": _curves(study),
         "valuation": _valuation(study),
@@ -103,14 +112,6 @@ def content(study: Study) -> dict[str, Any]:
     }
 
 
-def percent(interval: Interval | None, signed: bool = False) -> str:
-    """An interval of shares as text in percent, such as "71.2 (70.1 to 72.3)"."""
-    if interval is None:
-        return ""
-    mean = f"{100 * interval.mean:{'+' if signed else ''}.1f}"
-    return mean if interval.n < 2 else f"{mean} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
-
-
 def _accuracies(done: pd.DataFrame, mode: str, value: str) -> dict[str, Any]:
     rows = tables.accuracy_table(done, mode, value)
     rates = sorted({rate for row in rows for rate in row["at"]})
@@ -129,7 +130,10 @@ def _differences(done: pd.DataFrame, baseline: str, modes: list[str]) -> dict[st
     noises = sorted((n for n in seen if n[1] > 0 or n[0] == modes[0]), key=lambda n: (n[1] > 0, modes.index(n[0]), n))
     head = ["objective", *(f"{mode} {100 * rate:g} %" if rate else "no flips" for mode, rate in noises)]
     body = [[row["name"], *(_points(row["at"].get(noise)) for noise in noises)] for row in rows]
-    return {"title": f"Minus {shown(baseline)}, paired", "head": head, "rows": body}
+    errors = [(mean.error, mean.n) for row in rows for mean in row["at"].values() if mean.n > 1]
+    smallest = float(np.median([detectable(error, n) for error, n in errors])) if errors else None
+    title = f"Minus {shown(baseline)}, paired"
+    return {"title": title, "head": head, "rows": body, "text": paired_text(smallest)}
 
 
 def _points(difference: Error | None) -> str:
@@ -175,9 +179,7 @@ def _settings(study: Study) -> dict[str, Any]:
     for arm, settings in study.chosen.items():
         tries = [row["accuracy"] for row in study.tries if row["arm"] == arm]
         best = f"{100 * max(tries):.1f}" if tries else "given"
-        text = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                         for name, value in settings.items() if not isinstance(value, bool))  # fmt: skip
-        rows.append([shown(arm), text, best, str(len(tries))])
+        rows.append([shown(arm), in_words(settings), best, str(len(tries))])
     return {"head": ["objective", "chosen", "validation accuracy, %", "tries"], "rows": rows}
 
 

@@ -65,6 +65,11 @@ def standard_error(values: np.ndarray) -> Error:
     return Error(float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else np.nan, n)
 
 
+def detectable(error: float, n: int, *, power: float = 0.8, level: float = 0.95) -> float:
+    """The true difference that a paired t test over n seeds, with this standard error, finds with this power."""
+    return float((stats.t.ppf((1 + level) / 2, n - 1) + stats.t.ppf(power, n - 1)) * error)
+
+
 def paired(frame: pd.DataFrame, arm: str, other: str, value: str, where: dict[str, Any] | None = None) -> Interval:
     """Interval of `value` of `arm` minus that of `other`, over seeds; see `differences`."""
     return bootstrap(differences(frame, arm, other, value, where))

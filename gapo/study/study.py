@@ -21,8 +21,8 @@ from gapo.study.arms import ARMS, Settings
 from gapo.study.cell_run import before, draw
 from gapo.study.cells import Cell, settings_key
 from gapo.study.grid import Grid, one_thread
+from gapo.study.material import Material, Split, load_split
 from gapo.study.outcome import Study
-from gapo.study.policy import Material, Split, load_split
 from gapo.study.report import write_report
 from gapo.study.study_config import StudyConfig, as_dict
 from gapo.study.tune import tune
@@ -79,8 +79,12 @@ def _measured(config: StudyConfig, split: Split, folder: Path, claims: Claims) -
     for reason in left_out.values():
         print(f"left out: {reason}", flush=True)
     with Grid(config, folder, material, claims) as grid:
-        chosen, tries = tune(config, grid)
+        labels = ("noisy", "clean") if config.validation_labels == "both" else (config.validation_labels,)
+        by_labels = {name: tune(config, grid, name) for name in labels}
+        chosen, tries = by_labels[labels[-1]]
         parts = plan(config, chosen, noises)
+        if config.validation_labels == "both":
+            parts["noisy choice"] = plan(config, by_labels["noisy"][0], noises)["grid"]
         every = [cell for cells in parts.values() for cell in cells]
         # Seed by seed, so that a study that is cut short is a whole one of fewer seeds.
         records = grid.run(sorted(every, key=lambda cell: cell.seed), "study")
@@ -91,13 +95,17 @@ def _measured(config: StudyConfig, split: Split, folder: Path, claims: Claims) -
         "data": split.summary,
         "before": start,
         "parameters": sum(p.numel() for p in material.model.parameters()),
+        "trained": sum(p.numel() for p in material.model.parameters() if p.requires_grad),
+        "perplexity": material.plain,
+        "before_transfer": before(material, "transfer") if "transfer" in material.start else None,
         "seconds": round(time.monotonic() - began),
         "cores": os.cpu_count(),
         "commit": _commit(),
         "others": others,
         "versions": versions(),
     }
-    return Study(config, chosen, tries, records, parts, left_out, facts)
+    chosen_by = {name: settings for name, (settings, _) in by_labels.items()}
+    return Study(config, chosen, tries, records, parts, left_out, facts, chosen_by)
 
 
 def possible_noises(material: Material, config: StudyConfig) -> tuple[list[tuple[str, float]], dict[str, str]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from gapo.runs.config_bases import TrainingConfig
 from gapo.study.arms import ARMS, arm_of
 
+NOISES = ("random", "length", "judge")
 TUNE_SEED = 1000  # the first seed of the tries; the study's own count from 0
 _LISTS = (
     *("flip_rates", "control_flip_rates", "learning_rates", "curve_rhos", "curve_anchor_pairs", "valuation_rates"),
@@ -21,6 +22,10 @@ class StudyConfig(TrainingConfig):
 
     Args:
         eval_pairs: pairs to test on, likewise; none to hold out a share of the training pairs.
+        model: the policy that every run starts from: a Hub name, a local folder, or "tiny" for a small Llama trained on
+            the spot.
+        train_layers: train only the last so many layers, with those below frozen and computed once; none for all
+            weights.
         arms: the objectives to compare, comma separated, or "all". Any objective may stand behind "gapo+", which
             weights its pairs by the anchor gap, or behind "gapo-drop+", "margin+", "margin-drop+". One with an anchor
             has controls, such as "gapo-rho0", "gapo-gaussian", "gapo-margin", "gapo-l2", "gapo-first-order". Any, such
@@ -28,7 +33,8 @@ class StudyConfig(TrainingConfig):
         settings: settings of an arm by its name, such as {gapo+dpo: {learning_rate: 1e-3, beta: 0.1}}, for all of its
             runs. Such an arm has no tries; what is left out has gapo's default.
         baseline: the arm to which a table gives the paired differences of the others; none for no such table.
-        flip_modes: which labels are flipped, comma separated: "random", or "length" to favour longer answers.
+        flip_modes: which labels are flipped, comma separated: "random"; "length" to favour longer answers; "judge" for
+            those that the policy before training gets wrong, the surest first.
         flip_rates: shares of the training labels to flip. A share that a mode cannot reach is left out and named.
         control_flip_rates: shares for the controls of GAPO, fewer to save time; empty for all of flip_rates.
         control_seeds: seeds of the controls, the curves and the valuation, fewer to save time; 0 for all of them.
@@ -42,6 +48,12 @@ class StudyConfig(TrainingConfig):
         learning_rates: the coarse grid of peak learning rates that every arm tries.
         tune_flip_rate: share of the training labels flipped at random while settings are chosen.
         tune_seeds: runs of each try, on seeds that the study itself does not use.
+        transfer_pairs: pairs of another kind on which the trained policies are tested too, a file or data set.
+        plain_text: plain text (.txt, .txt.gz) on whose end their perplexity is measured.
+        checks: evaluations during a run, evenly spread, on check_pairs test pairs; 0 for none.
+        check_pairs: test pairs of each such evaluation.
+        validation_labels: "clean" to choose settings on the true labels of validation pairs, as nobody with noisy
+            labels can; "noisy" for labels of which tune_flip_rate are flipped; "both" for the two beside each other.
         curve_rhos: radii of the figure accuracy against rho, empty for none.
         curve_anchor_pairs: pairs sharing an anchor, for the figure against them; each must divide batch_size. Empty
             for none.
@@ -57,6 +69,8 @@ class StudyConfig(TrainingConfig):
     """
 
     demo_size: int = 2000
+    model: str = "tiny"
+    train_layers: int | None = None
     arms: str = "all"
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     baseline: str | None = None
@@ -75,6 +89,11 @@ class StudyConfig(TrainingConfig):
     learning_rates: list[float] | tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     tune_flip_rate: float = 0.2
     tune_seeds: int = 1
+    transfer_pairs: str | None = None
+    plain_text: str | None = None
+    checks: int = 0
+    check_pairs: int = 200
+    validation_labels: Literal["clean", "noisy", "both"] = "clean"
     curve_rhos: list[float] | tuple[float, ...] = ()
     curve_anchor_pairs: list[int] | tuple[int, ...] = ()
     curve_flip_rate: float = 0.2
@@ -87,10 +106,10 @@ class StudyConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole = ("seeds", "train_pairs", "validation_pairs", "test_pairs", "epochs", "batch_size")
-        for name in (*whole, "tune_seeds"):
+        for name in (*whole, "tune_seeds", "check_pairs"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
-        for name in ("workers", "control_seeds"):
+        for name in ("workers", "control_seeds", "checks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}")
         for name in (
@@ -116,7 +135,9 @@ class StudyConfig(TrainingConfig):
         for pairs in self.curve_anchor_pairs:
             if pairs < 1 or self.batch_size % pairs:
                 raise ValueError(f"curve_anchor_pairs must divide batch_size={self.batch_size}, got {pairs!r}")
-        _require_among("flip_modes", self.modes, ("random", "length"))
+        if self.train_layers is not None and self.train_layers < 1:
+            raise ValueError(f"train_layers must be >= 1, or none for all weights; got {self.train_layers!r}")
+        _require_among("flip_modes", self.modes, NOISES)
         self._check_arms()
         self._check_lists()
 

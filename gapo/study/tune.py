@@ -1,7 +1,8 @@
 """Settings of every arm, chosen on validation pairs with the same number of tries for each.
 
 The tries train on labels of which a share is flipped at random, and are judged on clean validation pairs: a kindness to
-all arms alike, since who has noisy labels may have no clean ones to choose by. One setting then serves every noise. An
+all arms alike, since who has noisy labels may have no clean ones to choose by. So they may also be judged on validation
+pairs of which the same share is flipped. One setting then serves every noise. An
 arm whose settings the user gives has no tries.
 """
 
@@ -17,8 +18,10 @@ from gapo.study.grid import Grid
 from gapo.study.study_config import TUNE_SEED, StudyConfig
 
 
-def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dict[str, Any]]]:
+def tune(config: StudyConfig, grid: Grid, labels: str = "clean") -> tuple[dict[str, Settings], list[dict[str, Any]]]:
     """Settings of each arm, given or the best by mean validation accuracy, and every try: "arm", settings, "accuracy".
+
+    The accuracy is that by the true labels of the validation pairs, or with `labels` "noisy" by flipped ones.
 
     Raises:
         FloatingPointError: no try of an arm stayed finite.
@@ -37,7 +40,7 @@ def tune(config: StudyConfig, grid: Grid) -> tuple[dict[str, Settings], list[dic
         }
         records = grid.run([cell for seeds in cells.values() for cell in seeds], title)
         for (name, key), seeds in cells.items():
-            scores[name][key] = float(np.mean([_accuracy(records[cell]) for cell in seeds]))
+            scores[name][key] = float(np.mean([_accuracy(records[cell], labels) for cell in seeds]))
 
     attempt({name: ARMS[name].first_tries(rates) for name in scores}, "choosing learning rates")
     attempt(
@@ -62,8 +65,10 @@ def _cell(config: StudyConfig, arm: str, settings: Settings, seed: int) -> Cell:
     return Cell(arm, settings_key(settings), "random", config.tune_flip_rate, TUNE_SEED + seed, "validation")
 
 
-def _accuracy(record: dict[str, Any]) -> float:
-    return -np.inf if "failed" in record else record["evaluation"]["accuracy"]
+def _accuracy(record: dict[str, Any], labels: str) -> float:
+    if "failed" in record:
+        return -np.inf
+    return record["evaluation"]["accuracy"] if labels == "clean" else record["noisy_accuracy"]
 
 
 def _best(name: str, scores: dict[Any, float]) -> Settings:

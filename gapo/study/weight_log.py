@@ -42,15 +42,19 @@ class WeightLog:
         return out
 
     def summary(self) -> dict[str, Any]:
-        """Compact: means over spans of the run; fifths and AUROC (see `gapo.runs.output.noise`) over its later half."""
+        """Compact: means over spans of the run; fifths and AUROC (see `gapo.runs.output.noise`) over its later half.
+
+        "fitted" is the share of pairs whose margin is above 0 as they are labelled, at the moment of their step.
+        """
         share = np.concatenate(self._shares)
         columns = {name: np.concatenate(values) for name, values in self._columns.items()}
+        over_time = {**columns, "fitted": (columns["margin"] > 0).astype(float)}
         span = np.minimum((share * SPANS).astype(int), SPANS - 1)
         flipped = self._is_flipped[np.concatenate(self._index)]
         summary: dict[str, Any] = {
             "over_time": {
                 f"{name}_{label}": [_mean(values[(span == s) & (flipped == value)]) for s in range(SPANS)]
-                for name, values in columns.items()
+                for name, values in over_time.items()
                 for value, label in ((False, "clean"), (True, "flipped"))
             }
         }

@@ -16,7 +16,7 @@ from gapo.data.streams import stream
 from gapo.runs.score.score_table import plan
 from gapo.runs.train.run_data import load_data
 from gapo.runs.train.train_config import TrainConfig
-from gapo.study.policy import load_split
+from gapo.study.material import load_split
 from gapo.study.study_config import StudyConfig
 
 PAIRS, SHARE, SEEDS = 200, 0.2, 12

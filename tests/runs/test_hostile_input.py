@@ -30,7 +30,7 @@ from gapo.runs.output.tensors import open_tensors
 from gapo.runs.score import score_page as score_report
 from gapo.runs.train import train_page as report
 from gapo.study.markdown import render_markdown
-from gapo.study.policy import Material
+from gapo.study.material import Material
 
 GOOD = {"prompt": "Q? ", "chosen": "yes", "rejected": "no"}
 LINE = json.dumps(GOOD).encode()

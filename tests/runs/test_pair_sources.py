@@ -18,7 +18,7 @@ from gapo.runs.errors import ConfigError
 from gapo.runs.held_out import read_both
 from gapo.runs.train.run_data import load_data
 from gapo.runs.train.train_config import TrainConfig
-from gapo.study.policy import load_split
+from gapo.study.material import load_split
 from gapo.study.study_config import StudyConfig
 
 README = """---

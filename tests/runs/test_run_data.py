@@ -14,7 +14,7 @@ from gapo.runs.held_out import in_both
 from gapo.runs.splits import evaluation_split, require_split
 from gapo.runs.train.run_data import load_data
 from gapo.runs.train.train_config import TrainConfig
-from gapo.study.policy import load_split
+from gapo.study.material import load_split
 from gapo.study.study_config import StudyConfig
 
 

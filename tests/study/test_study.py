@@ -18,13 +18,14 @@ from gapo.commands.study import parse
 from gapo.data import write_rows
 from gapo.objectives import OBJECTIVES, resolve
 from gapo.runs.claims import Claims
+from gapo.runs.policy.pair_batches import flipped, pair_logps
 from gapo.study import grid as grid_module
 from gapo.study import study as study_module
 from gapo.study.arms import ARMS, arm_of
-from gapo.study.cell_run import bucketed, draw, measure, train
+from gapo.study.cell_run import draw, measure, train
 from gapo.study.cells import Cell, settings_key
 from gapo.study.grid import Grid
-from gapo.study.policy import Material, flipped, load_split, pair_logps
+from gapo.study.material import Material, load_split
 from gapo.study.report import content
 from gapo.study.statistics import bootstrap, paired
 from gapo.study.study import plan, possible_noises, run_study
@@ -109,14 +110,6 @@ def test_every_arm_sees_the_same_pairs_in_the_same_order(
         measure(material, config, cell(arm))
     assert seen["gapo"] == seen["simpo"] == seen["dpo"]
     assert len(seen["gapo"]) == 2
-
-
-def test_batches_hold_each_pair_once_and_neighbours_in_length() -> None:
-    lengths = np.arange(100) % 37
-    made = bucketed(lengths, 8, np.random.default_rng(0))
-    every = np.concatenate(made)
-    assert len(every) == len(set(every.tolist())) == 96  # of the 13 batches one is incomplete
-    assert np.mean([np.ptp(lengths[batch]) for batch in made]) < 12
 
 
 # Arms
@@ -544,7 +537,7 @@ def test_the_page_escapes_what_users_gave(tmp_path: Path, config: StudyConfig) -
         (["--arms", "gapo+dpo", "--settings", "{gapo+dpo: {learning_rate: 1e-3, clip: 1}}"], "has no setting 'clip'"),
         (["--arms", "gapo+dpo", "--settings", "{gapo+dpo: {learning_rate: 1e-3, rho: -1}}"], "rho must be a finite"),
         (["--arms", "gapo-rho0", "--settings", "{gapo-rho0: {learning_rate: 1e-3, rho: 1}}"], "is that of rho=0.0"),
-        (["--flip_modes", "colour"], "flip_modes must be among random, length, got 'colour'"),
+        (["--flip_modes", "colour"], "flip_modes must be among random, length, judge, got 'colour'"),
         (["--curve_anchor_pairs", "[5]"], "curve_anchor_pairs must divide batch_size=32, got 5"),
         (["--seeds", "0"], "seeds must be >= 1, got 0"),
         (["--seed_count", "3"], "seed"),

@@ -48,7 +48,7 @@ def tiny_model(config: TrainingConfig, answers: Sequence[str]) -> Path:
     Raises:
         FileNotFoundError: `tiny_text` does not exist.
     """
-    plain = _plain_text(config)
+    plain = plain_text("tiny_text", config.tiny_text)
     folder = Path(config.cache_dir) / f"tiny-{_key(config, plain, answers)}"
     if not folder.exists():
         sweep(folder)
@@ -83,12 +83,13 @@ def _alone(work: Callable[..., None], *arguments: Any) -> None:
         os.environ |= group
 
 
-def _plain_text(config: TrainingConfig) -> str:
-    if config.tiny_text is None:
+def plain_text(name: str, source: str | None) -> str:
+    """The text of a file, "" for None. Raises FileNotFoundError, which says that it is the setting `name`."""
+    if source is None:
         return ""
-    path = Path(config.tiny_text)
+    path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"tiny_text: there is no file {config.tiny_text!r}; give plain text, .txt or .txt.gz")
+        raise FileNotFoundError(f"{name}: there is no file {source!r}; give plain text, .txt or .txt.gz")
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return raw.decode("utf-8", errors="replace")
 

@@ -1,0 +1,163 @@
+"""A policy whose lower layers are frozen: their states are computed once, and change nothing but the cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import numpy as np
+import pytest
+import torch
+
+import gapo
+from gapo.data import generate_pairs
+from gapo.runs.errors import ConfigError
+from gapo.runs.policy import states
+from gapo.runs.policy.fit import bucketed, fit
+from gapo.runs.policy.pair_batches import Row, flipped, pair_logps
+from gapo.runs.policy.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("policy")
+    hf_models.make("llama", layers=3).save_pretrained(made)
+    hf_models.tokenizer().save_pretrained(made)
+    return made
+
+
+def prepared(folder: Path, cache: Path, count: int = 6, layers: int | None = 1) -> tuple[Policy, list[Row]]:
+    policy = Policy(folder, cache=cache, train_layers=layers)
+    tokens = policy.tokenized(generate_pairs(count, seed=0), 64)
+    policy.prepare({"all": tokens})
+    return policy, tokens
+
+
+def without_states(tokens: list[Row]) -> list[Row]:
+    return [{name: x for name, x in row.items() if not name.endswith("states")} for row in tokens]
+
+
+def test_log_probabilities_from_the_states_are_those_of_transformers(folder: Path, tmp_path: Path) -> None:
+    policy, tokens = prepared(folder, tmp_path)
+    for row, logps in zip(tokens, policy.logps(tokens), strict=True):
+        for side, measured in zip(("chosen", "rejected"), logps, strict=True):
+            labels = row[f"{side}_labels"]
+            # The mean of the negative log-probabilities is the loss that transformers computes from labels.
+            ids = torch.tensor([row[f"{side}_input_ids"]])
+            with torch.no_grad():
+                loss = policy.model(input_ids=ids, labels=torch.tensor([labels])).loss
+            assert measured == pytest.approx(-float(loss), abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"anchor": "exact"}, {"anchor": "first_order"}, {"last_layers": 1}])
+def test_training_from_the_states_is_training_of_the_whole_forward(
+    folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    policy, tokens = prepared(folder, tmp_path, 8, layers=2)
+    step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(rho=0.2, **settings), backend="torch")
+    order = [np.arange(4), np.arange(4, 8), np.arange(8)[::2]]
+    weights = []
+    for rows in (tokens, without_states(tokens)):
+        fit(policy, rows, order, step, learning_rate=1e-2)
+        weights.append({name: p.detach().clone() for name, p in policy.model.named_parameters()})
+    first = {name: p.clone() for name, p in Policy(folder, cache=tmp_path).model.named_parameters()}
+    for name, p in first.items():
+        trained = "layers.1." in name or "layers.2." in name
+        assert torch.equal(p, weights[0][name]) != trained, name
+        # AdamW's first steps go a learning rate far, whatever the gradient; where it is nearly 0 they may differ.
+        assert float((weights[0][name] - weights[1][name]).abs().mean()) < 1e-4, name
+    policy.reset()
+    assert all(torch.equal(p, first[name]) for name, p in policy.model.named_parameters())
+
+
+def test_swapped_pairs_keep_their_states(folder: Path, tmp_path: Path) -> None:
+    policy, tokens = prepared(folder, tmp_path)
+    np.testing.assert_allclose(
+        policy.logps([flipped(row) for row in tokens]), policy.logps(tokens)[:, ::-1], rtol=0, atol=1e-5
+    )
+
+
+def test_states_are_computed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "_BLOCK", 4)
+    _, tokens = prepared(folder, tmp_path)
+    (kept,) = tmp_path.glob("states-*")
+    assert [path.name for path in sorted(kept.iterdir())] == ["00000.npy", "00001.npy", "00002.npy"]
+    (kept / "00001.npy").unlink()
+    computed = []
+    compute = states.states_of
+    monkeypatch.setattr(states, "states_of", lambda *call: computed.append(len(call[1])) or compute(*call))
+    _, again = prepared(folder, tmp_path)
+    assert computed == [4]  # of the file that is gone
+    for row, other in zip(tokens, again, strict=True):
+        np.testing.assert_allclose(row["chosen_states"], other["chosen_states"], rtol=0, atol=1e-6)
+
+
+def test_states_of_other_weights_layers_and_pairs_are_others(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    hf_models.make("llama", layers=3, seed=1).save_pretrained(other)
+    hf_models.tokenizer().save_pretrained(other)
+    for model, count, layers in ((folder, 6, 1), (folder, 6, 2), (folder, 5, 1), (other, 6, 1)):
+        prepared(model, tmp_path / "cache", count, layers)
+    assert len(list((tmp_path / "cache").glob("states-*"))) == 4
+    prepared(folder, tmp_path / "cache", 6, layers=3)  # nothing is frozen but the embeddings
+    assert len(list((tmp_path / "cache").glob("states-*"))) == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"no array", "short"])
+def test_damaged_states_are_refused(folder: Path, tmp_path: Path, damage: bytes | str) -> None:
+    prepared(folder, tmp_path)
+    (path,) = tmp_path.glob("states-*/*.npy")
+    if isinstance(damage, bytes):
+        path.write_bytes(damage)
+    else:
+        np.save(path, np.load(path)[:-1])
+    with pytest.raises(ConfigError, match=r"00000.npy (is damaged|has \d+ states for)"):
+        prepared(folder, tmp_path)
+
+
+def test_states_that_are_others_are_refused(folder: Path, tmp_path: Path) -> None:
+    prepared(folder, tmp_path)
+    (path,) = tmp_path.glob("states-*/*.npy")
+    np.save(path, np.load(path)[::-1])
+    with pytest.raises(ConfigError, match="computes other values from the states"):
+        prepared(folder, tmp_path)
+
+
+def test_a_model_whose_layers_share_more_than_their_states_is_refused(folder: Path, tmp_path: Path) -> None:
+    policy = Policy(folder, cache=tmp_path, train_layers=1)
+    first, *_, last = policy.model.model.layers
+    seen: list[Any] = []
+    first.register_forward_hook(lambda layer, args, output: seen.append(args[0]))
+    last.register_forward_hook(lambda layer, args, output: output + seen[-1] * (len(seen) % 2 + 1))
+    with pytest.raises(ConfigError, match="computes other values from the states"):
+        policy.prepare({"all": policy.tokenized(generate_pairs(4, seed=0), 64)})
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_more_layers_than_there_are_is_refused(folder: Path, tmp_path: Path, count: int) -> None:
+    with pytest.raises(ConfigError, match=f"train_layers must be in 1 to 3, .*got {count}"):
+        Policy(folder, cache=tmp_path, train_layers=count)
+
+
+def test_a_model_without_layers_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = (torch.nn.Linear(2, 2), hf_models.tokenizer())
+    monkeypatch.setattr("gapo.runs.policy.policy.load_model", lambda *args, **kwargs: plain)
+    with pytest.raises(ConfigError, match=r"layers stand in an nn.ModuleList; Linear has none"):
+        Policy(folder, cache=tmp_path, train_layers=1)
+
+
+def test_pairs_beyond_the_positions_are_refused(folder: Path, tmp_path: Path) -> None:
+    policy = Policy(folder, cache=tmp_path)
+    tokens = policy.tokenized(generate_pairs(2, seed=0), 64)
+    policy.model.config.max_position_embeddings = 5
+    with pytest.raises(ConfigError, match="has 5 positions"):
+        policy.prepare({"all": tokens})
+
+
+def test_batches_hold_each_pair_once_and_neighbours_in_length() -> None:
+    lengths = np.arange(100) % 37
+    made = bucketed(lengths, 8, np.random.default_rng(0))
+    every = np.concatenate(made)
+    assert len(every) == len(set(every.tolist())) == 96  # of the 13 batches one is incomplete
+    assert np.mean([np.ptp(lengths[batch]) for batch in made]) < 12
