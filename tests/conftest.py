@@ -1,5 +1,7 @@
+import functools
 import gc
 import os
+import sys
 import tempfile
 
 import pytest
@@ -75,3 +77,12 @@ def _small_heap() -> None:
     """What is alive now is not searched for garbage again: a Trainer calls `gc.collect` each time it trains."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_mlir_context() -> None:
+    """JAX makes a context of MLIR for each program, which takes a quarter of all that a small one takes to compile."""
+    mlir = sys.modules.get("jax._src.interpreters.mlir")
+    make = getattr(mlir, "make_ir_context", None)
+    if make is not None and not hasattr(make, "cache_clear"):
+        mlir.make_ir_context = functools.cache(make)  # type: ignore[union-attr]
