@@ -1,0 +1,70 @@
+"""Tokenised pairs of a policy, their batches, and the log-probabilities of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import gapo
+from gapo.backends.base import by_pairs
+from gapo.data import collate_pairs
+from gapo.data.tokenize import IGNORE_INDEX
+from gapo.logps import response_lengths
+from gapo.pairs import REFERENCE, SIDES, halves, stacked
+from gapo.runs.policy.frozen import resumed
+
+Row = dict[str, Any]
+Batch = dict[str, Any]
+
+
+def flipped(row: Row) -> Row:
+    """The tokenised pair with its answers swapped, and whatever else it holds of each of them."""
+    chosen, rejected = SIDES
+    columns = [name for name in row if chosen in name]
+    swapped = [name.replace(chosen, rejected) for name in columns]
+    return {x: row[y] for x, y in zip(columns + swapped, swapped + columns, strict=True)}
+
+
+def length(row: Row) -> int:
+    """Tokens of the longer side."""
+    return max(len(row[f"{side}_input_ids"]) for side in SIDES)
+
+
+def batch_of(rows: Sequence[Row], index: np.ndarray, pad: int) -> Batch:
+    """N pairs, chosen rows above rejected ones.
+
+    "input_ids" (2N, seq) are padded on the right: under causal attention no answer sees its padding, so that no
+    attention mask is needed. "columns" (kept,) are the positions whose logits are needed, and "labels" (2N, kept) the
+    labels there. "index" (N,) are the pairs. Besides, lengths and `REFERENCE`, each (N,), are as `gapo.pairs` names
+    them. "states" (2N, seq, width) are those that enter the trained layers, where the rows have them.
+    """
+    padded = {name: torch.from_numpy(x) for name, x in collate_pairs(rows, pad_token_id=pad).items()}
+    ids, labels = stacked(padded, "input_ids", "labels")
+    used = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero()
+    columns = torch.arange(int(used[0]), int(used[-1]) + 2)
+    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), halves(response_lengths(labels)), strict=True))
+    reference = {name: padded[name] for name in REFERENCE if name in padded}
+    batch = {
+        "input_ids": ids,
+        "labels": labels[:, columns],
+        "columns": columns,
+        "index": np.asarray(index),
+        **lengths,
+        **reference,
+    }
+    if "chosen_states" in rows[0]:
+        states = [row[f"{side}_states"] for side in SIDES for row in rows]
+        batch["states"] = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(np.array(x)) for x in states], True)
+    return batch
+
+
+@by_pairs
+def pair_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(chosen_logps, rejected_logps), each (N,), nats per token."""
+    with resumed(model, batch.get("states")):
+        logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=batch["columns"]).logits
+    return halves(gapo.sequence_logps(logits, batch["labels"], backend="torch"))
