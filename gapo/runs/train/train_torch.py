@@ -22,7 +22,7 @@ from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.models.peft_models import with_adapters
 from gapo.adapters.hf.reference_model import summed_logps
 from gapo.config import GAPOConfig
-from gapo.data.lazy_rows import WithColumns, joined, mapped
+from gapo.data.lazy_rows import WithColumns, mapped
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, load_tokenizer, require_fit, require_model
@@ -49,10 +49,10 @@ def run(
     tokenizer = load_tokenizer(config.tokenizer or model_name, None if config.tokenizer else revision)
     collator = PreferenceCollator(tokenizer, max_length=config.max_length)
     flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped", "pair"))
-    train_rows, held_out = tokenize_rows(config, data, tokenizer)
-    train_rows = mapped(train_rows, WithColumns(("pair",), np.arange(len(train_rows))[:, None]))
+    tokenised, held_out = tokenize_rows(config, data, tokenizer)
+    train_rows = mapped(tokenised, WithColumns(("pair",), np.arange(len(tokenised))[:, None]))
     _require_pairs(config, train_rows)
-    highest, longest = extent(joined(train_rows, held_out))
+    highest, longest = extent(tokenised, held_out)
     settings = require_model(model_name, tokenizer=config.tokenizer, revision=revision)
     require_fit(settings, model_name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
     checkpoints = folder / "checkpoints"
@@ -109,7 +109,7 @@ def run(
                 trainer.evaluate()
             if last is None or not _load_if_finished(trainer, last):
                 trainer.train(resume_from_checkpoint=last)
-            after = _rewards(trainer.evaluate())
+            after = _rewards(_evaluation(trainer, recorder))
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{last} holds a file that is no checkpoint, and might have run code: remove that folder, and the same "
@@ -120,6 +120,14 @@ def run(
     with errors_named(folder / "model"):
         trainer.save_model(str(folder / "model"))
     return _rewards(recorder.first_evaluation), after
+
+
+def _evaluation(trainer: Trainer, recorder: Recorder) -> dict[str, float]:
+    """The evaluation of the trained weights: that of the last step where it is theirs, else a new one."""
+    last = recorder.last_evaluation
+    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return last
+    return trainer.evaluate()
 
 
 def _frozen_states(config: TrainConfig, trainer: Trainer, folder: Path) -> AbstractContextManager[None]:
