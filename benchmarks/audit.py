@@ -84,6 +84,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="training runs for each way of cleaning")
     parser.add_argument("--train_objective", default="dpo", help="of those runs")
     parser.add_argument("--train_settings", type=json.loads, default={"beta": 0.03}, help="of that objective, as JSON")
+    parser.add_argument("--train_epochs", type=int, default=2, help="of those runs")
     parser.add_argument("--train_rate", type=float, default=2e-3, help="learning rate of those runs")
     return parser.parse_args()
 
@@ -140,7 +141,7 @@ def suspicions(
         "the same, one seed": -one.margin,
         "last margin minus margin before (z)": scores.start - last,
         "reward (orders as DPO's loss)": -scores.rewards[:, -1].mean(0),
-        "gap at an anchor of training pairs": -scores.gaps.mean(0),
+        "gap at an anchor of training pairs": scores.gaps.mean(0),
         **(in_sample(parts, len(groups)) if all("trained" in arrays for arrays in parts.values()) else {}),
         "audit (combination)": finding.p_wrong,
         "audit, one seed": combine(one.features(), groups, 0).p_wrong,
@@ -296,12 +297,12 @@ def cleaning(options: argparse.Namespace, rows: list[Row], finding: Finding, fol
 
             def accuracy(run: int = run, mine: list[Row] = mine, used: np.ndarray = used) -> Arrays:
                 rng = stream(run, "audit benchmark training")
-                order = [used[b] for _ in range(options.epochs) for b in bucketed(lengths[used], 16, rng)]
+                order = [used[b] for _ in range(options.train_epochs) for b in bucketed(lengths[used], 16, rng)]
                 fit(policy, mine, order, step, learning_rate=options.train_rate)
                 logps = policy.logps(held)
                 return {"accuracy": np.array([(logps[:, 0] > logps[:, 1]).mean()])}
 
-            settings = [options.train_objective, options.train_settings, options.train_rate, options.epochs]
+            settings = [options.train_objective, options.train_settings, options.train_rate, options.train_epochs]
             digest = f"{held_out.fingerprint([rows[i] for i in used])} {over.sum()} {settings}"
             path = folder / "cleaning" / f"{way.replace('/', ' of ')} {run}.safetensors"
             if not path.exists():

@@ -1,5 +1,7 @@
+import functools
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -86,3 +88,12 @@ def browser() -> Iterator[Any]:
 
     with browsers.chromium() as running:
         yield running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_mlir_context() -> None:
+    """JAX makes a context of MLIR for each program, which takes a quarter of all that a small one takes to compile."""
+    mlir = sys.modules.get("jax._src.interpreters.mlir")
+    make = getattr(mlir, "make_ir_context", None)
+    if make is not None and not hasattr(make, "cache_clear"):
+        mlir.make_ir_context = functools.cache(make)  # type: ignore[union-attr]

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
 
     require_files(config)  # before seconds of imports
     with named_extra("gapo audit", "cli"):
-        from gapo.runs.audit.flow import run_audit
+        from gapo.runs.audit.audit_flow import run_audit
 
     result = run_audit(config)
     files = AuditFiles(config.output)

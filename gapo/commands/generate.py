@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gapo._extras import named_extra
 from gapo.runs.errors import ConfigError
-from gapo.runs.paths import require_there
+from gapo.runs.paths import require_model, require_there
 
 if TYPE_CHECKING:
     from gapo.runs.generate.generate_config import GenerateConfig
@@ -21,8 +21,9 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"gapo generate: error: {error}. See gapo generate --help", file=sys.stderr)
         return 2
-    for name in ("prompts", "model", "adapter"):
-        require_there(name, getattr(config, name))  # before seconds of imports
+    require_there("prompts", config.prompts)  # before seconds of imports
+    for name in ("model", "adapter", "tokenizer"):
+        require_model(name, getattr(config, name))
     with named_extra("gapo generate", "cli"):
         from gapo.runs.generate.generate import generate
 
@@ -38,25 +39,17 @@ def main(arguments: Sequence[str]) -> int:
 def make_parser() -> Any:
     """The parser of `gapo generate`: every field of `GenerateConfig`."""
     with named_extra("gapo generate", "cli"):
-        from jsonargparse import ArgumentParser
-
-        from gapo._fields import docstring_entries
         from gapo.runs.generate.generate_config import GenerateConfig
-        from gapo.runs.options import add_fields
+        from gapo.runs.options import parser_with_first
 
-    parser = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
+    return parser_with_first(
+        "prompts",
+        (GenerateConfig,),
         prog="gapo generate",
         description="Answer prompts with a model, in the format of a benchmark.",
         epilog="example: gapo generate alpaca_eval.json --model runs/mine/model --format alpaca_eval "
         "--output mine.json",
     )
-    help_of = docstring_entries(GenerateConfig.__doc__ or "")
-    parser.add_argument("prompts", help=help_of["prompts"])
-    parser.add_argument("--overwrite", action="store_true", help=help_of["overwrite"])
-    add_fields(parser, GenerateConfig, skip={"prompts", "overwrite"})
-    return parser
 
 
 def parse(arguments: Sequence[str]) -> GenerateConfig:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gapo._extras import named_extra
-from gapo._fields import docstring_entries
 from gapo.config import OF_THE_UPDATE, GAPOConfig
 from gapo.runs.errors import ConfigError
 
@@ -48,35 +47,27 @@ def main(arguments: Sequence[str]) -> int:
 def make_parser() -> Any:
     """The parser of `gapo score`: every field of `ScoreConfig`, and those of `gapo.GAPOConfig` that change a score."""
     with named_extra("gapo score", "cli"):
-        from jsonargparse import ArgumentParser
-
-        from gapo.runs.config_bases import PairSource
-        from gapo.runs.options import add_fields
+        from gapo.runs.options import help_of, parser_with_first
         from gapo.runs.score.score_config import ScoreConfig
 
-    parser = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = parser_with_first(
+        "pairs",
+        (ScoreConfig, GAPOConfig),
+        by_hand={"model", "checkpoints", "select", "shard", *OF_THE_UPDATE},
         prog="gapo score",
         description="Measure the margin, the anchor margin, the anchor gap and the weight of each preference pair.",
         epilog="example: gapo score pairs.jsonl --model runs/mine/model --rho 0.05 --repeats 3 --output scores.jsonl "
         "--select lowest 0.7 --select_output kept.jsonl",
     )
-    help_of = docstring_entries(PairSource.__doc__ or "") | docstring_entries(ScoreConfig.__doc__ or "")
-    # By hand those that a command line spells in its own way.
-    parser.add_argument("pairs", help=help_of["pairs"])
-    parser.add_argument("--model", nargs="+", action="extend", default=[], help=help_of["model"])
-    parser.add_argument("--checkpoints", "--epochs-of-checkpoints", help=help_of["checkpoints"])
+    # Those that a command line spells in its own way.
+    texts = help_of(ScoreConfig)
+    parser.add_argument("--model", nargs="+", action="extend", default=[], help=texts["model"])
+    parser.add_argument("--checkpoints", "--epochs-of-checkpoints", help=texts["checkpoints"])
     parser.add_argument(
         "--select", nargs=2, metavar=("WHICH", "SHARE"), help="lowest or highest gaps, share of the pairs"
     )
     of_environment = " In a SLURM job array and under torchrun it is theirs; 0/1 is the whole there too."
-    parser.add_argument("--shard", metavar="I/N", help=help_of["shard"] + of_environment)
-    switches = ("strict", "merge", "overwrite", "streaming")
-    for switch in switches:
-        parser.add_argument(f"--{switch}", action="store_true", help=help_of[switch])
-    add_fields(parser, ScoreConfig, skip={"pairs", "model", "checkpoints", "select", "shard", *switches})
-    add_fields(parser, GAPOConfig, skip=OF_THE_UPDATE)
+    parser.add_argument("--shard", metavar="I/N", help=texts["shard"] + of_environment)
     return parser
 
 

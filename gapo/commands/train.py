@@ -56,17 +56,18 @@ def make_parser() -> Any:
     """
     with named_extra("gapo train", "cli"):
         from gapo.runs.options import parser_of
-        from gapo.runs.train.other_names import add_other_names, other_fields
+        from gapo.runs.train.other_names import add_other_names, help_on_other_fields
         from gapo.runs.train.train_config import TrainConfig
 
     parser = parser_of(
         (TrainConfig, GAPOConfig),
+        usage="gapo train [CONFIG.yaml] [--key value ...]",
         prog="gapo train",
         description="Tune a language model on preference pairs with GAPO.",
-        epilog="example: gapo train examples/demo.yaml --rho 0.05 --output_dir runs/rho-0.05. With backend torch every "
-        f"field of transformers.TrainingArguments is an option too: {', '.join(other_fields())}.",
+        epilog="example: gapo train examples/demo.yaml --rho 0.05 --output_dir runs/rho-0.05",
     )
     add_other_names(parser)
+    parser.epilog += f"\n\n{help_on_other_fields()}"
     return parser
 
 

@@ -49,8 +49,7 @@ def read_rows(source: Source) -> Rows:
         ModuleNotFoundError: Parquet or a data set, without the `datasets` library.
     """
     path = Path(source.path)
-    suffixes = [s.lower() for s in path.suffixes]
-    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+    kind = _kind(path)
     if kind in _PICKLES:
         raise PairError(f"{path} is a {kind} file, which may run code when read; accepted are {FILES}")
     try:
@@ -58,12 +57,34 @@ def read_rows(source: Source) -> Rows:
             if kind not in _READERS:
                 raise PairError(f"{path} has no known ending; accepted are {FILES}, or the name of a data set")
             _require_of_hub(source, "a file")
+            if not takes(source.path, "encoding"):
+                _require_no_encoding(source, "a Parquet file")
             return _READERS[kind](path, kind, source)
         if kind in _READERS or (path.exists() and not path.is_dir()):
             raise PairError(f"{path} {_what(path)}; give a file ({FILES}) or the name of a data set")
     except OSError as error:
         raise PairError(f"{path} cannot be read: {error.strerror}") from error
     return enumerate(_load_dataset(source), start=1)
+
+
+def takes(path: str, option: str) -> bool:
+    """Whether a source is read by `option`: files of text have an encoding, data sets of the Hub can be streamed."""
+    is_file = Path(path).is_file()
+    if option == "encoding":
+        return is_file and _kind(Path(path)) != ".parquet"
+    assert option == "streaming"
+    return not is_file and not _is_saved(Path(path))
+
+
+def _kind(path: Path) -> str:
+    """The ending of a file, in lower case, without .gz."""
+    suffixes = [s.lower() for s in path.suffixes]
+    return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `path` is a folder of `save_to_disk`."""
+    return path.is_dir() and any((path / file).exists() for file in ("state.json", "dataset_dict.json"))
 
 
 def _what(path: Path) -> str:
@@ -139,9 +160,9 @@ def _datasets() -> Any:
 
 def _load_dataset(source: Source) -> Iterable[Any]:
     datasets = _datasets()
-    path = Path(source.path)
+    _require_no_encoding(source, "a data set")
     try:
-        if path.is_dir() and any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
+        if _is_saved(Path(source.path)):
             _require_of_hub(source, "a saved data set")
             loaded = datasets.load_from_disk(source.path)
             rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
@@ -167,6 +188,13 @@ def _require_of_hub(source: Source, what: str) -> None:
     for name in ("config", "revision"):
         if (value := getattr(source, name)) is not None:
             raise PairError(f"{name} {value!r} is of a data set on the Hub, but {source.path} is {what}: leave it out")
+    if source.streaming:
+        raise PairError(f"streaming is for a data set on the Hub, but {source.path} is {what}: leave it out")
+
+
+def _require_no_encoding(source: Source, what: str) -> None:
+    if not is_utf8_name(source.encoding):
+        raise PairError(f"encoding {source.encoding!r} is of a file of text, but {source.path} is {what}: leave it out")
 
 
 def _part(source: Source) -> str:

@@ -18,6 +18,7 @@ from gapo.data.lazy_rows import Row, Rows
 from gapo.data.limits import Cuts, Limits
 from gapo.data.special_tokens import text_tokenizer
 from gapo.data.tokenize import Tokens, tokens_of_each
+from gapo.pairs import SIDES
 
 # Columns that a table has while it is made: how many tokens of a row were cut, and whether it is left out.
 NOTES = ("_gapo_prompt_cut", "_gapo_answers_cut", "_gapo_equal")
@@ -26,7 +27,7 @@ _AT_ONCE = 512
 
 def tokenized_rows(
     rows: Sequence[Row], tokenizer: Any, limits: Limits, *, name: str, folder: Path, processes: int | None = None
-) -> Rows:
+) -> TokenRows:
     """The rows with their token ids and labels, as `gapo.data.tokenize_pairs`, but from a file in `folder`.
 
     The file's name is a digest of the rows, the tokenizer, the limits and the code. So the same call reads it again,
@@ -64,12 +65,39 @@ def tokenized_rows(
         num_proc=processes if processes and processes > 1 else None,
         desc=f"tokenising {name}",
     )
-    cuts, (prompts, answers, equal) = Cuts(), (table.with_format("numpy")[:][note] for note in NOTES)
+    notes = table.select_columns(list(NOTES)).with_format("numpy")[:]
+    cuts, (prompts, answers, equal) = Cuts(), (notes[note] for note in NOTES)
     for place in range(len(rows)):
         cuts.add(place, int(prompts[place]), int(answers[place]), bool(equal[place]))
     cuts.tell(name, limits)
     different = np.flatnonzero(~np.asarray(equal, dtype=bool))
-    return Rows(_WithTokens(rows, table.select_columns(list(TOKENIZED))), different)
+    return TokenRows(rows, table.select_columns(list(TOKENIZED)), different)
+
+
+class TokenRows(Rows):
+    """Rows with their token ids and labels, which lie in a table of `datasets`.
+
+    Args:
+        rows: as they were before they were tokenised.
+        table: the token columns of each.
+        index: the numbers of the rows that are meant, (n,) integers.
+    """
+
+    def __init__(self, rows: Sequence[Row], table: Any, index: np.ndarray) -> None:
+        super().__init__(_WithTokens(rows, table), index)
+        self._table = table if len(index) == len(table) else table.select(index)
+
+    def extent(self) -> tuple[int, int]:
+        """(greatest token id, most tokens of a side), from the columns, without making a row."""
+        import pyarrow.compute as pc
+
+        highest = longest = 0
+        for part in self._table.with_format("arrow").iter(batch_size=10_000):
+            for side in SIDES:
+                ids = part[f"{side}_input_ids"]
+                highest = max(highest, pc.max(pc.list_flatten(ids)).as_py())
+                longest = max(longest, pc.max(pc.list_value_length(ids)).as_py())
+        return highest, longest
 
 
 def columns_of(tokens: Sequence[Tokens]) -> dict[str, list[Any]]:

@@ -17,6 +17,7 @@ import numpy as np
 from gapo.data import Pairs, Problem, generate_pairs, read_pairs
 from gapo.data.layouts import parse_columns
 from gapo.data.lazy_rows import joined, selected
+from gapo.data.raw_rows import takes
 from gapo.data.streams import stream
 from gapo.runs.config_bases import READING, EvaluatedPairs, PairSource, source_of
 from gapo.runs.splits import evaluation_split, require_split
@@ -48,7 +49,8 @@ def read_both(
     if config.mixture:
         return read_mixture(config, strict=strict), evaluated
     if config.pairs != "demo":
-        return read_source(config, strict=strict, limit=config.limit), evaluated
+        trained = _reading(config, config.pairs, config.split, own=True)
+        return read_source(trained, strict=strict, limit=config.limit), evaluated
     if evaluated is None:
         rows = generate_pairs(generated, seed=config.seed, split="test")
         evaluated = Pairs(rows, source="generated, from other fillings")
@@ -83,12 +85,20 @@ def _dataset(source: PairSource | None) -> tuple[str | None, str | None]:
     return (None, None) if source is None else (source.dataset_config, source.dataset_revision)
 
 
-def _reading(config: PairSource, pairs: str, split: str, own: bool) -> PairSource:
-    """The source of the pairs to evaluate on, read as the training pairs are."""
-    settings = {name: getattr(config, name) for name in READING}
+def _reading(config: EvaluatedPairs, pairs: str, split: str, own: bool) -> PairSource:
+    """One source, read as `config` says; `own` where it is that of the training pairs."""
+    settings = {name: getattr(config, name) for name in READING} | _of_others(config, pairs)
     if not own:
         settings |= {"dataset_config": None, "dataset_revision": None}
     return PairSource(pairs=pairs, split=split, **settings)
+
+
+def _of_others(config: EvaluatedPairs, pairs: str) -> dict[str, Any]:
+    """The defaults of those of `encoding` and `streaming` that this source does not take, but another one does."""
+    sources = [part["pairs"] for part in config.mixture] or ([] if config.pairs == "demo" else [config.pairs])
+    sources += [] if config.evaluated is None else [config.evaluated]
+    plain = {"encoding": PairSource.encoding, "streaming": PairSource.streaming}
+    return {n: v for n, v in plain.items() if not takes(pairs, n) and any(takes(other, n) for other in sources)}
 
 
 def read_mixture(config: EvaluatedPairs, *, strict: bool) -> Pairs:
@@ -101,7 +111,8 @@ def read_mixture(config: EvaluatedPairs, *, strict: bool) -> Pairs:
     Raises:
         ConfigError, gapo.data.PairError: as `read_source`.
     """
-    sources = [read_source(source_of(config, part), strict=strict, limit=config.limit) for part in config.mixture]
+    described = [source_of(config, {**_of_others(config, part["pairs"]), **part}) for part in config.mixture]
+    sources = [read_source(source, strict=strict, limit=config.limit) for source in described]
     sizes = np.array([len(pairs.rows) for pairs in sources])
     weights = np.array([part.get("weight") or 0 for part in config.mixture], dtype=np.float64)
     shares = weights / weights.sum() if weights.any() else sizes / sizes.sum()

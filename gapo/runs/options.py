@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import math
 import os
@@ -12,14 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from gapo._fields import choices_of
+from gapo._fields import choices_of, docstring_entries
 from gapo.runs.errors import ConfigError
 from gapo.runs.shipped import configuration, configuration_names
 from gapo.runs.yaml_file import require_plain_yaml
 
 _PAIRS = (".jsonl", ".csv", ".tsv", ".parquet", ".gz")
+
+
+class _LinesOfEpilog(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's help, with the epilog's lines as they are."""
 
 
 def parser_of(classes: Sequence[type], **about: str) -> Any:
@@ -29,11 +34,33 @@ def parser_of(classes: Sequence[type], **about: str) -> Any:
     `about` goes to `argparse.ArgumentParser`: prog, description, epilog.
     """
     # Abbreviated, `--conf` would read a file that `config_files` does not see, and so does not check.
-    parser = ArgumentParser(**about, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(**about, exit_on_error=False, allow_abbrev=False, formatter_class=_LinesOfEpilog)
     parser.add_argument("--config", action="config", metavar="CONFIG.yaml", help="the same as the first argument")
     for cls in classes:
         add_fields(parser, cls)
     return parser
+
+
+def parser_with_first(first: str, classes: Sequence[type], by_hand: Collection[str] = (), **about: str) -> Any:
+    """A parser of the fields of data classes, from the command line alone, whose first word is the field `first`.
+
+    Fields of the first class that are false unless said otherwise need no value. The caller adds those of `by_hand`,
+    whose help is `help_of`. `about` is as for `parser_of`.
+    """
+    parser = ArgumentParser(**about, exit_on_error=False, allow_abbrev=False)
+    texts = help_of(classes[0])
+    parser.add_argument(first, help=texts[first])
+    switches = [f.name for f in fields(classes[0]) if f.name not in by_hand and f.default is False]
+    for switch in switches:
+        parser.add_argument(f"--{switch}", action="store_true", help=texts[switch])
+    for cls in classes:
+        add_fields(parser, cls, skip={first, *switches, *by_hand})
+    return parser
+
+
+def help_of(cls: type) -> dict[str, str]:
+    """{field: its help} of a data class, from its docstring and those that it inherits from."""
+    return {name: text for c in reversed(cls.__mro__) for name, text in docstring_entries(c.__doc__ or "").items()}
 
 
 def add_fields(parser: Any, cls: type, skip: Collection[str] = ()) -> None:

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gapo import data
 from gapo.data import lazy_rows as stored
 from gapo.data.lazy_rows import Rows, RowWriter, joined
 from gapo.data.limits import Limits
-from gapo.data.token_table import tokenized_rows
+from gapo.data.token_table import TokenRows, tokenized_rows
 
 # `datasets` forks its workers; JAX, where another test of this process has imported it, warns of that.
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
@@ -126,23 +127,27 @@ def test_reading_needs_little_memory(tmp_path: Path) -> None:
     assert kilobytes < 5_500
 
 
-TOKENIZER = bytes_tokenizer(opens="<b>")
+@cache
+def tokenizer() -> Any:
+    return bytes_tokenizer(opens="<b>")
 
 
-def table(rows: Any, folder: Path, **options: Any) -> Rows:
+def table(rows: Any, folder: Path, **options: Any) -> TokenRows:
     settings = {"limits": Limits(8), "name": "pairs", "folder": folder, **options}
-    return tokenized_rows(rows, TOKENIZER, settings.pop("limits"), **settings)
+    return tokenized_rows(rows, tokenizer(), settings.pop("limits"), **settings)
 
 
 @pytest.mark.parametrize("processes", [None, 2])
 def test_tokens_from_a_file_are_those_of_each_pair(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, processes: int | None
 ) -> None:
-    pairs = [GOOD, {**GOOD, "chosen": "123456789", "rejected": "123456780"}, {**GOOD, "id": 2}]
+    pairs = [GOOD, {**GOOD, "chosen": "zzzzzzzz9", "rejected": "zzzzzzzz0"}, {**GOOD, "id": 2}]
     with caplog.at_level(logging.WARNING, logger="gapo"):
         found = table(written(pairs), tmp_path, processes=processes)
-        expected = data.tokenize_pairs(pairs, TOKENIZER, max_length=8, name="pairs")
+        expected = data.tokenize_pairs(pairs, tokenizer(), max_length=8, name="pairs")
     assert found == expected
+    sides = [row[f"{side}_input_ids"] for row in expected for side in ("chosen", "rejected")]
+    assert found.extent() == (max(map(max, sides)), max(map(len, sides)))  # without the row that is left out
     assert caplog.messages[0] == caplog.messages[1]
     assert "left out, since their answers are the same tokens: 1 (row 1)" in caplog.messages[0]
 
@@ -158,10 +163,10 @@ def test_a_file_is_read_again_until_something_changes(tmp_path: Path, monkeypatc
     assert table(pairs, tmp_path) == first
     assert len(calls) == 1
     others = [{**GOOD, "prompt": "R? "}, GOOD]
-    assert table(others, tmp_path) == data.tokenize_pairs(others, TOKENIZER, max_length=8)
+    assert table(others, tmp_path) == data.tokenize_pairs(others, tokenizer(), max_length=8)
     assert table(pairs, tmp_path, limits=Limits(5)) != first
     assert len(calls) == 3
-    monkeypatch.setattr(TOKENIZER, "chat_template", "{{ other }}")
+    monkeypatch.setattr(tokenizer(), "chat_template", "{{ other }}")
     table(pairs, tmp_path)
     assert len(calls) == 4
     assert len(list(tmp_path.iterdir())) == 4
@@ -177,9 +182,9 @@ def test_a_bad_row_of_a_file_is_named(tmp_path: Path) -> None:
 def test_the_texts_of_many_rows_are_tokenised_as_each_alone() -> None:
     rng = np.random.default_rng(0)
     pairs = [{**GOOD, "prompt": "ab" * int(n), "chosen": "c" * int(n)} for n in rng.integers(1, 5, 600)]
-    expected = [data.tokenize_pair(row, TOKENIZER) for row in pairs]
-    assert [{name: row[name] for name in expected[0]} for row in data.tokenize_pairs(pairs, TOKENIZER)] == expected
+    expected = [data.tokenize_pair(row, tokenizer()) for row in pairs]
+    assert [{name: row[name] for name in expected[0]} for row in data.tokenize_pairs(pairs, tokenizer())] == expected
     pairs[300] = {**GOOD, "rejected": GOOD["chosen"]}
     pairs[299] = {**GOOD, "images": ["a.png"]}
     with pytest.raises(ValueError, match="row 299 of pairs: column 'images'"):
-        data.tokenize_pairs(pairs, TOKENIZER)
+        data.tokenize_pairs(pairs, tokenizer())

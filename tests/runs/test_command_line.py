@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import quick_runs
+from huggingface_hub import constants
 from transformers import TrainingArguments
 
-from gapo import GAPOConfig, cli
+from gapo import GAPOConfig, cli, data
 from gapo.commands import score as score_command
 from gapo.commands import train as train_command
 from gapo.runs.errors import ConfigError
-from gapo.runs.paths import require_there
+from gapo.runs.paths import require_model, require_there
 from gapo.runs.score.run_settings import settings_of_runs
 from gapo.runs.train import torch_arguments, train_torch
 from gapo.runs.train.model_options import lora_config
@@ -107,7 +111,18 @@ def test_every_field_of_training_arguments_is_an_option() -> None:
     for name in ("optim", "fsdp", "deepspeed", "push_to_hub", "torch_compile", "ddp_timeout"):
         assert name in other_fields()
     text = " ".join(parse_once().format_help().split())
-    assert "optim," in text
+    hints = get_type_hints(TrainingArguments)
+    for name in other_fields():
+        enums = [part for part in get_args(hints[name]) if isinstance(part, type) and issubclass(part, Enum)]
+        values = ", ".join(member.value for enum in enums for member in enum)
+        assert f"--{name} {{{values}}}" if values else f"--{name} " in text
+    for line in (
+        "--adam_beta1 float",
+        "--ddp_backend {nccl, gloo, mpi, ",
+        "--run_name str",
+        "--save_strategy {no, steps, epoch, best}",
+    ):
+        assert line in text
     assert "Also --num_train_epochs" in text
     assert "{float32,bfloat16,float16,auto}" in text
     assert "{exact,first_order" in text.replace("auto,", "")
@@ -242,6 +257,73 @@ def test_a_local_name_that_is_not_there_is_refused_at_once(
         require_there("model", name)
     for other in ("org/model", "model", "there/mine", None):
         require_there("model", other)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "why"),
+    [
+        (404, "RepoNotFound", "the Hub has no model of that name that you may read"),
+        (None, "", r"the Hub cannot be asked for a model of that name \(ConnectError\)"),
+        (200, "", None),
+        (429, "", None),  # loading tells
+    ],
+)
+def test_a_name_that_is_no_folder_is_asked_of_the_hub_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int | None, code: str, why: str | None
+) -> None:
+    asked: list[str] = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "models" in self.path:  # the library also asks for names of agents
+                asked.append(self.path)
+            self.send_response(status or 500)
+            self.send_header("X-Error-Code", code)
+            self.end_headers()
+            self.wfile.write(b'{"id": "mine"}')
+
+        def log_message(self, *_: Any) -> None: ...
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        if status is not None:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+        else:
+            server.server_close()
+        try:
+            if why is None:
+                require_model("model", "mine")
+            else:
+                with pytest.raises(ConfigError, match=f"model: 'mine' is no folder here, and {why}: give the path of"):
+                    require_model("model", "mine")
+        finally:
+            if status is not None:
+                server.shutdown()
+                thread.join()
+    assert asked == ([] if status is None else ["/api/models/mine"])
+    folder = tmp_path / "models--mine"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
+    require_model("model", "mine")  # of the cache, where nobody is asked
+    assert len(asked) <= 1
+
+
+def test_offline_a_name_that_is_no_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data.write_rows(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    output = ["--output", str(tmp_path / "o.jsonl")]
+    for line in (
+        ["train", "--model", "mine", "--output_dir", str(tmp_path / "run")],
+        ["train", "--tokenizer", "mine", "--output_dir", str(tmp_path / "run")],
+        ["score", str(tmp_path / "p.jsonl"), "--model", "mine", *output],
+        ["generate", str(tmp_path / "p.jsonl"), "--model", "mine", *output],
+    ):
+        assert cli.main(line) == 1
+        assert "'mine' is no folder here, and the Hub cannot be asked" in capsys.readouterr().err
 
 
 def test_errors_need_no_framework_and_no_usage(tmp_path: Path) -> None:

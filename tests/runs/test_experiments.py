@@ -64,6 +64,10 @@ def test_a_run_leaves_model_metrics_and_report(finished: Path) -> None:
     assert summary["versions"]["torch"]
     metrics = files.read_lines(run / "metrics.jsonl")
     assert [row["step"] for row in metrics if "gapo/weight_mean" in row] == [1, 2, 3, 4]
+    evaluations = [row for row in metrics if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    for row, name in ((evaluations[0], "before"), (evaluations[-1], "after")):
+        assert {key: row[key] for key in summary[name]} == summary[name]
     steps = files.read_lines(run / "steps.jsonl")
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert all(len(row["weights"]) == len(row["is_flipped"]) == 8 for row in steps)
@@ -454,12 +458,19 @@ def test_flip_writes_marked_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["flip", str(tmp_path / "gone.jsonl"), "--output", str(out)]) == 1
 
 
-def test_the_tiny_model_does_not_know_the_labels() -> None:
-    from gapo.runs.models.tiny import answer_texts
+def test_the_tiny_model_does_not_know_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gapo.runs.models import tiny
 
     rows = data.generate_pairs(30)
-    assert answer_texts(rows) == answer_texts(data.flip_pairs(rows, rate=1.0))
-    assert "".join(answer_texts(rows)).count(rows[0]["prompt"]) >= 2
+    texts = tiny.answer_texts(rows)
+    assert texts == tiny.answer_texts(data.flip_pairs(rows, rate=1.0))
+    assert "".join(texts).count(rows[0]["prompt"]) >= 2
+    monkeypatch.setattr(tiny, "_MOST_PAIRS", 10)  # of many pairs some are drawn
+    drawn = tiny.answer_texts(rows)
+    assert drawn == tiny.answer_texts(data.flip_pairs(rows, rate=1.0))
+    assert len(drawn) == 20
+    assert set(drawn) < set(texts)
+    assert drawn != texts[:20]
 
 
 def test_weight_diagnostics() -> None:

@@ -85,9 +85,14 @@ def test_messages_and_benchmarks_go_through_the_chat_template(folder: Path, tmp_
     assert read(tmp_path / "s.jsonl")[0]["output"] == briefly
 
 
-def test_a_second_turn_follows_the_first_answer(folder: Path, tmp_path: Path) -> None:
+def test_a_second_turn_follows_the_first_answer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn is tokenised once."""
+    turns: list[Any] = []
+    plain = module.tokenize_prompt
+    monkeypatch.setattr(module, "tokenize_prompt", lambda row, *more: turns.append(row) or plain(row, *more))
     rows = [{"question_id": 81, "category": "math", "turns": [PROMPTS[1], PROMPTS[0]]}]
     module.generate(settings(folder, rows, tmp_path / "mine.jsonl", "chat", format="mt_bench"))
+    assert [len(row["prompt"]) for row in turns] == [1, 3]
     (row,) = read(tmp_path / "mine.jsonl")
     first = continued(folder, f"user: {PROMPTS[1]} | yes: ")
     second = continued(folder, f"user: {PROMPTS[1]} | assistant: {first} | user: {PROMPTS[0]} | yes: ")
@@ -142,11 +147,11 @@ def test_an_interrupted_call_goes_on_to_the_answers_of_a_whole_one(
     config = settings(folder, rows, tmp_path / "again.jsonl", temperature=1.0)
     answer, calls = module._Answering.__call__, []
 
-    def interrupted(self: Any, questions: Any, batch: int) -> Any:
+    def interrupted(self: Any, questions: Any, prompts: Any, batch: int) -> Any:
         calls.append(batch)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return answer(self, questions, batch)
+        return answer(self, questions, prompts, batch)
 
     monkeypatch.setattr(module._Answering, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):

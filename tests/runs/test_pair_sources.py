@@ -138,6 +138,38 @@ def test_what_is_of_the_hub_alone_is_refused_elsewhere(tmp_path: Path) -> None:
         data.read_pairs(tmp_path / "saved", revision="v2")
 
 
+def test_an_option_without_effect_is_refused(tmp_path: Path) -> None:
+    """Streaming is for the Hub, an encoding for text; where another source takes the option, this one goes without."""
+    table, parquet, saved = (tmp_path / name for name in ("a.csv", "a.parquet", "saved"))
+    table.write_text("prompt,chosen,rejected\n" + "".join(f"{i}?,ä {i},ö {i}\n" for i in range(20)), "cp1252")
+    datasets.Dataset.from_list(rows(4)).to_parquet(parquet)
+    datasets.Dataset.from_list(rows(4)).save_to_disk(saved)
+    for path, what in ((table, "a file"), (parquet, "a file"), (saved, "a saved data set")):
+        with pytest.raises(data.PairError, match=f"streaming is for a data set on the Hub, but {path} is {what}: l"):
+            data.read_pairs(path, streaming=True)
+    for source, what in ((parquet, "a Parquet file"), (saved, "a data set"), ("org/set", "a data set")):
+        with pytest.raises(data.PairError, match=f"encoding 'cp1252' is of a file of text, but {source} is {what}"):
+            data.read_pairs(source, encoding="cp1252")
+        assert source == "org/set" or len(data.read_pairs(source, encoding="UTF8").rows) == 4
+    latin = {"encoding": "cp1252"}
+    for options in (
+        {"pairs": str(parquet), "eval_pairs": str(table), **latin},
+        {"pairs": str(table), "eval_pairs": str(saved), **latin},
+        {"mixture": [{"pairs": str(table)}, {"pairs": str(parquet)}], **latin},
+        {"mixture": [{"pairs": str(table), **latin}, {"pairs": str(parquet)}]},
+    ):
+        train, evaluated = read_both(TrainConfig(**options), generated=1)
+        answers = {row["chosen"] for part in (train, evaluated) for row in (part.rows if part is not None else ())}
+        assert {"ä 3", "yes 3"} <= answers
+    for options in (
+        {"pairs": str(parquet), "eval_pairs": str(saved), **latin},
+        {"mixture": [{"pairs": str(parquet), **latin}, {"pairs": str(table)}], "encoding": "utf-16"},
+        {"mixture": [{"pairs": str(parquet)}, {"pairs": str(saved)}], **latin},
+    ):
+        with pytest.raises(data.PairError, match=r"encoding 'cp1252' is of a file of text, but \S+ is a "):
+            read_both(TrainConfig(**options), generated=1)
+
+
 def test_tables_in_every_command(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     lines = "".join(f"{i}? ;yes {i};no {i};1\n{i}? ;no {i};yes {i};2\n" for i in range(20))

@@ -9,8 +9,10 @@ from typing import Any
 
 import models
 import numpy as np
-import torch
-from array_api_compat import torch as xp
+from frameworks import require
+
+torch = require("torch")
+xp = require("array_api_compat.torch")
 
 
 def logps(params: dict[str, torch.Tensor], batch: dict[str, np.ndarray], side: str) -> torch.Tensor:

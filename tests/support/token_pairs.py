@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from frameworks import require
 
 from gapo.data import collate_pairs, generate_pairs, tokenize_pair
 
@@ -57,6 +58,7 @@ def bytes_tokenizer(template: str | None = None, *, opens: str = "", closes: str
 
     `opens` and `closes` are what it sets before and behind every text: "<b>", "<e>" or nothing.
     """
+    require("transformers")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

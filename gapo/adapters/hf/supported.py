@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from gapo.adapters.hf.collator import PreferenceCollator
+from gapo.adapters.hf.deepspeed_config import other_numbers
 from gapo.adapters.hf.models import REENTRANT, peft_model, text_config
 from gapo.columns import REFERENCE_ALPHA
 from gapo.config import GAPOConfig
@@ -136,6 +137,7 @@ def _engines(trainer: Trainer) -> Iterator[str]:
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         if getattr(args, name, False) and (getattr(args, f"{name}_kwargs", None) or {}).get("use_reentrant"):
             yield REENTRANT
+    yield from other_numbers(getattr(accelerator.state, "deepspeed_plugin", None), args)
     layout = getattr(accelerator, "parallelism_config", None)
     for name, what in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
         if getattr(layout, f"{name}_enabled", False) or (name == "tp" and _tensor_parallel(trainer)):

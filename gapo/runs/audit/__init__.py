@@ -8,7 +8,7 @@ from gapo.runs.audit.audit_config import AuditConfig
 from gapo.runs.audit.audit_result import AuditResult
 
 if TYPE_CHECKING:
-    from gapo.runs.audit.flow import audit, run_audit
+    from gapo.runs.audit.audit_flow import audit, run_audit
 
 __all__ = ["AuditConfig", "AuditResult", "audit", "run_audit"]
 
@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
     """What needs PyTorch, when it is first asked for; the settings and `gapo audit --help` do not."""
     if name not in ("audit", "run_audit"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gapo.runs.audit import flow
+    from gapo.runs.audit import audit_flow
 
-    return getattr(flow, name)
+    return getattr(audit_flow, name)

@@ -133,7 +133,7 @@ def detection(scores: Scores, p_wrong: np.ndarray, is_flipped: np.ndarray) -> Ro
         "margin": -scores.margin,
         "margin at the end": -scores.margins[:, -1].mean(0),
         "reward": -_mean(scores.rewards),
-        "gap": -scores.gaps.mean(0),
+        "gap": scores.gaps.mean(0),
         "margin before training": -scores.start,
     }
     order = np.argsort(-p_wrong, kind="stable")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gapo.pairs import SIDES
 from gapo.runs.audit.audit_config import AuditConfig
 from gapo.runs.audit.folds import divided, prompt_groups
 from gapo.runs.audit.training_anchor import training_anchor
+from gapo.runs.config_bases import TrainingConfig
 from gapo.runs.models.tiny import answer_texts, tiny_model
 from gapo.runs.output.tensors import Arrays
 from gapo.runs.policy.fit import bucketed, fit
@@ -63,7 +64,8 @@ class Judges:
         layers = config.train_layers
         folder: str | Path = config.model
         if self._is_tiny:
-            folder = tiny_model(config, answer_texts(rows))
+            # It reads the fields that both configurations inherit from `TinyPolicy`, max_length and seed.
+            folder = tiny_model(cast(TrainingConfig, config), answer_texts(rows))
         elif layers is None:
             layers = _LAST_LAYERS
         self.policy = Policy(folder, cache=config.cache_dir, train_layers=layers)

@@ -28,7 +28,7 @@ import numpy as np
 LAPSES = np.linspace(0.005, 0.495, 50)
 MOST_LAPSES = 0.2  # of the policies alone
 _OWN = np.linspace(0, MOST_LAPSES, 21)
-_STEPS, _CLOSE = 100, 1e-9  # of a fit; nats per pair
+_STEPS, _CLOSE = 100, 1e-4  # of a fit; nats, of all pairs together
 _PRIOR = 0.04  # precision of a normal prior on b, of scores of unit size: it holds b where all pairs agree
 
 
@@ -137,7 +137,7 @@ def _climb(x: np.ndarray, lapses: float, b: np.ndarray) -> tuple[np.ndarray, flo
                 gain, b, value, damping = reached - value, b + step, reached, max(damping / 10, 1e-9)
                 break
             damping *= 10
-        if gain < _CLOSE:
+        if n * gain < _CLOSE:
             return b, value, information
 
 

@@ -127,7 +127,7 @@ def pictures(rows: Sequence[Row], summary: Row) -> list[str]:
     flipped = np.array(flips, dtype=bool) if None not in flips and 0 < sum(map(bool, flips)) < len(flips) else None
     beta = GAPOConfig.beta  # which the weights of an audit are of
     values = {name: [row.get(name) for row in rows] for name in ("p_wrong", "margin", "weight")}
-    charts = [
+    charts: list[tuple[str, str, str, tuple[float, float] | float, float]] = [
         ("Probability that a label is wrong", "probability, %", "p_wrong", (0.0, 100.0), 100.0),
         ("Margins by policies that did not train on the pair", "nats per token; below 0: against the label", "margin",
          1 / beta, 1.0),

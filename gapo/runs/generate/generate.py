@@ -71,7 +71,7 @@ def generate(config: GenerateConfig) -> Row:
         bar = tqdm(total=len(questions), initial=sum(len(line["rows"]) for line in lines), desc="generating")
         with bar:
             for number, rows in list(enumerate(batches, start=1))[len(lines) :]:
-                texts, counts = answering([questions[i] for i in rows], number)
+                texts, counts = answering([questions[i] for i in rows], [first_turns[i] for i in rows], number)
                 line = {"step": number, "rows": rows, "texts": texts, "tokens": counts, "time": time.time()}
                 log.write(line)
                 lines.append(line)
@@ -120,12 +120,18 @@ class _Answering:
                 "the model continues each prompt as text: its tokenizer has no chat template, or chat is false"
             )
 
-    def __call__(self, questions: Sequence[Question], batch: int) -> tuple[list[list[str]], list[list[int]]]:
-        """The answers of each question, one for each turn, and their tokens; -1 where max_new_tokens cut it."""
+    def __call__(
+        self, questions: Sequence[Question], prompts: list[list[int]], batch: int
+    ) -> tuple[list[list[str]], list[list[int]]]:
+        """The answers of each question, one for each turn, and their tokens; -1 where max_new_tokens cut it.
+
+        `prompts` are the ids of the first turns.
+        """
         texts: list[list[str]] = [[] for _ in questions]
         counts: list[list[int]] = [[] for _ in questions]
         for turn in range(len(questions[0].turns)):
-            prompts = [self.ids(question, said) for question, said in zip(questions, texts, strict=True)]
+            if turn:
+                prompts = [self.ids(question, said) for question, said in zip(questions, texts, strict=True)]
             torch.manual_seed(_seed(self._config.seed, batch, turn))
             for place, ids in enumerate(self._generate(prompts, questions[0].temperature)):
                 ended = bool(ids) and ids[-1] in self._ends

@@ -6,10 +6,12 @@ Weights are read from safetensors alone, never from pickles, and code that comes
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gapo.data.token_table import TokenRows
+from gapo.pairs import SIDES
 from gapo.runs.errors import ConfigError
 from gapo.runs.paths import require_there
 
@@ -120,14 +122,20 @@ def require_fit(settings: Any, name: str, *, highest: int, longest: int) -> None
         )
 
 
-def extent(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
+def extent(*parts: Sequence[dict[str, Any]]) -> tuple[int, int]:
     """(greatest token id, most tokens) of tokenised rows, for `require_fit`."""
     highest = longest = 0
-    for row in rows:
-        for side in ("chosen", "rejected"):
-            ids = row[f"{side}_input_ids"]
-            highest, longest = max(highest, max(ids)), max(longest, len(ids))
+    for part in parts:
+        for high, length in [part.extent()] if isinstance(part, TokenRows) else _extents(part):
+            highest, longest = max(highest, high), max(longest, length)
     return highest, longest
+
+
+def _extents(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+    for row in rows:
+        for side in SIDES:
+            ids = row[f"{side}_input_ids"]
+            yield max(ids), len(ids)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:

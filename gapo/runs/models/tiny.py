@@ -11,19 +11,22 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gapo.data.lazy_rows import selected
 from gapo.data.messages import text_of
+from gapo.data.streams import stream
 from gapo.files import cannot_write, partial_of, sweep, write_errors
 from gapo.runs import ranks
 from gapo.runs.config_bases import TrainingConfig
 
 SEQUENCE = 128
+_MOST_PAIRS = 50_000
 # The variables by which torchrun and `accelerate launch` describe to a process its group, and how it shares the work.
 _GROUP = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
@@ -91,8 +94,13 @@ def plain_text(name: str, source: str | None) -> str:
     return raw.decode("utf-8", errors="replace")
 
 
-def answer_texts(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Each prompt with either answer. Flipping pairs changes nothing, so that no label leaks into the warm-up."""
+def answer_texts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Each prompt with either answer. Flipping pairs changes nothing, so that no label leaks into the warm-up.
+
+    Of more than 50,000 pairs, 50,000 are drawn: a warm-up reads the tokens of a few thousand.
+    """
+    if len(rows) > _MOST_PAIRS:
+        rows = selected(rows, np.sort(stream(0, "warm-up").permutation(len(rows))[:_MOST_PAIRS]))
     texts = []
     for row in rows:
         sides = sorted(text_of(row[side]) for side in ("chosen", "rejected"))  # in an order that tells no label

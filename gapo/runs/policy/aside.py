@@ -14,8 +14,8 @@ import torch
 
 from gapo.data.tokenize import IGNORE_INDEX
 from gapo.runs.policy.frozen import resumed
-from gapo.runs.policy.policy import Policy
 from gapo.runs.policy.pair_batches import Row
+from gapo.runs.policy.policy import Policy
 
 SEQUENCE = 128  # tokens of a piece of plain text
 _AT_ONCE = 16

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gapo.runs.policy.policy import Policy
 from gapo.runs.policy.pair_batches import Batch, Row
+from gapo.runs.policy.policy import Policy
 
 _BUCKET = 8  # batches that are sorted by length together: little padding, and still random batches
 
@@ -48,7 +48,7 @@ def fit(
         policy: its model is the trained one afterwards.
         tokens: tokenised pairs.
         order: for each step the indices among them.
-        step: of `gapo.value_and_grad` over `gapo.runs.policy.pair_batches.pair_logps`, (model, batch) to (result, grads).
+        step: of `gapo.value_and_grad` over `pair_logps` of this room, (model, batch) to (result, grads).
         learning_rate: the peak.
         warmup_ratio: share of the steps in which the learning rate rises.
         anchor_pairs: pairs that share an anchor; 0 for the whole batch. A batch is then several micro-batches.

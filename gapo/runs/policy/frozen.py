@@ -22,18 +22,28 @@ from torch import Tensor, nn
 from gapo.runs.errors import ConfigError
 
 
-def train_last(model: nn.Module, count: int) -> None:
-    """Freeze `model` but for its last `count` layers. Its embeddings, output head and final norm are frozen too.
+def last_layers(model: nn.Module, count: int) -> range:
+    """The numbers of the last `count` layers of `model`.
 
     Raises:
         ConfigError: it has no list of layers, or fewer than `count`.
     """
-    layers = _layers(model)
-    if not 1 <= count <= len(layers):
-        raise ConfigError(f"train_layers must be in 1 to {len(layers)}, the layers that the model has; got {count!r}")
+    layers = len(_layers(model))
+    if not 1 <= count <= layers:
+        raise ConfigError(f"train_layers must be in 1 to {layers}, the layers that the model has; got {count!r}")
+    return range(layers - count, layers)
+
+
+def train_last(model: nn.Module, count: int) -> None:
+    """Freeze `model` but for its last `count` layers. Its embeddings, output head and final norm are frozen too.
+
+    Raises:
+        ConfigError: as `last_layers`.
+    """
+    numbers = last_layers(model, count)
     model.requires_grad_(False)
-    for layer in layers[len(layers) - count :]:
-        layer.requires_grad_(True)
+    for number in numbers:
+        _layers(model)[number].requires_grad_(True)
 
 
 def frozen_layers(model: nn.Module) -> list[nn.Module]:

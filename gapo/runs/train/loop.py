@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from gapo.config import GAPOConfig
 from gapo.data import batches
 from gapo.data.collate import collate_pairs, padding_multiple
-from gapo.data.lazy_rows import joined
 from gapo.files import JsonLines, read_lines, whole
 from gapo.logp_options import LogpOptions
 from gapo.metrics import combine, evaluation_columns, evaluation_metrics
@@ -99,7 +98,7 @@ def train(
     """Train; the evaluation before the first step and after the last one. The model is saved in `folder`/model."""
     train_rows, held_out = tokenize_rows(config, data, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    _require_known(trainee, tokenizer, max(extent(joined(train_rows, held_out))[0], pad))
+    _require_known(trainee, tokenizer, max(extent(train_rows, held_out)[0], pad))
     loss = loss_of(config.loss, step_config, config.loss_settings)
     if loss.needs_reference:
         train_rows, held_out = with_kept_reference(

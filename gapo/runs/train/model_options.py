@@ -23,6 +23,8 @@ class ModelOptions:
         load_in_8bit: likewise to 8 bits.
         bnb_4bit_quant_type: kind of the 4 bits.
         use_bnb_nested_quant: quantise the constants of the 4 bits too.
+        train_layers: train only the last so many layers, or the adapters on them; none for all. Layers below run once
+            for each pair, and their states wait on disk.
         lora_r: rank of LoRA adapters (peft); 0 trains all weights.
         lora_alpha: scale of the adapters.
         lora_targets: names of the modules that get them, comma separated, or all-linear; none for peft's default.
@@ -42,6 +44,7 @@ class ModelOptions:
     load_in_8bit: bool = False
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     use_bnb_nested_quant: bool = False
+    train_layers: int | None = None
     lora_r: int = 0
     lora_alpha: int = 16
     lora_targets: str | list[str] | None = None
@@ -55,6 +58,8 @@ class ModelOptions:
         """Raise ValueError for options of the model that contradict each other, or that nothing would read."""
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if self.train_layers is not None and self.train_layers < 1:
+            raise ValueError(f"train_layers must be >= 1, or none for all layers; got {self.train_layers!r}")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other: give one of them")
         if (self.load_in_4bit or self.load_in_8bit) and not self.lora_r:

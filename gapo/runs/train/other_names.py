@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
@@ -15,7 +16,7 @@ from typing import Any
 
 from gapo.runs.errors import ConfigError
 from gapo.runs.train.train_config import TrainConfig
-from gapo.runs.train.trainer_fields import declared_fields
+from gapo.runs.train.trainer_fields import accepted_values, declared_fields
 
 OTHER_NAMES = {
     "model_name_or_path": "model",
@@ -80,10 +81,19 @@ def other_switches() -> set[str]:
     }
 
 
-def other_fields() -> list[str]:
-    """The fields of `TrainingArguments` that `gapo train` takes besides its own."""
+def other_fields() -> dict[str, str]:
+    """The fields of `TrainingArguments` that `gapo train` takes besides its own, each with its choices or its type."""
     own = {f.name for f in fields(TrainConfig)}
-    return sorted(set(declared_fields()) - set(OTHER_NAMES) - set(REFUSED) - own)
+    names = sorted(set(declared_fields()) - set(OTHER_NAMES) - set(REFUSED) - own)
+    accepted = accepted_values()
+    return {name: accepted[name] for name in names}
+
+
+def help_on_other_fields() -> str:
+    """The lines of `gapo train --help` on them."""
+    lines = [f"  --{name} {accepted}" for name, accepted in other_fields().items()]
+    wrapped = [textwrap.fill(line, 79, subsequent_indent=" " * 6) for line in lines]
+    return "\n".join(["with backend torch also the fields of transformers.TrainingArguments:", *wrapped])
 
 
 def with_short_names(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Recorder(TrainerCallback):
         ranks.meet()
         evaluations = [row for row in read_lines(folder / "metrics.jsonl") if "eval_loss" in row]
         self.first_evaluation: Row = evaluations[0] if evaluations else {}
+        self.last_evaluation: Row = evaluations[-1] if evaluations else {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step = state.global_step + 1
@@ -76,8 +77,9 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Row | None = None, **kwargs: Any) -> None:
         row = {"step": state.global_step, **(logs or {})}
-        if "eval_loss" in row and not self.first_evaluation:
-            self.first_evaluation = row
+        if "eval_loss" in row:
+            self.first_evaluation = self.first_evaluation or row
+            self.last_evaluation = row
         if ranks.is_first():
             self._logs["metrics"].write(row)
 

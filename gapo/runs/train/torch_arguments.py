@@ -10,6 +10,7 @@ import torch
 from transformers import get_scheduler
 
 from gapo.adapters.hf import GAPOConfig as Arguments
+from gapo.adapters.hf.deepspeed_config import other_numbers
 from gapo.config import GAPOConfig
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
@@ -88,4 +89,6 @@ def require_arguments(config: TrainConfig, step_config: GAPOConfig) -> Arguments
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    for message in other_numbers(arguments.deepspeed_plugin, arguments):
+        raise ConfigError(message)
     return arguments

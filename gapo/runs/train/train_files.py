@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gapo.files import require_writable
 from gapo.runs.errors import ConfigError
-from gapo.runs.paths import require_there
+from gapo.runs.paths import require_model, require_there
 from gapo.runs.train.train_config import TrainConfig
 
 
@@ -25,5 +25,7 @@ def require_files(config: TrainConfig) -> None:
         require_writable(Path(config.cache_dir))
     if not config.overwrite and (folder / "summary.json").exists():
         raise ConfigError(f"{config.output_dir} holds a finished run: give another output_dir, or --overwrite true")
-    for name in ("pairs", "eval_pairs", "model", "tokenizer", "tiny_text"):
+    for name in ("pairs", "eval_pairs", "tiny_text"):
         require_there(name, getattr(config, name))
+    require_model("model", None if config.model == "tiny" else config.model, config.model_revision)
+    require_model("tokenizer", config.tokenizer)

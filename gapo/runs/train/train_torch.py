@@ -6,6 +6,7 @@ import logging
 import pickle
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,12 @@ from gapo.adapters.hf.checkpoints import last_whole_checkpoint
 from gapo.adapters.hf.models.peft_models import with_adapters
 from gapo.adapters.hf.reference_model import summed_logps
 from gapo.config import GAPOConfig
-from gapo.data.lazy_rows import WithColumns, joined, mapped
+from gapo.data.lazy_rows import WithColumns, mapped
 from gapo.runs import ranks
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, load_tokenizer, require_fit, require_model
+from gapo.runs.policy.frozen import last_layers, train_last
+from gapo.runs.policy.remembered import remembered_states
 from gapo.runs.reference_cache import with_kept_reference
 from gapo.runs.train.loss_option import loss_of, objective_of
 from gapo.runs.train.model_options import loading_options, lora_config, names_in
@@ -46,10 +49,10 @@ def run(
     tokenizer = load_tokenizer(config.tokenizer or model_name, None if config.tokenizer else revision)
     collator = PreferenceCollator(tokenizer, max_length=config.max_length)
     flipped = PreferenceCollator(tokenizer, max_length=config.max_length, keep=("is_flipped", "pair"))
-    train_rows, held_out = tokenize_rows(config, data, tokenizer)
-    train_rows = mapped(train_rows, WithColumns(("pair",), np.arange(len(train_rows))[:, None]))
+    tokenised, held_out = tokenize_rows(config, data, tokenizer)
+    train_rows = mapped(tokenised, WithColumns(("pair",), np.arange(len(tokenised))[:, None]))
     _require_pairs(config, train_rows)
-    highest, longest = extent(joined(train_rows, held_out))
+    highest, longest = extent(tokenised, held_out)
     settings = require_model(model_name, tokenizer=config.tokenizer, revision=revision)
     require_fit(settings, model_name, highest=max(highest, tokenizer.pad_token_id or 0), longest=longest)
     checkpoints = folder / "checkpoints"
@@ -98,14 +101,15 @@ def run(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress())
     try:
-        if last is None and (ranks.count() > 1 or trainer.is_deepspeed_enabled):
-            # An evaluation before it would mark the model as prepared, without DDP: each process would train alone.
-            trainer.args.eval_on_start = True
-        elif last is None:
-            trainer.evaluate()
-        if last is None or not _load_if_finished(trainer, last):
-            trainer.train(resume_from_checkpoint=last)
-        after = _rewards(trainer.evaluate())
+        with _frozen_states(config, trainer, folder):
+            if last is None and (ranks.count() > 1 or trainer.is_deepspeed_enabled):
+                # An evaluation before it would mark the model as prepared, without DDP: each process would train alone.
+                trainer.args.eval_on_start = True
+            elif last is None:
+                trainer.evaluate()
+            if last is None or not _load_if_finished(trainer, last):
+                trainer.train(resume_from_checkpoint=last)
+            after = _rewards(_evaluation(trainer, recorder))
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{last} holds a file that is no checkpoint, and might have run code: remove that folder, and the same "
@@ -116,6 +120,22 @@ def run(
     with errors_named(folder / "model"):
         trainer.save_model(str(folder / "model"))
     return _rewards(recorder.first_evaluation), after
+
+
+def _evaluation(trainer: Trainer, recorder: Recorder) -> dict[str, float]:
+    """The evaluation of the trained weights: that of the last step where it is theirs, else a new one."""
+    last = recorder.last_evaluation
+    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return last
+    return trainer.evaluate()
+
+
+def _frozen_states(config: TrainConfig, trainer: Trainer, folder: Path) -> AbstractContextManager[None]:
+    """The states of frozen layers, saved for the training; not where the model is in parts, or draws dropout masks."""
+    in_parts = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.torch_compile
+    if config.train_layers is None or in_parts or not config.disable_dropout:
+        return nullcontext()
+    return remembered_states(trainer.model, folder)
 
 
 def _load_if_finished(trainer: Trainer, checkpoint: str) -> bool:
@@ -154,6 +174,10 @@ def _load_model(config: TrainConfig, name: str, arguments: GAPOArguments) -> tup
     if arguments.checkpointing_by_default and not model.supports_gradient_checkpointing:
         arguments.turn_checkpointing_off()
     lora = lora_config(config)
+    if config.train_layers is not None and lora is None:
+        train_last(model, config.train_layers)
+    elif config.train_layers is not None:
+        lora.layers_to_transform = list(last_layers(model, config.train_layers))
     return model if lora is None else with_adapters(model, lora, arguments), tokenizer
 
 

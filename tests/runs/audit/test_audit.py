@@ -11,7 +11,7 @@ import pytest
 
 import gapo
 from gapo import cli, data
-from gapo.runs.audit import AuditConfig, flow
+from gapo.runs.audit import AuditConfig, audit_flow, page
 from gapo.runs.audit.audit_files import AuditFiles
 from gapo.runs.claims import Claims
 from gapo.runs.output.noise import auroc
@@ -43,6 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.write_rows(folder / "pairs.jsonl", [{"prompt": "?", "chosen": "a", "rejected": "a"}, *easy_pairs()])
     assert cli.main(command(folder, folder / "audit.jsonl")) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page is tested in a file of its own; its pictures take seconds."""
+    monkeypatch.setattr(page, "write_page", lambda path, result: path.write_text(f"{len(result)} pairs"))
 
 
 def command(folder: Path, output: Path, **options: Any) -> list[str]:
@@ -87,13 +93,13 @@ def test_the_ranking_finds_the_flipped_labels(folder: Path) -> None:
 
 def test_no_policy_judges_a_prompt_that_it_trained_on(folder: Path) -> None:
     config = AuditConfig(pairs=str(folder / "pairs.jsonl"), cache_dir=str(folder / "cache"), **TINY)
-    judges = flow.Judges(config, easy_pairs())
-    arrays = judges.measure(flow.Member(0, 1), watched=True)
+    judges = audit_flow.Judges(config, easy_pairs())
+    arrays = judges.measure(audit_flow.Member(0, 1), watched=True)
     assert sorted([*arrays["rows"], *arrays["trained"]]) == list(range(120))
     assert not set(arrays["rows"] // 2) & set(arrays["trained"] // 2)
     assert arrays["logps"].shape == (2, len(arrays["rows"]), 2)
     assert arrays["trained_logps"].shape == (2, len(arrays["trained"]), 2)
-    kept = flow.open_tensors(AuditFiles(str(folder / "audit.jsonl")).part(flow.Member(0, 1)))
+    kept = audit_flow.open_tensors(AuditFiles(str(folder / "audit.jsonl")).part(audit_flow.Member(0, 1)))
     with kept as file:  # the same, in another process's order of runs
         np.testing.assert_array_equal(file.get_tensor("logps"), arrays["logps"])
 
@@ -104,13 +110,13 @@ def test_an_interrupted_audit_goes_on_and_ends_in_the_same_bytes(
     output = copied(folder, tmp_path)
     files = AuditFiles(str(output))
     whole = output.read_bytes()
-    for path in (output, files.page, files.part(flow.Member(1, 2))):
+    for path in (output, files.page, files.part(audit_flow.Member(1, 2))):
         path.unlink()
     asked = []
-    plain = flow.Judges.measure
-    monkeypatch.setattr(flow.Judges, "measure", lambda self, member: asked.append(member) or plain(self, member))
+    plain = audit_flow.Judges.measure
+    monkeypatch.setattr(audit_flow.Judges, "measure", lambda self, member: asked.append(member) or plain(self, member))
     assert cli.main(command(folder, output)) == 0
-    assert asked == [flow.Member(1, 2)]
+    assert asked == [audit_flow.Member(1, 2)]
     assert output.read_bytes() == whole
     assert cli.main(command(folder, output)) == 0  # and nothing is measured again
     assert len(asked) == 1
@@ -130,7 +136,7 @@ def test_other_settings_or_pairs_are_refused_and_named(
     assert cli.main(command(folder, tmp_path / "other.jsonl")) == 1
     assert "without the measurements (other.jsonl.parts) of a gapo audit" in capsys.readouterr().err
     with Claims() as claims:
-        assert claims.take(AuditFiles(str(output)).part(flow.Member(0, 0)))
+        assert claims.take(AuditFiles(str(output)).part(audit_flow.Member(0, 0)))
         claims._held.clear()  # as another copy's
         (tmp_path / "audit.jsonl.parts" / "seed-0-fold-0.safetensors.claim").write_text(
             '{"host": "elsewhere", "process": 1}'
@@ -204,15 +210,16 @@ def test_as_a_library_it_takes_lists_and_data_sets(
 
     monkeypatch.chdir(tmp_path)
     settings = {**TINY, "cache_dir": str(folder / "cache")}
-    result = gapo.audit(easy_pairs(), **settings)
+    result = gapo.audit(easy_pairs(), **settings, output=str(copied(folder, tmp_path)))  # measured in a file's audit
     wanted = read_table(folder / "audit.jsonl")
     assert len(result) == 120
     assert [row["p_wrong"] for row in result] == [row["p_wrong"] for row in wanted]
     assert result[0]["line"] == result[0]["row"] + 1
     assert result.to_pandas()["p_wrong"].tolist() == [row["p_wrong"] for row in wanted]
     assert str(result).startswith("about ")
-    assert list(tmp_path.iterdir()) == []
-    short = gapo.audit(Dataset.from_list(easy_pairs()[:30]), **{**settings, "seeds": 1, "epochs": 1})
+    before = sorted(tmp_path.rglob("*"))
+    short = gapo.audit(Dataset.from_list(easy_pairs()[:30]), **{**settings, "seeds": 1, "epochs": 1, "folds": 2})
     assert len(short) == 30
+    assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(data.PairError, match="no usable pair"):
         gapo.audit([{"chosen": "a"}], **settings)
