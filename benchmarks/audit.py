@@ -80,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--in_sample", action="store_true", help="ask each policy about the pairs that it trained on, too"
     )
+    parser.add_argument("--ceiling", action="store_true", help="also policies trained on the true labels, as a ceiling")
     parser.add_argument("--test", help="clean pairs: then also train on cleaned pairs, and test on these")
     parser.add_argument("--runs", type=int, default=5, help="training runs for each way of cleaning")
     parser.add_argument("--train_objective", default="dpo", help="of those runs")
@@ -350,12 +351,20 @@ def main() -> None:
         for draw in range(options.draws)
     ]
     found = {}
+    ceiling = None
+    if options.ceiling:
+        clean = list(flip_pairs(rows, rate=0, seed=options.first_draw))
+        folder = options.folder / Cell("random", 0.0, options.first_draw).name
+        parts, judges = measured(config, clean, folder, options.in_sample)
+        ceiling = Scores.of(parts, judges.start, judges.counts).margin
     for cell in cells:
         noisy = list(flip_pairs(rows, mode=cell.mode, rate=cell.rate, seed=cell.draw))
         folder = options.folder / cell.name
         parts, judges = measured(config, noisy, folder, options.in_sample)
         groups, flips = prompt_groups(noisy), np.array([row["is_flipped"] for row in noisy])
         scores, finding = suspicions(parts, judges, groups)
+        if ceiling is not None:
+            scores["margin of policies trained on the true labels"] = np.where(flips, ceiling, -ceiling)
         share = cleanlab_share(Scores.of(parts, judges.start, judges.counts))
         found[cell] = scores, finding, flips, share
         if options.test is not None:
