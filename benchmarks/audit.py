@@ -218,11 +218,12 @@ def report(found: dict[Cell, tuple[dict[str, np.ndarray], Finding, np.ndarray, f
     columns = {kind: [x for cell, x in found.items() if (cell.mode, cell.rate) == kind] for kind in kinds}
     with_flips = {kind: x for kind, x in columns.items() if kind[1] > 0}
     if with_flips:
-        names = list(next(iter(found.values()))[0])
         lines = []
-        for name in names:
-            values = [[auroc(scores[name], flips) for scores, _, flips, _ in x] for x in with_flips.values()]
-            lines.append([name, *(spread(v) for v in values)])
+        for name in dict.fromkeys(name for scores, *_ in found.values() for name in scores):
+            values = [
+                [auroc(scores[name], flips) for scores, _, flips, _ in x if name in scores] for x in with_flips.values()
+            ]
+            lines.append([name, *(spread(v) if v else "" for v in values)])
         print("\nAUROC of flipped labels\n")
         print(markdown(["score", *(f"{mode} {100 * rate:g} %" for mode, rate in with_flips)], lines))
     lines = []
