@@ -264,16 +264,11 @@ def ways(finding: Finding, is_flipped: np.ndarray) -> dict[str, tuple[np.ndarray
     count = round(finding.model.share * n)
     top = np.zeros(n, dtype=bool)
     top[order[:count]] = True
-    half = np.zeros(n, dtype=bool)
-    half[order[: count // 2]] = True
     none, every = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
     return {
         "all pairs as they are": (every, none),
         "the most suspicious dropped, as many as the share": (~top, none),
-        "the most suspicious flipped, as many as the share": (every, top),
-        "half of them flipped, the other half dropped": (~top | half, half),
         "flipped where p_wrong > 1/2": (every, finding.p_wrong > 0.5),
-        "wrong labels dropped (oracle)": (~is_flipped, none),
         "wrong labels flipped (oracle)": (every, is_flipped),
     }
 
