@@ -170,7 +170,8 @@ def confident_learning(scores: Scores) -> dict[str, np.ndarray]:
     """
     try:
         from cleanlab.rank import get_label_quality_scores
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        progress(f"left out cleanlab's scores: {error.name} is not installed")
         return {}
     x = unit_size(scores.margin[:, None])
     right = 1 / (1 + np.exp(-x[:, 0] * fit_noise(x).coefficients[0, 0]))
