@@ -1,4 +1,4 @@
-"""How small a difference between two objectives can a noise study see? Simulated, before seeds and test pairs are chosen.
+"""How small a difference between two objectives can a noise study see? To simulate before seeds and pairs are chosen.
 
     python benchmarks/study_power.py --disagree 0.15 --spread 0.012
 

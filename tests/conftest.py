@@ -31,6 +31,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 elif "JAX_COMPILATION_CACHE_DIR" in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{os.environ['PYTEST_XDIST_WORKER']}"
 
+import quick_runs
 from frameworks import LIBRARIES, Library, require
 from hypothesis import settings
 from models import BACKENDS
@@ -97,3 +98,16 @@ def _one_mlir_context() -> None:
     make = getattr(mlir, "make_ir_context", None)
     if make is not None and not hasattr(make, "cache_clear"):
         mlir.make_ir_context = functools.cache(make)  # type: ignore[union-attr]
+
+
+@pytest.fixture(autouse=True)
+def _plain_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Within a test, pages have no real pictures but where the mark says so.
+
+    Runs that several tests read, made by a fixture of their module, have their pictures.
+    """
+    plots = sys.modules.get("gapo.runs.output.plots")
+    with pytest.MonkeyPatch.context() as patch:
+        if plots is not None and request.node.get_closest_marker("pictures") is None:
+            patch.setattr(plots, "_svg", quick_runs.plain_svg)
+        yield

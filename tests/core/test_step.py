@@ -77,7 +77,7 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[
 
 
 @pytest.mark.filterwarnings("ignore:first_order_ratio")  # radii at which the drop is not linear are drawn too
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_agrees_with_the_oracle(backend: Library, case: Any) -> None:
     model, batch, options = case

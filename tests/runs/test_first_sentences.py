@@ -124,6 +124,7 @@ def test_axes_are_honest(report: str, tmp_path: Path) -> None:
         assert max(heights) - min(heights) >= least
 
 
+@pytest.mark.pictures
 def test_weights_of_another_form_have_no_beta_to_end_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ceilings: list[float | None] = []
     for weight in (0.0, 0.1):
@@ -177,6 +178,7 @@ def test_a_model_that_does_not_know_the_pairs(right: int, said: str | None) -> N
     assert (text is None) if said is None else text is not None and text.startswith(said)
 
 
+@pytest.mark.pictures
 def test_the_page_of_scores_in_a_browser(browser: Any, tmp_path: Path) -> None:
     """Several models with long names, whose weights are all equal."""
     rows: list[dict[str, Any]] = [{**row, "is_flipped": i < 8} for i, row in enumerate(data.generate_pairs(40))]

@@ -494,6 +494,7 @@ def score_page(given: str) -> str:
     return score_report.render(pairs, scores, settings, given)
 
 
+@pytest.mark.pictures
 def test_a_picture_holds_names_as_text() -> None:
     name = '"><script>a</script> $x_{$'
     svg = plots.figure(name, name, name, lambda axes: axes.plot([name, "b"], [1, 2], label=name))

@@ -23,6 +23,8 @@ SETTINGS = {
     "versions": {"gapo": "0.0"},
 }
 
+pytestmark = pytest.mark.pictures
+
 
 def scored(n: int = 20, checkpoints: tuple[str, ...] = ("a",), seed: int = 0) -> list[dict[str, Any]]:
     """Scores of n pairs, the gap of pair i near i."""

@@ -19,9 +19,10 @@ from typing import Any
 import hf_models
 import numpy as np
 import pytest
+import quick_runs
 
 from gapo import cli, data, files
-from gapo.runs.output import tables
+from gapo.runs.output import plots, tables
 
 ROWS = data.generate_pairs(2000)
 SCRIPT = Path(hf_models.__file__).with_name("writing_script.py")
@@ -190,8 +191,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run([sys.executable, SCRIPT, made / "jobs.json"], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == [json.dumps([-signal.SIGKILL] * len(jobs))], done.stderr[-2000:]
-    for command in commands(made, "whole").values():
-        assert cli.main(command) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_svg", quick_runs.plain_svg)
+        for command in commands(made, "whole").values():
+            assert cli.main(command) == 0
     return made
 
 

@@ -48,15 +48,8 @@ def in_step(what: Callable[[Any], Any]) -> None:
     Trainer.training_step = training_step  # type: ignore[method-assign]
 
 
-def clean() -> None:
-    in_step(lambda output: torch.is_grad_enabled() and kill())
-
-
-def anchor() -> None:
-    in_step(lambda output: torch.is_grad_enabled() or kill())
-
-
 def backward() -> None:
+    """In the probe's backward; what the memory holds in another part of the step, a killed process takes with it."""
     in_step(lambda output: torch.is_grad_enabled() and output.register_hook(kill))
 
 
@@ -83,7 +76,7 @@ def line() -> None:
     files.JsonLines.write = write  # type: ignore[method-assign]
 
 
-POINTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (clean, anchor, backward, checkpoint, line)}
+POINTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (backward, checkpoint, line)}
 
 
 def run(folder: Path, name: str, fault: Callable[[], None] | None = None) -> int:

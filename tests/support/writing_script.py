@@ -16,6 +16,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import quick_runs
+
 from gapo import cli, files
 
 
@@ -56,8 +58,10 @@ def main() -> None:
     """Run every job; the ends of all of them, as JSON, are the last line printed."""
     from gapo import study  # noqa: F401  # before the forks
     from gapo.runs import score  # noqa: F401  # before the forks
+    from gapo.runs.output import plots
     from gapo.runs.train import train_torch  # noqa: F401  # before the forks
 
+    plots._svg = quick_runs.plain_svg  # type: ignore[assignment]
     gc.freeze()  # what is loaded is not searched for garbage each time that a Trainer trains
     ends = []
     for job in json.loads(Path(sys.argv[1]).read_text()):

@@ -11,9 +11,9 @@ flat one and Jeffreys', Laplace's approximation in b.
 
 A lapse is a wrong label or a sure but wrong prediction, and nothing in the labels can tell one from the other. With e
 the share of wrong labels and u that of the policies' own lapses, L = e + u - 2 e u, and the chosen answer is truly the
-better one with probability r = u + (1 - 2 u) s. So u is taken to be anything from 0 to `MOST_LAPSES`, all alike likely,
-as far as L allows. A label is then wrong with probability `e (1 - r) / q`; that, and the share e, are means over what L
-and u may be.
+better one with probability r = u + (1 - 2 u) s. So u is taken to be anything from 0 to `MOST_LAPSES`, the smaller the
+likelier (a triangle), as far as L allows. A label is then wrong with probability `e (1 - r) / q`; that, and the share
+e, are means over what L and u may be.
 
 The model of L is that of symmetric label noise (Natarajan et al. 2013), in psychometrics of the lapse rate.
 """
@@ -27,7 +27,7 @@ import numpy as np
 # Lapse rates. At one half the labels say nothing, and beyond it they would be those of the other answer.
 LAPSES = np.linspace(0.005, 0.495, 50)
 MOST_LAPSES = 0.2  # of the policies alone
-_OWN = np.linspace(0, MOST_LAPSES, 21)
+_OWN = np.linspace(0, MOST_LAPSES, 21)[:-1]
 _STEPS, _CLOSE = 100, 1e-4  # of a fit; nats, of all pairs together
 _PRIOR = 0.04  # precision of a normal prior on b, of scores of unit size: it holds b where all pairs agree
 
@@ -56,12 +56,14 @@ class NoiseModel:
         return float(np.sum(weights * shares))
 
     def share_interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The (low, high) between which e lies with probability `level`."""
-        shares, weights = (values.ravel() for values in self._shares())
-        order = np.argsort(shares)
-        below = np.cumsum(weights[order]) - weights[order] / 2
-        low, high = np.interp([(1 - level) / 2, (1 + level) / 2], below, shares[order])
-        return float(low), float(high)
+        """The (low, high) between which e lies with probability `level` at least.
+
+        `low` is a quantile of e. `high` is one of L, which e is where the policies never lapse: a quantile of e would
+        leave that case out.
+        """
+        shares, weights = self._shares()
+        low = _quantile((1 - level) / 2, shares.ravel(), weights.ravel())
+        return low, max(low, _quantile((1 + level) / 2, LAPSES, self.weights))
 
     def log_odds(self, x: np.ndarray) -> np.ndarray:
         """(n,) log-odds that the chosen answer is the better one, its label unseen; from x (n, features)."""
@@ -83,8 +85,15 @@ class NoiseModel:
         """e for each of `LAPSES` (rows) and each of the policies' own (columns), and its weight; all sum to 1."""
         shares = (LAPSES[:, None] - _OWN) / (1 - 2 * _OWN)
         possible = shares >= 0
-        weights = self.weights[:, None] * possible / possible.sum(1, keepdims=True)
+        likely = possible * (1 - _OWN / MOST_LAPSES)
+        weights = self.weights[:, None] * likely / likely.sum(1, keepdims=True)
         return np.where(possible, shares, 0.0), weights / weights.sum()
+
+
+def _quantile(level: float, values: np.ndarray, weights: np.ndarray) -> float:
+    order = np.argsort(values)
+    below = np.cumsum(weights[order]) - weights[order] / 2
+    return float(np.interp(level, below, values[order]))
 
 
 def fit(x: np.ndarray, groups: np.ndarray | None = None) -> NoiseModel:

@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from gapo.runs.output.noise import pair_columns
@@ -46,11 +47,21 @@ def figure(title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None], *,
             columns = 1 + (max(map(len, labels)) < 34) + (max(map(len, labels)) < 18)
             drawing.set_figheight(height + _LINE * max(0, -(-len(labels) // columns) - 1))
             drawing.legend(loc="outside lower center", ncols=columns)
-        buffer = io.StringIO()
-        drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+        svg = _svg(drawing)
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+
+
+def _svg(drawing: Figure) -> str:
+    """The figure, laid out once: `savefig` would draw a figure that has a layout twice."""
+    FigureCanvasSVG(drawing)
+    layout = drawing.get_layout_engine()
+    assert layout is not None
+    layout.execute(drawing)
+    drawing.set_layout_engine("none")
+    buffer = io.StringIO()
+    drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def at_least(axes: Any, span: float, *, bottom: float | None = None, along: str = "y") -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import numpy as np
 import pytest
 
@@ -223,3 +224,23 @@ def test_as_a_library_it_takes_lists_and_data_sets(
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(data.PairError, match="no usable pair"):
         gapo.audit([{"chosen": "a"}], **settings)
+
+
+def test_the_last_layers_of_a_model_are_tuned_and_other_weights_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf_models.make("llama").save_pretrained(tmp_path / "model")
+    hf_models.tokenizer().save_pretrained(tmp_path / "model")
+    output = tmp_path / "audit.jsonl"
+    options = {"model": tmp_path / "model", "train_layers": 1, "limit": 20, "folds": 2, "seeds": 1, "epochs": 1}
+    assert cli.main(command(folder, output, **options)) == 0
+    assert len(read_table(output)) == 20
+    config = AuditConfig(pairs="p.jsonl", model=str(tmp_path / "model"), train_layers=1, cache_dir=str(tmp_path))
+    judges = audit_flow.Judges(config, easy_pairs(4))
+    trained = [name for name, p in judges.policy.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".layers.1." in name for name in trained)
+    hf_models.make("llama", seed=1).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert cli.main(command(folder, output, **options)) == 1
+    assert "measurements of other settings (weights_sha256" in capsys.readouterr().err

@@ -43,15 +43,15 @@ def test_weights_and_probabilities_are_those_of_a_search_by_hand() -> None:
     np.testing.assert_allclose(model.weights, weights, atol=3e-4)
     heavy = weights > 1e-4
     np.testing.assert_allclose(model.coefficients[heavy, 0], np.array(best)[heavy], rtol=0.02, atol=0.01)
-    # The policies' own lapses u: uniform over what L allows. Bayes for each L and u, by loops.
+    # The policies' own lapses u: a triangle over what L allows. Bayes for each L and u, by loops.
     wrong, share = np.zeros(len(x)), 0.0
     for lapse, b, weight in zip(LAPSES, best, weights, strict=True):
-        possible = [u for u in np.linspace(0, MOST_LAPSES, 21) if u <= lapse]
-        for u in possible:
+        possible = {u: MOST_LAPSES - u for u in np.linspace(0, MOST_LAPSES, 21) if u <= lapse}
+        for u, likely in possible.items():
             e = (lapse - u) / (1 - 2 * u)
             right = u + (1 - 2 * u) / (1 + np.exp(-b * x[:, 0]))
-            wrong += weight / len(possible) * e * (1 - right) / (e * (1 - right) + (1 - e) * right)
-            share += weight / len(possible) * e
+            wrong += weight * likely / sum(possible.values()) * e * (1 - right) / (e * (1 - right) + (1 - e) * right)
+            share += weight * likely / sum(possible.values()) * e
     np.testing.assert_allclose(model.p_wrong(x), wrong, atol=2e-3)
     assert model.share == pytest.approx(share, abs=1e-3)
 
@@ -71,7 +71,7 @@ def test_the_interval_of_the_share_covers_with_and_without_lapses(
 
 
 def test_probabilities_are_calibrated_where_the_policies_lapse_as_often_as_is_supposed() -> None:
-    x, wrong, _ = draw(5_000, 0.2, [2.0, 1.0], seed=5, lapses=MOST_LAPSES / 2)
+    x, wrong, _ = draw(5_000, 0.2, [2.0, 1.0], seed=5, lapses=MOST_LAPSES / 3)
     p = fit(unit_size(x)).p_wrong(unit_size(x))
     assert p.mean() == pytest.approx(wrong.mean(), abs=0.05)
     for part in np.array_split(np.argsort(p), 5):

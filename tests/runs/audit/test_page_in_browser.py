@@ -213,7 +213,9 @@ def test_text_of_users_stays_text(browser: Any, path: Path) -> None:
         assert page.title() != "run"
         text = page.locator(".pair").first.locator(".text").nth(1).inner_text()
         assert text == HOSTILE.replace("\u202e", "⟨U+202E⟩")
-        assert page.locator(".pair").nth(1).locator(".role").all_inner_texts() == [text, "user"]
+        roles = page.locator(".pair").nth(1).locator(".role")
+        roles.nth(1).wait_for()
+        assert roles.all_inner_texts() == [text, "user"]
         assert page.locator("script, img").count() == 1  # its own
 
 
