@@ -13,6 +13,7 @@ import pytest
 from browsers import require_readable
 
 from gapo import data, files, objective
+from gapo.runs.output import plots
 from gapo.runs.score import score_page
 from gapo.runs.score.score_verdict import model_disagrees, weights_say
 from gapo.runs.train import train_page
@@ -126,6 +127,8 @@ def test_axes_are_honest(report: str, tmp_path: Path) -> None:
 @pytest.mark.pictures
 def test_weights_of_another_form_have_no_beta_to_end_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ceilings: list[float | None] = []
+    for weight in (0.0, 0.1):
+        assert plots.histogram("", "", np.full(8, weight), None, (0.0, weight)).startswith("<svg")
     monkeypatch.setattr(train_page, "_pictures", lambda *values: ceilings.append(values[-1]) or [])
     text = render_report(tmp_path, lambda gaps: np.full(len(gaps), 0.1))
     assert "is how hard the update pulls at it.</p>" in text
