@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,7 @@ from gapo.runs.audit.combination import Scores, combine
 from gapo.runs.audit.folds import divided, prompt_groups
 from gapo.runs.audit.judging import Judges, Member
 from gapo.runs.claims import Claims
+from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import require_model
 from gapo.runs.output.tensors import open_tensors
 from gapo.runs.score.sources import Source, fingerprint
@@ -36,6 +38,9 @@ _FORMAT = 1  # of a measurement: raised when its meaning changes, so that old fi
 
 def audit(pairs: str | Path | Iterable[Mapping[str, Any]], **settings: Any) -> AuditResult:
     """What `gapo.audit` runs; arguments and errors are its."""
+    accepted = [f.name for f in fields(AuditConfig) if f.name != "pairs"]
+    if unknown := [name for name in settings if name not in accepted]:
+        raise ConfigError(f"audit has no setting {unknown[0]!r}; accepted are {', '.join(accepted)}")
     with TemporaryDirectory(prefix="gapo-audit-") as folder:
         files = {"output": str(Path(folder, "audit.jsonl")), "cache_dir": str(Path(folder, "cache"))}
         settings = {**(files if "output" not in settings else {}), "workers": 1, **settings}

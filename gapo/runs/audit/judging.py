@@ -77,11 +77,6 @@ class Judges:
         self._lengths = np.array([length(row) for row in self._tokens])
         self._groups = prompt_groups(rows)
 
-    @property
-    def weights(self) -> str:
-        """A digest of the model that every policy starts from."""
-        return self.policy.weights
-
     def measure(self, member: Member, watched: bool = False) -> Arrays:
         """Train a policy, and ask it about its fold at the end of each epoch.
 

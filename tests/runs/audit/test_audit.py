@@ -222,6 +222,8 @@ def test_as_a_library_it_takes_lists_and_data_sets(
     short = gapo.audit(Dataset.from_list(easy_pairs()[:30]), **{**settings, "seeds": 1, "epochs": 1, "folds": 2})
     assert len(short) == 30
     assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match="audit has no setting 'fold'; accepted are split, "):
+        gapo.audit(easy_pairs(), fold=3)
     with pytest.raises(data.PairError, match="no usable pair"):
         gapo.audit([{"chosen": "a"}], **settings)
 
