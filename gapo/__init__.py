@@ -4,6 +4,7 @@
 over a backend (PyTorch, JAX, MLX, NumPy), which is imported when it is first used.
 """
 
+from gapo.auditing import audit
 from gapo.config import GAPOConfig
 from gapo.logps import sequence_logps
 from gapo.objective import anchor_gap, loss, weights
@@ -11,4 +12,4 @@ from gapo.step import StepResult, value_and_grad
 
 __version__ = "0.2.0"
 
-__all__ = ["GAPOConfig", "StepResult", "anchor_gap", "loss", "sequence_logps", "value_and_grad", "weights"]
+__all__ = ["GAPOConfig", "StepResult", "anchor_gap", "audit", "loss", "sequence_logps", "value_and_grad", "weights"]

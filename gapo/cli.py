@@ -58,6 +58,7 @@ def _printable(text: str) -> str:
 _COMMANDS = {
     "train": "tune a language model on preference pairs, with a report",
     "study": "compare objectives under flipped labels, with statistics and a report",
+    "audit": "which labels are probably wrong: ranked, on a page, and cleaned",
     "score": "the gap and the weight of each pair, under one model or several",
     "generate": "answer prompts, in the formats that benchmarks read",
     "flip": "flip a known share of the labels, to study noise",

@@ -82,6 +82,15 @@ def _small_heap() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium. Closed with its module: while it runs, no other test of the process may start an event loop."""
+    import browsers
+
+    with browsers.chromium() as running:
+        yield running
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_jax() -> None:
     """One context of MLIR for all programs, and one cache of compiled programs for all workers.

@@ -14,7 +14,7 @@ import gapo
 
 ROOT = Path(__file__).parent.parent
 FRAMEWORKS = ("torch", "jax", "mlx", "transformers", "flax", "tensorflow", "cupy", "matplotlib", "datasets")
-PUBLIC = ["GAPOConfig", "StepResult", "anchor_gap", "loss", "sequence_logps", "value_and_grad", "weights"]
+PUBLIC = ["GAPOConfig", "StepResult", "anchor_gap", "audit", "loss", "sequence_logps", "value_and_grad", "weights"]
 
 
 def loaded_after(statement: str) -> dict:

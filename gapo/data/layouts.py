@@ -24,6 +24,7 @@ class Layout:
         preference: the column that says which of two outputs is preferred.
 
     Attributes:
+        preference: as passed.
         ties: number of rows without a preference, which have no pair.
 
     Raises:
@@ -32,7 +33,7 @@ class Layout:
 
     def __init__(self, columns: Mapping[str, str] | None = None, preference: str | None = None) -> None:
         self.answers = SIDES if preference is None else _OUTPUTS
-        self._columns, self._preference = dict(columns or {}), preference
+        self._columns, self.preference = dict(columns or {}), preference
         accepted = ("prompt", *self.answers, *_OPTIONAL)
         for name, source in self._columns.items():
             if name not in accepted:
@@ -56,7 +57,7 @@ class Layout:
     @property
     def needed(self) -> set[str]:
         """The columns that every row must have, in lower case."""
-        names = [*self.answers, *([] if self._preference is None else [self._preference])]
+        names = [*self.answers, *([] if self.preference is None else [self.preference])]
         return {self._columns.get(name, name).lower() for name in names}
 
     def pair(self, row: Any) -> Any:
@@ -80,13 +81,13 @@ class Layout:
         if keys in self._other:
             taken = {*renamed, *renamed.values()}
             row = {k: v for k, v in row.items() if k not in taken} | {k: row[v] for k, v in renamed.items()}
-        return row if self._preference is None else self._of_preference(row, renamed)
+        return row if self.preference is None else self._of_preference(row, renamed)
 
     def finish(self) -> None:
         """Raise ValueError if the numbers of all preferences could count from 0 as well as from 1."""
         if self._numbers == {1.0}:
             raise ValueError(
-                f"column {self._preference!r} has the number 1 and never 2, so that it may count from 0: write a and b"
+                f"column {self.preference!r} has the number 1 and never 2, so that it may count from 0: write a and b"
             )
 
     def _sources(self, keys: tuple[str, ...]) -> dict[str, str]:
@@ -102,7 +103,7 @@ class Layout:
                 )
             if matches:
                 found_names[name] = matches[0]
-            elif name in self._columns or name == self._preference or (self._preference and name in self.answers):
+            elif name in self._columns or name == self.preference or (self.preference and name in self.answers):
                 wanted_for = "" if wanted == name else f", named for {name!r},"
                 raise RowFault(f"column {wanted!r}{wanted_for} is missing; the row has {listed_columns(keys)}")
         return found_names
@@ -110,10 +111,10 @@ class Layout:
     def _of_preference(self, row: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any] | None:
         if clash := next((name for name in SIDES if name in row), None):
             raise ValueError(
-                f"column {clash!r} is there already, beside the preference {self._preference!r}: leave preference "
+                f"column {clash!r} is there already, beside the preference {self.preference!r}: leave preference "
                 "out, or rename that column"
             )
-        side = self._preferred(row[str(self._preference)], [renamed[name] for name in _OUTPUTS])
+        side = self._preferred(row[str(self.preference)], [renamed[name] for name in _OUTPUTS])
         if side is None:
             self.ties += 1
             return None
@@ -124,7 +125,7 @@ class Layout:
     def _preferred(self, value: Any, outputs: list[str]) -> str | None:
         """ "a", "b", or None for a tie."""
         if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN differs from itself
-            raise RowFault(f"column {self._preference!r} is empty")
+            raise RowFault(f"column {self.preference!r} is empty")
         if str(value) in outputs:
             return "ab"[outputs.index(str(value))]
         text = str(value).strip().lower().replace("_", " ")
@@ -138,10 +139,10 @@ class Layout:
             return None
         if text in ("0", "true", "false", "0.0"):
             raise ValueError(
-                f"column {self._preference!r} has {value!r}, which does not say which output is preferred: write a and "
+                f"column {self.preference!r} has {value!r}, which does not say which output is preferred: write a and "
                 f"b; accepted are {_ACCEPTED}"
             )
-        raise ValueError(f"column {self._preference!r} has {value!r}; accepted are {_ACCEPTED}")
+        raise ValueError(f"column {self.preference!r} has {value!r}; accepted are {_ACCEPTED}")
 
 
 def parse_columns(columns: Mapping[str, str] | str | None) -> dict[str, str] | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ class Pairs:
         problems: the rows left out, in order.
         source: the file or data set.
         ties: rows left out because neither output is preferred.
+        lines: the line of each pair, counted as in `problems`; empty where the pairs were not read from rows.
     """
 
     rows: Sequence[dict[str, Any]]
     problems: list[Problem] = field(default_factory=list)
     source: str = ""
     ties: int = 0
+    lines: Sequence[int] = ()
 
     def summary(self) -> str:
         """Counts of good rows and of each fault, with the first lines of each."""
@@ -111,10 +114,44 @@ def read_pairs(
     """
     layout = Layout(columns, preference)
     raw = Source(str(source), split, encoding, config, revision, streaming, layout.names, layout.needed)
+    try:
+        return _collected(lambda: read_rows(raw), layout, str(source), strict, limit)
+    except UnicodeDecodeError as error:
+        raise PairError(f"{source} is not {encoding}: {error}") from error
+
+
+def pairs_of(
+    rows: Iterable[Any],
+    *,
+    source: str = "the rows",
+    strict: bool = False,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    preference: str | None = None,
+) -> Pairs:
+    """Check preference pairs that are in memory, such as a list of dicts or a `datasets.Dataset`, as `read_pairs` does.
+
+    Args:
+        rows: the rows; the first is line 1.
+        source: their name, for messages.
+        strict, limit, columns, preference: as for `read_pairs`.
+
+    Raises:
+        PairError, ValueError: as `read_pairs`.
+    """
+    layout = Layout(columns, preference)
+    return _collected(lambda: enumerate(rows, start=1), layout, source, strict, limit)
+
+
+def _collected(
+    read: Callable[[], Iterable[tuple[int, Any]]], layout: Layout, source: str, strict: bool, limit: int | None
+) -> Pairs:
+    """The pairs among the rows that `read` gives with their lines."""
     writer, problems, first = RowWriter(), [], None
+    lines = array("q")
     line = 0
     try:
-        for line, row in read_rows(raw):
+        for line, row in read():
             try:
                 if isinstance(row, Unreadable):
                     raise RowFault(row)
@@ -122,22 +159,22 @@ def read_pairs(
                 pair = layout.pair(row)
                 if pair is not None:
                     writer.append(as_pair(pair))
+                    lines.append(line)
             except RowFault as error:
                 problems.append(Problem(line, str(error)))
             if limit is not None and len(writer) >= limit:
                 break
         layout.finish()
-    except PairError:
+    except (PairError, UnicodeDecodeError):
         raise
-    except UnicodeDecodeError as error:
-        raise PairError(f"{source} is not {encoding}: {error}") from error
     except ValueError as error:  # of the layout
         raise PairError(f"{source}, line {line}: {error}") from None
     if strict and problems:
-        raise PairError(_strict_message(str(source), problems))
+        raise PairError(_strict_message(source, problems))
     if layout.ties:
-        _logger.warning("%s: %d ties dropped, which column %r calls neither better", source, layout.ties, preference)
-    pairs = Pairs(writer.rows(), problems, str(source), layout.ties)
+        text = "%s: %d ties dropped, which column %r calls neither better"
+        _logger.warning(text, source, layout.ties, layout.preference)
+    pairs = Pairs(writer.rows(), problems, source, layout.ties, lines)
     if not len(writer):
         has = f"\n  the columns are: {listed_columns(first)}; name others with columns" if first else ""
         raise PairError(f"no usable pair found. {pairs.summary()}{has}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from gapo.runs.output.plots import BLUE, GREEN, ORANGE, figure
+from gapo.runs.output.plots import BLUE, GREEN, ORANGE, at_least, coin_toss, figure
 from gapo.study.arms import ARMS
 from gapo.study.names import shown
 from gapo.study.statistics import intervals
@@ -20,7 +21,10 @@ _CONTROL_COLOURS = {
     "gapo": ORANGE, "gapo-rho0": BLUE, "gapo-gaussian": GREEN, "gapo-margin": "#cc79a7", "gapo-l2": "#a08000",
     "gapo-first-order": "#7a5cc0",
 }  # fmt: skip
+_PALETTE = [*list(_CONTROL_COLOURS.values())[1:], "#b0413e", "#2aa198", "#e0a030"]
 _GREY = "#8a929b"
+_POINTS = 10  # the least span of an axis of accuracies without the line of 50 %, in points
+_RATIO = 0.2  # the least span of an axis of weights over weights
 
 
 def accuracy(runs: pd.DataFrame, mode: str, title: str, ylabel: str, value: str = "accuracy") -> str:
@@ -35,6 +39,7 @@ def accuracy(runs: pd.DataFrame, mode: str, title: str, ylabel: str, value: str 
             _band(axes, table[table["arm"] == arm], shown(arm), coloured.get(arm), dashed="+" in arm)
         if others := len(set(methods) - set(coloured)):
             axes.plot([], [], color=_GREY, linewidth=0.8, label=f"{others} others")
+        coin_toss(axes, 100)
 
     return figure(title, "flipped training labels, %", ylabel, draw)
 
@@ -65,15 +70,16 @@ def _against_rate(table: pd.DataFrame, lines: dict[str, tuple[str, str]], title:
     def bands(axes: Any) -> None:
         for arm, (label, colour) in lines.items():
             _band(axes, table[table["arm"] == arm], label, colour)
+        coin_toss(axes, 100)
 
     def points(axes: Any) -> None:
-        for height, (arm, (label, colour)) in enumerate(reversed(lines.items())):
+        for height, (arm, (_, colour)) in enumerate(reversed(lines.items())):
             mean, low, high = 100 * table[table["arm"] == arm].iloc[0][["mean", "low", "high"]].astype(float)
             axes.plot([low, high], [height, height], color=colour)
             axes.plot(mean, height, "o", color=colour, markersize=5)
-            axes.annotate(label, (low, height), xytext=(-6, 0), textcoords="offset points", ha="right", va="center")
-        axes.margins(x=0.5, y=0.2)
-        axes.set_yticks([])
+        axes.margins(y=0.2)
+        axes.set_yticks(range(len(lines)), [label for label, _ in reversed(lines.values())])
+        at_least(axes, _POINTS, along="x")
 
     if len(rates) > 1:
         return figure(title, "flipped training labels, %", ylabel, bands)
@@ -101,7 +107,7 @@ def weights_over_time(groups: dict[str, list[dict[str, Any]]], title: str) -> st
             middles = (np.arange(SPANS) + 0.5) / SPANS
             axes.plot(100 * middles, pd.DataFrame(curves).mean(), marker="o", markersize=3, color=colour, label=label)
         axes.axhline(1, color=_GREY, linewidth=0.8)
-        axes.margins(y=0.3)  # room for the legend
+        at_least(axes, _RATIO)
 
     return figure(title, "share of the run, %", "weight of flipped / weight of clean pairs", draw)
 
@@ -121,7 +127,7 @@ def fifths(groups: dict[str, list[dict[str, Any]]], rate: float, title: str) -> 
             axes.bar(np.arange(5) + (place - (len(groups) - 1) / 2) * width, shares, width, color=colour, label=label)
         axes.axhline(100 * rate, color=_GREY, linewidth=0.8)
         axes.set_xticks(range(5), ["lowest", "second", "third", "fourth", "highest"])
-        axes.margins(y=0.4)  # room for the legend
+        at_least(axes, 20, bottom=0)
 
     return figure(title, "fifth of the weights", "flipped pairs in it, %", draw)
 
@@ -129,7 +135,9 @@ def fifths(groups: dict[str, list[dict[str, Any]]], rate: float, title: str) -> 
 def _coloured(labels: Iterable[str]) -> list[tuple[str, str]]:
     """(label, colour): an arm's own, else the next of the palette."""
     colours = {shown(arm): colour for arm, colour in {**_COLOURS, **_CONTROL_COLOURS}.items()}
-    palette = iter(list(_CONTROL_COLOURS.values())[1:] * 3)
+    labels = list(labels)
+    own = [colours[label] for label in labels if label in colours]
+    palette = itertools.cycle([colour for colour in _PALETTE if colour not in own] or _PALETTE)
     return [(label, colours.get(label) or next(palette)) for label in labels]
 
 
@@ -143,9 +151,10 @@ def bars(values: dict[str, Any], title: str, label: str) -> str:
         errors = np.nan_to_num([np.maximum(means - low, 0), np.maximum(high - means, 0)])
         # As lists: Matplotlib 3.9 takes an array of one bar's errors for a number, and NumPy warns.
         axes.barh(names, means, xerr=errors.tolist(), color=colours, ecolor=_GREY, alpha=0.85)
-        axes.tick_params(axis="y", labelsize=7)
+        axes.tick_params(axis="y", labelsize=9)
+        axes.margins(y=0.01)
 
-    return figure(title, label, "", draw)
+    return figure(title, label, "", draw, height=max(3.6, 0.2 * len(values) + 0.8))
 
 
 def curve(table: pd.DataFrame, x: str, title: str, xlabel: str, notes: dict[float, str] | None = None) -> str:
@@ -156,5 +165,6 @@ def curve(table: pd.DataFrame, x: str, title: str, xlabel: str, notes: dict[floa
         axes.plot(places, 100 * table["mean"], color=ORANGE, marker="o", markersize=3)
         axes.fill_between(places, 100 * table["low"], 100 * table["high"], color=ORANGE, alpha=0.18, linewidth=0)
         axes.set_xticks(places, [f"{value:g}" + (f"\n{notes[value]}" if notes else "") for value in table[x]])
+        at_least(axes, _POINTS)
 
     return figure(title, xlabel, "reward accuracy, clean test pairs, %", draw)

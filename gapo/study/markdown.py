@@ -20,7 +20,14 @@ _PAIRED = (
 
 def render_markdown(values: dict[str, Any]) -> str:
     """`found` of `report.content`, as text."""
-    parts = ["# Study", *(f"- {html.escape(line, quote=False)}" for line in facts(values)), ""]  # names of files
+    parts = [
+        "# Study",
+        "",
+        values["verdict"],
+        "",
+        *(f"- {html.escape(line, quote=False)}" for line in facts(values)),
+        "",
+    ]  # names of files
     for table in values["accuracy"]:
         parts += [f"## {table['title']}: {table['what']}", "", _table(table), ""]
     if table := values.get("differences"):

@@ -56,7 +56,7 @@ def load_split(config: StudyConfig) -> Split:
     pool, validation, test = (list(true_labels(part)) for part in (rows, validation, test))
     transfer = []
     if config.transfer_pairs is not None:
-        other = read_pairs(config.transfer_pairs, limit=config.test_pairs)
+        other = read_pairs(config.transfer_pairs, limit=config.check_pairs)
         transfer = list(true_labels(other.rows))
         lines.append(f"{len(transfer)} pairs of another kind to test on ({Path(other.source).name})")
     return Split(pool, validation, test, "\n".join(lines), transfer, plain_text("plain_text", config.plain_text))

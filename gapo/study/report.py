@@ -23,6 +23,7 @@ from gapo.study.names import shown
 from gapo.study.outcome import Study
 from gapo.study.statistics import Error, bootstrap, detectable, intervals
 from gapo.study.study_config import as_dict
+from gapo.study.study_verdict import verdict
 
 _TEST = "reward accuracy, clean test pairs, %"
 _TRUE = "reward accuracy, true labels of train pairs, %"
@@ -78,6 +79,7 @@ def content(study: Study) -> dict[str, Any]:
     noisy = done[(done["mode"] == config.modes[0]) & (done["rate"] == rate)]
     failed = [_named(cell) for cell, record in records.items() if "failed" in record]
     pieces = {
+        "verdict": verdict(done),
         "accuracy": [
             {"mode": mode, "title": f"Labels {_MODES[mode]}", **_accuracies(done, mode, value), "what": what}
             for mode in config.modes

@@ -17,10 +17,11 @@ from gapo.runs.claims import Claims, owner_of
 from gapo.runs.errors import ConfigError
 from gapo.runs.ranks import require_one
 from gapo.runs.versions import versions
+from gapo.runs.workers import one_thread
 from gapo.study.arms import ARMS, Settings
 from gapo.study.cell_run import before, draw
 from gapo.study.cells import Cell, settings_key
-from gapo.study.grid import Grid, one_thread
+from gapo.study.grid import Grid
 from gapo.study.material import Material, Split, load_split
 from gapo.study.outcome import Study
 from gapo.study.report import write_report

@@ -48,10 +48,11 @@ class StudyConfig(TrainingConfig):
         learning_rates: the coarse grid of peak learning rates that every arm tries.
         tune_flip_rate: share of the training labels flipped at random while settings are chosen.
         tune_seeds: runs of each try, on seeds that the study itself does not use.
-        transfer_pairs: pairs of another kind on which the trained policies are tested too, a file or data set.
+        transfer_pairs: a file or data set of pairs of another kind; the trained policies are tested on its first
+            check_pairs pairs.
         plain_text: plain text (.txt, .txt.gz) on whose end their perplexity is measured.
         checks: evaluations during a run, evenly spread, on check_pairs test pairs; 0 for none.
-        check_pairs: test pairs of each such evaluation.
+        check_pairs: pairs of each such evaluation.
         validation_labels: "clean" to choose settings on the true labels of validation pairs, as nobody with noisy
             labels can; "noisy" for labels of which tune_flip_rate are flipped; "both" for the two beside each other.
         curve_rhos: radii of the figure accuracy against rho, empty for none.

@@ -49,7 +49,7 @@ def pairs(n: int = 20, flips: int | None = 4) -> list[dict[str, Any]]:
 def test_the_page_is_self_contained_and_follows_the_theme() -> None:
     text = score_report.render(pairs(), scored(checkpoints=("a", "b")), SETTINGS, "scores.jsonl")
     page = Page(text)
-    assert page.counts["svg"] == 4
+    assert page.counts["svg"] == 5
     assert page.links == []
     assert "script" not in page.counts
     assert "url(http" not in text
@@ -68,11 +68,11 @@ def test_flips_are_shown_where_they_are_known() -> None:
     cells = text[text.index("fifth of the weights") :]
     shares = [cells.index(f">{share} %</td>") for share in ("100.0", "0.0")]
     assert shares == sorted(shares)
-    assert Page(text).counts["svg"] == 3
+    assert Page(text).counts["svg"] == 4
     plain = score_report.render(pairs(flips=None), scored(), SETTINGS, "scores.jsonl")
     for part in ("AUROC", "flipped", "Flipped"):
         assert part not in plain
-    assert Page(plain).counts["svg"] == 2
+    assert Page(plain).counts["svg"] == 3
 
 
 def test_accuracy_is_by_true_labels() -> None:
@@ -124,6 +124,6 @@ def test_agreement_of_repeats() -> None:
 @pytest.mark.parametrize("n", [1, 3, 7])
 def test_few_pairs_make_a_page_too(n: int) -> None:
     text = score_report.render(pairs(n, flips=1), scored(n), SETTINGS, "scores.jsonl")
-    assert Page(text).counts["svg"] == (3 if n >= 5 else 2)
+    assert Page(text).counts["svg"] == (4 if n >= 5 else 3)
     equal = [row | {"gap": 0.0, "weight": 1.0, "gaps": [0.0, 0.0]} for row in scored(n)]
     assert "Anchor gaps" in score_report.render(pairs(n, flips=1), equal, SETTINGS | {"first_order_ratio": None}, "s")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from browsers import require_readable
 
 import gapo
 from gapo.cli import main
@@ -573,3 +576,11 @@ def test_the_examples_are_accepted(name: str) -> None:
     config = parse([name])
     assert all(name in ARMS or name == ARMS[name].name for name in config.arm_names)
     assert ("all" in config.arms) == (name == "study_comve")
+
+
+def test_the_page_in_a_browser(browser: Any, finished: Path, tmp_path: Path) -> None:
+    page = (finished / "study.html").read_text("utf-8")
+    require_readable(browser, page, tmp_path)
+    verdict = page.partition("<h1>")[2].partition("</h1>")[0]
+    assert "with flipped labels" in verdict
+    assert html.unescape(verdict).replace("\xa0", " ") in (finished / "study.md").read_text("utf-8")

@@ -91,6 +91,22 @@ def auroc(score: np.ndarray, is_flipped: np.ndarray) -> float:
     return float(above / (positives * (len(flipped) - positives)))
 
 
+def beyond_a_coin_toss(accuracy: float, n: int) -> bool:
+    """Whether an accuracy on n pairs is over 0.5 by more than two standard deviations of a coin's."""
+    return bool(accuracy - 0.5 > 1 / np.sqrt(max(n, 1)))
+
+
+def chance(is_flipped: np.ndarray) -> float:
+    """Two standard deviations of the AUROC of a score that knows nothing: 19 times in 20 it is within 0.5 +- this.
+
+    Args:
+        is_flipped: (n,) True where the label was flipped.
+    """
+    flipped = int(np.sum(is_flipped))
+    clean = len(is_flipped) - flipped
+    return 2 * float(np.sqrt((flipped + clean + 1) / (12 * flipped * clean)))  # of Mann and Whitney's U
+
+
 def _known(values: np.ndarray, is_flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     values, flipped = np.asarray(values, dtype=float), np.asarray(is_flipped, dtype=bool)
     if values.ndim != 1 or values.shape != flipped.shape:

@@ -68,3 +68,26 @@ def pair_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     with resumed(model, batch.get("states")):
         logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=batch["columns"]).logits
     return halves(gapo.sequence_logps(logits, batch["labels"], backend="torch"))
+
+
+def evaluated_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The same without gradient. An output head that is not trained sees the tokens of all answers in one row.
+
+    With a large vocabulary the head is most of the work. In training rows stay apart, for gradients of each pair.
+    """
+    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    with torch.no_grad():
+        if head is None or any(p.requires_grad for p in head.parameters()):
+            return pair_logps(model, batch)
+        labels = batch["labels"][:, 1:]
+        is_counted = labels != IGNORE_INDEX
+        is_predicting = nn.functional.pad(is_counted, (0, 1))
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0][is_predicting][None],))
+        try:
+            with resumed(model, batch.get("states")):
+                logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=batch["columns"]).logits
+        finally:
+            handle.remove()
+        losses = nn.functional.cross_entropy(logits[0].float(), labels[is_counted], reduction="none")
+        sums = losses.new_zeros(len(labels)).index_add(0, is_counted.nonzero()[:, 0], losses)
+        return halves(-sums / is_counted.sum(1))

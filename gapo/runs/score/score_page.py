@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 from gapo.config import GAPOConfig
-from gapo.data.messages import text_of
 from gapo.files import write_text
 from gapo.reweighting import SETTINGS, verdict
 from gapo.runs.output import noise, plots
 from gapo.runs.output.pages import render_page
+from gapo.runs.output.shown_text import as_text
 from gapo.runs.output.tables import Row
 from gapo.runs.score.score_table import by_pair
+from gapo.runs.score.score_verdict import model_disagrees, weights_say
 
 _SHOWN = 10
 _LETTERS = 240
 _TICK = 28  # letters of a model's name below a picture; of a longer one, the last
 _MEASURES = ("gap", "weight", "margin")
-_GROUPS = ((False, "clean pairs", plots.BLUE), (True, "flipped pairs", plots.ORANGE))
 
 
 def write_page(path: Path, pairs: Sequence[Row], scores: Sequence[Row], settings: Row) -> None:
@@ -38,21 +38,33 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
     detected = flips({name: column[labelled] for name, column in values.items()}, flipped[labelled])
     order = np.argsort(values["gap"], kind="stable")
     checkpoints = list(dict.fromkeys(score["checkpoint"] for score in scores))
+    step = GAPOConfig(**{name: settings[name] for name in SETTINGS if name in settings})
+    said = _verdicts(scores, checkpoints, step)
     pictures = [
-        _histogram("Anchor gaps", "nats per token", values["gap"], labels),
-        _histogram("Weights", "weight", values["weight"], labels),
+        plots.histogram("Anchor gaps", "nats per token", values["gap"], labels, 1 / step.beta),
+        plots.histogram("Weights", "weight", values["weight"], labels, (0.0, step.beta)),
+        plots.histogram("Margins", "nats per token", values["margin"], labels, 1 / step.beta),
     ]
     if detected.get("fifths"):
-        pictures.append(_fifths(detected["fifths"], detected["share"]))
+        about = ("Flipped labels in each fifth of the weights", "% flipped")
+        pictures.append(plots.fifths(detected["fifths"], detected["share"], *about))
     if len(checkpoints) > 1:
-        pictures.append(_over_checkpoints(scores, checkpoints, flipped if labels is not None else None))
+        pictures.append(_over_checkpoints(scores, checkpoints, labels, 1 / step.beta))
     return render_page(
         Path(__file__).with_name("score.html.jinja"),
         title=title,
         count=len(pairs),
         settings=settings,
+        shown_settings=[
+            (name, ", ".join(value) if name == "models" else value)
+            for name, value in settings.items()
+            if name not in ("versions", "first_order_ratio")
+        ],
         overview=[_overview(name, [s for s in scores if s["checkpoint"] == name], pairs) for name in checkpoints],
-        verdicts=_verdicts(scores, checkpoints, settings),
+        verdict=weights_say(values, detected, step.beta, [said.get(name) for name in checkpoints]),
+        doubt=model_disagrees(values["margin"]),
+        verdicts=said if len(checkpoints) > 1 else {},
+        beta=step.beta,
         flips=detected,
         any_flipped=bool(flipped.any()),
         brittle=[_shown(i, pairs[i], values) for i in order[::-1][:_SHOWN]],
@@ -61,13 +73,12 @@ def render(pairs: Sequence[Row], scores: Sequence[Row], settings: Row, title: st
     )
 
 
-def _verdicts(scores: Sequence[Row], checkpoints: Sequence[str], settings: Row) -> dict[str, str]:
+def _verdicts(scores: Sequence[Row], checkpoints: Sequence[str], step: GAPOConfig) -> dict[str, str]:
     """What `gapo.reweighting` says of the gaps of each checkpoint, where it says something."""
-    step_config = GAPOConfig(**{name: settings[name] for name in SETTINGS if name in settings})
     said = {}
     for name in checkpoints:
         gaps = np.array([score["gap"] for score in scores if score["checkpoint"] == name])
-        if gaps.any() and (text := verdict(float(gaps.mean()), float(gaps.std()), step_config)) is not None:
+        if gaps.any() and (text := verdict(float(gaps.mean()), float(gaps.std()), step)) is not None:
             said[name] = text
     return said
 
@@ -80,14 +91,16 @@ def flips(measures: dict[str, np.ndarray], is_flipped: np.ndarray) -> dict[str, 
         is_flipped: (n,) True where the label was flipped.
 
     Returns:
-        "share" of flips; "auroc" of a large gap, a small weight and a small margin as detectors of flips; "fifths", the
-        share of flips in each fifth of the weights, None of fewer than five pairs.
+        "share" of flips; "chance", how far an AUROC strays from 0.5 by chance; "auroc" of a large gap, a small weight
+        and a small margin as detectors of flips; "fifths", the share of flips in each fifth of the weights, None of
+        fewer than five pairs.
     """
     if is_flipped.all() or not is_flipped.any():
         return {}
     enough = len(is_flipped) >= noise.FIFTHS
     return {
         "share": float(is_flipped.mean()),
+        "chance": noise.chance(is_flipped),
         "auroc": {k: noise.auroc(v if k == "gap" else -v, is_flipped) for k, v in measures.items()},
         "fifths": noise.fifths(measures["weight"], is_flipped) if enough else None,
     }
@@ -123,7 +136,7 @@ def _overview(name: str, scores: Sequence[Row], pairs: Sequence[Row]) -> Row:
 
 
 def _shown(i: int, pair: Row, values: dict[str, np.ndarray]) -> Row:
-    texts = {name: _cut(text_of(pair[name])) for name in ("prompt", "chosen", "rejected")}
+    texts = {name: _cut(as_text(pair[name])) for name in ("prompt", "chosen", "rejected")}
     numbers = {name: float(column[i]) for name, column in values.items()}
     return {"row": int(i), "id": pair.get("id"), "is_flipped": pair.get("is_flipped"), **texts, **numbers}
 
@@ -132,40 +145,17 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LETTERS else text[: _LETTERS - 1].rstrip() + "…"
 
 
-def _groups(is_flipped: np.ndarray | None, n: int) -> list[tuple[np.ndarray, str, str]]:
-    """(which pairs, their name, their colour): clean and flipped ones, or all of them without labels."""
-    if is_flipped is None:
-        return [(np.ones(n, dtype=bool), "", plots.BLUE)]
-    return [(is_flipped == value, label, colour) for value, label, colour in _GROUPS]
-
-
-def _histogram(title: str, unit: str, values: np.ndarray, is_flipped: np.ndarray | None) -> str:
-    def draw(axes: Any) -> None:
-        edges = np.histogram_bin_edges(values, bins=min(40, max(5, len(values) // 5)))
-        for group, label, colour in _groups(is_flipped, len(values)):
-            style = {"histtype": "stepfilled", "alpha": 0.5, "color": colour, "label": label or None}
-            axes.hist(values[group], bins=edges, density=is_flipped is not None, **style)
-
-    return plots.figure(title, unit, "pairs" if is_flipped is None else "density in each group", draw)
-
-
-def _fifths(shares: list[float], overall: float) -> str:
-    def draw(axes: Any) -> None:
-        names = ["lowest", "second", "third", "fourth", "highest"]
-        bars = axes.bar(names, [100 * share for share in shares], color=plots.ORANGE, alpha=0.7, width=0.7)
-        axes.bar_label(bars, fmt="%.1f")
-        axes.axhline(100 * overall, color=plots.BLUE, linewidth=1.2, label="all pairs")
-
-    return plots.figure("Flipped labels in each fifth of the weights", "fifth of the weights", "% flipped", draw)
-
-
-def _over_checkpoints(scores: Sequence[Row], checkpoints: Sequence[str], is_flipped: np.ndarray | None) -> str:
+def _over_checkpoints(
+    scores: Sequence[Row], checkpoints: Sequence[str], is_flipped: np.ndarray | None, span: float
+) -> str:
     def draw(axes: Any) -> None:
         gaps = np.array([score["gap"] for score in scores]).reshape(len(checkpoints), -1)
         places = range(len(checkpoints))
-        for group, label, colour in _groups(is_flipped, gaps.shape[1]):
+        for group, label, colour in plots.groups(is_flipped, gaps.shape[1]):
             axes.plot(places, gaps[:, group].mean(1), marker="o", color=colour, label=label or None)
+        plots.at_least(axes, span)
         names = [name if len(name) <= _TICK else f"…{name[1 - _TICK :]}" for name in checkpoints]
-        axes.set_xticks(places, names, rotation=30 if len(checkpoints) > 4 else 0)
+        tilted = sum(map(len, names)) > 60
+        axes.set_xticks(places, names, rotation=30 if tilted else 0, ha="right" if tilted else "center")
 
     return plots.figure("Mean gap at each checkpoint", "checkpoint", "nats per token", draw)

@@ -1,0 +1,70 @@
+"""What an audit returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from gapo._extras import named_extra
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AuditResult(Sequence[Row]):
+    """A sequence of the audited pairs, most suspicious first.
+
+    Attributes:
+        rows: one dict for each pair. "rank" counts from 1. "row" is the place among the usable pairs, from 0, "line"
+            the line in the source file, from 1, or None; "id" the pair's own, or None. "p_wrong" is the probability
+            that the label is wrong. Means over the policies that judged the pair, none of which trained on its prompt:
+            "margin" (nats per token), "gap" (the same, at an anchor that training pairs form), "weight" (of the gap, in
+            a GAPO update). "against" of the "policies" have a negative margin. "prompt", "chosen", "rejected" are the
+            pair's; "is_flipped" too, or None. "mark" is what a person marked, or None.
+        summary: figures of the whole. "share" of wrong labels, {"mean", "low", "high"}; "held_out_accuracy" with
+            "held_out_low" and "held_out_high"; "learned": whether that lies above chance. Where it does not, "share",
+            each "p_wrong" and each "rank" are None, the rows stand in the order of the file, and "advice" says what to
+            try.
+    """
+
+    rows: list[Row]
+    summary: dict[str, Any]
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        return self.rows[place]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        return verdict(self.summary)
+
+    def to_pandas(self) -> Any:
+        """The rows as a `pandas.DataFrame`. Raises ModuleNotFoundError without pandas."""
+        with named_extra("AuditResult.to_pandas", "study"):
+            import pandas
+        return pandas.DataFrame(self.rows)
+
+
+def verdict(summary: Row) -> str:
+    """The finding in one line."""
+    accuracy = f"held-out accuracy {_percent(summary['held_out_accuracy'])}"
+    if not summary["learned"]:
+        return f"nothing can be told: the policies did not learn these pairs ({accuracy}); {summary['advice']}"
+    share = summary["share"]
+    return (
+        f"about {_percent(share['mean'])} of the {summary['pairs']} labels look wrong "
+        f"({_percent(share['low'])} to {_percent(share['high'])}); {accuracy}"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

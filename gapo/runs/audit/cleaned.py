@@ -1,0 +1,84 @@
+"""The cleaned pairs: the most suspicious ones flipped or left out, a person's marks above all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gapo.pairs import SIDES
+from gapo.runs.audit.audit_config import AuditConfig
+from gapo.runs.audit.audit_result import Row
+
+KEEP, FLIP, DROP = 0, 1, 2
+
+
+def actions(config: AuditConfig, p_wrong: np.ndarray, marks: Mapping[int, str]) -> np.ndarray:
+    """(n,) what becomes of each pair: `KEEP`, `FLIP` or `DROP`.
+
+    Pairs that a person marked right or wrong are decided by that. The others follow by their probability, the most
+    suspicious first: round(flip * n) are flipped, then dropped until round(drop * n) are either, as far as they reach
+    the threshold. Marked pairs do not count towards the shares.
+
+    Args:
+        config: its `drop`, `flip`, `threshold` and `marked`.
+        p_wrong: (n,) probability that each label is wrong.
+        marks: "right", "wrong" or "unsure" by the place of a pair; one that is unsure counts as not marked.
+    """
+    n = len(p_wrong)
+    out = np.full(n, KEEP)
+    decided = np.zeros(n, dtype=bool)
+    for row, mark in marks.items():
+        decided[row] = mark in ("right", "wrong")
+        if mark == "wrong":
+            out[row] = {"flip": FLIP, "drop": DROP, "leave": KEEP}[config.marked]
+    order = np.argsort(-p_wrong, kind="stable")
+    order = order[~decided[order]]
+    if config.threshold is not None:
+        order = order[p_wrong[order] >= config.threshold]
+    flips = round((config.flip or 0) * n)
+    if config.drop is not None:
+        touched = round(config.drop * n)
+    else:
+        touched = len(order) if config.flip is None and config.threshold is not None else flips
+    out[order[:touched]] = DROP
+    out[order[:flips]] = FLIP
+    return out
+
+
+def cleaned_rows(rows: Sequence[Row], action: np.ndarray, p_wrong: np.ndarray | None) -> list[Row]:
+    """The pairs that stay, in their order, with all columns.
+
+    They get "p_wrong", where it can be told, and "flipped_by_audit", where any pair is flipped.
+    """
+    flips = bool((action == FLIP).any())
+    out = []
+    for i, row in enumerate(rows):
+        if action[i] != DROP:
+            pair = swapped(row) if action[i] == FLIP else dict(row)
+            if p_wrong is not None:
+                pair["p_wrong"] = float(f"{p_wrong[i]:.6g}")
+            if flips:
+                pair["flipped_by_audit"] = bool(action[i] == FLIP)
+            out.append(pair)
+    return out
+
+
+def swapped(row: Mapping[str, Any]) -> Row:
+    """The pair with its answers swapped, and with them every two columns whose names differ in chosen and rejected.
+
+    "is_flipped", which says whether the label is the true one's opposite, is inverted.
+
+    >>> swapped({"prompt": "1+1?", "chosen": "3", "rejected": "2", "score_chosen": 7.0, "score_rejected": 4.0})
+    {'prompt': '1+1?', 'chosen': '2', 'rejected': '3', 'score_chosen': 4.0, 'score_rejected': 7.0}
+    """
+    chosen, rejected = SIDES
+    columns = dict(row)
+    for name in row:
+        other = name.replace(chosen, rejected)
+        if other != name and other in row:
+            columns[name], columns[other] = row[other], row[name]
+    if row.get("is_flipped") is not None:
+        columns["is_flipped"] = not row["is_flipped"]
+    return columns
