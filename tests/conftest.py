@@ -23,8 +23,8 @@ os.environ.setdefault(
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# What JAX compiled for one test serves the next, also in another process. Each worker has its own folder within that of
-# the process that started it, which removes them all: JAX writes without a lock.
+# What JAX compiled for one test serves the next, also in another process. The first process removes the folder. What a
+# worker's tests start has its own within it: JAX writes without a lock.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="gapo-jax-", ignore_cleanup_errors=True)
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -92,12 +92,28 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_mlir_context() -> None:
-    """JAX makes a context of MLIR for each program, which takes a quarter of all that a small one takes to compile."""
-    mlir = sys.modules.get("jax._src.interpreters.mlir")
-    make = getattr(mlir, "make_ir_context", None)
-    if make is not None and not hasattr(make, "cache_clear"):
-        mlir.make_ir_context = functools.cache(make)  # type: ignore[union-attr]
+def _quick_jax() -> None:
+    """One context of MLIR for all programs, and one cache of compiled programs for all workers.
+
+    JAX makes a context for each program, which takes a quarter of all that a small one takes to compile. Its cache is
+    written without a lock; here a file takes its name when it is whole.
+    """
+    mlir, lru_cache = (sys.modules.get(f"jax._src.{name}") for name in ("interpreters.mlir", "lru_cache"))
+    if mlir is None or lru_cache is None or hasattr(mlir.make_ir_context, "cache_clear"):
+        return
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+    if "PYTEST_XDIST_WORKER" in os.environ and "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        shared = os.path.dirname(os.environ["JAX_COMPILATION_CACHE_DIR"])
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", shared)
+
+    def put(cache: Any, key: str, value: bytes) -> None:
+        path = cache.path / f"{key}{lru_cache._CACHE_SUFFIX}"
+        if not path.exists():
+            partial = path.with_name(f"{key}.{os.getpid()}")
+            partial.write_bytes(value)
+            os.replace(partial, path)
+
+    lru_cache.LRUCache.put = put
 
 
 @pytest.fixture(autouse=True)

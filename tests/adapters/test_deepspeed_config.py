@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hf_models
 import pytest
+from accelerate.utils import DeepSpeedPlugin
 from transformers import Trainer, TrainingArguments
 
 from gapo import GAPOConfig
@@ -23,7 +23,8 @@ OWN = {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
 
 
 def plugin(**config: Any) -> Any:
-    return SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
+    """accelerate's own, which fills in a missing accumulation and needs no DeepSpeed."""
+    return DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 2}, **config})
 
 
 @pytest.mark.parametrize(
@@ -32,12 +33,18 @@ def plugin(**config: Any) -> Any:
         ({**OWN}, None),
         ({"gradient_accumulation_steps": 2, "gradient_clipping": 1, "train_batch_size": 8}, None),
         ({**OWN, "train_micro_batch_size_per_gpu": 4, "train_batch_size": "auto"}, None),
-        ({**OWN, "gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4 and the run has gradient_acc"),
-        ({"gradient_clipping": "auto"}, "gradient_accumulation_steps 1, as none is written, and the run has "),
-        ({**OWN, "train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu 8 and the run has per_device"),
-        ({**OWN, "train_batch_size": 4}, r"train_batch_size 4 and the run has processes x .* 8: let them agree, or w"),
-        ({**OWN, "gradient_clipping": 0.5}, "gradient_clipping 0.5 and the run has max_grad_norm 1.0"),
-        ({"gradient_accumulation_steps": 2}, "gradient_clipping 0.0, as none is written, and the run has max_grad"),
+        ({**OWN, "gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4, and the run has gradient_acc"),
+        (
+            {"gradient_clipping": "auto"},
+            r"steps 1 \(also where none is written\), and the run has gradient_acc",
+        ),
+        ({**OWN, "train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu 8, and the run has per_device"),
+        ({**OWN, "train_batch_size": 4}, r"train_batch_size 4, and the run has processes x .* 8: let them agree, or w"),
+        ({**OWN, "gradient_clipping": 0.5}, "gradient_clipping 0.5, and the run has max_grad_norm 1.0"),
+        (
+            {"gradient_accumulation_steps": 2},
+            r"clipping 0.0 \(also where none is written\), and the run has max_grad",
+        ),
     ],
 )
 def test_numbers_that_differ(tmp_path: Path, config: dict[str, Any], message: str | None) -> None:
@@ -60,5 +67,5 @@ def test_a_trainer_and_a_run_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="DeepSpeed's configuration has gradient_accumulation_steps 4"):
         GAPOCallback(GAPOConfig()).attach(trainer)
     monkeypatch.setattr(Arguments, "deepspeed_plugin", other, raising=False)
-    with pytest.raises(ConfigError, match="gradient_accumulation_steps 4 and the run has gradient_accumulation_steps"):
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps 4, and the run has gradient_accumulation_steps"):
         require_arguments(TrainConfig(output_dir=str(tmp_path)), GAPOConfig())

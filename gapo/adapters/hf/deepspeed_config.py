@@ -28,8 +28,8 @@ def other_numbers(plugin: Any, args: TrainingArguments) -> Iterator[str]:
     for key, (name, value, where_missing) in own.items():
         theirs = config.get(key, where_missing)
         if theirs not in ("auto", value):
-            written = "" if key in config else ", as none is written,"
+            also = " (also where none is written)" if theirs == where_missing else ""
             yield (
-                f"DeepSpeed's configuration has {key} {theirs}{written} and the run has {name} {value}: let them "
-                f'agree, or write "{key}": "auto" there'
+                f"DeepSpeed's configuration has {key} {theirs}{also}, and the run has {name} {value}: let them agree, "
+                f'or write "{key}": "auto" there'
             )
