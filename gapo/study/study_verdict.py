@@ -42,8 +42,8 @@ def verdict(done: pd.DataFrame, value: str = "accuracy") -> str:
     names += f" and {len(level) - _LISTED} more" if len(level) > _LISTED else ""
     first = leads[others[0]]
     next_best = (
-        f"{100 * first.mean:+.1f} points ({100 * first.low:.1f} to {100 * first.high:.1f}) on {shown(others[0])}, "
-        f"{seeds} seeds"
+        f"{_points(first.mean):+.1f} points ({_points(first.low):.1f} to {_points(first.high):.1f}) on "
+        f"{shown(others[0])}, {seeds} seeds"
     )
     if not level:
         return f"{shown(leader)} is ahead of every other objective with flipped labels: {top}; {next_best}."
@@ -54,6 +54,10 @@ def verdict(done: pd.DataFrame, value: str = "accuracy") -> str:
         f"{shown(leader)} comes first with flipped labels ({top}), ahead of {beaten} of {len(others)} others, but not "
         f"beyond chance of {names}: {next_best}."
     )
+
+
+def _points(share: float) -> float:
+    return round(100 * share, 1) + 0.0  # no -0.0
 
 
 def lead(values: np.ndarray, comparisons: int) -> Interval:

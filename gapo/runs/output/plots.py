@@ -39,7 +39,7 @@ def figure(title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None], *,
     with matplotlib.rc_context(style):
         drawing = Figure(figsize=(6.4, height), layout="constrained")
         axes = drawing.subplots()
-        axes.set(xlabel=xlabel, ylabel=textwrap.fill(ylabel, int(11 * height)))
+        axes.set(xlabel=xlabel, ylabel=textwrap.fill(ylabel, int(7 * height)))
         drawing.suptitle(textwrap.fill(title, 56), x=0.01, ha="left", fontsize="large")  # the axes may begin far right
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
