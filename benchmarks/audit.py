@@ -80,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--in_sample", action="store_true", help="ask each policy about the pairs that it trained on, too"
     )
+    parser.add_argument("--ceiling", action="store_true", help="also policies trained on the true labels, as a ceiling")
     parser.add_argument("--test", help="clean pairs: then also train on cleaned pairs, and test on these")
     parser.add_argument("--runs", type=int, default=5, help="training runs for each way of cleaning")
     parser.add_argument("--train_objective", default="dpo", help="of those runs")
@@ -169,7 +170,8 @@ def confident_learning(scores: Scores) -> dict[str, np.ndarray]:
     """
     try:
         from cleanlab.rank import get_label_quality_scores
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        progress(f"left out cleanlab's scores: {error.name} is not installed")
         return {}
     x = unit_size(scores.margin[:, None])
     right = 1 / (1 + np.exp(-x[:, 0] * fit_noise(x).coefficients[0, 0]))
@@ -217,11 +219,12 @@ def report(found: dict[Cell, tuple[dict[str, np.ndarray], Finding, np.ndarray, f
     columns = {kind: [x for cell, x in found.items() if (cell.mode, cell.rate) == kind] for kind in kinds}
     with_flips = {kind: x for kind, x in columns.items() if kind[1] > 0}
     if with_flips:
-        names = list(next(iter(found.values()))[0])
         lines = []
-        for name in names:
-            values = [[auroc(scores[name], flips) for scores, _, flips, _ in x] for x in with_flips.values()]
-            lines.append([name, *(spread(v) for v in values)])
+        for name in dict.fromkeys(name for scores, *_ in found.values() for name in scores):
+            values = [
+                [auroc(scores[name], flips) for scores, _, flips, _ in x if name in scores] for x in with_flips.values()
+            ]
+            lines.append([name, *(spread(v) if v else "" for v in values)])
         print("\nAUROC of flipped labels\n")
         print(markdown(["score", *(f"{mode} {100 * rate:g} %" for mode, rate in with_flips)], lines))
     lines = []
@@ -262,16 +265,11 @@ def ways(finding: Finding, is_flipped: np.ndarray) -> dict[str, tuple[np.ndarray
     count = round(finding.model.share * n)
     top = np.zeros(n, dtype=bool)
     top[order[:count]] = True
-    half = np.zeros(n, dtype=bool)
-    half[order[: count // 2]] = True
     none, every = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
     return {
         "all pairs as they are": (every, none),
         "the most suspicious dropped, as many as the share": (~top, none),
-        "the most suspicious flipped, as many as the share": (every, top),
-        "half of them flipped, the other half dropped": (~top | half, half),
         "flipped where p_wrong > 1/2": (every, finding.p_wrong > 0.5),
-        "wrong labels dropped (oracle)": (~is_flipped, none),
         "wrong labels flipped (oracle)": (every, is_flipped),
     }
 
@@ -350,12 +348,20 @@ def main() -> None:
         for draw in range(options.draws)
     ]
     found = {}
+    ceiling = None
+    if options.ceiling:
+        clean = list(flip_pairs(rows, rate=0, seed=options.first_draw))
+        folder = options.folder / Cell("random", 0.0, options.first_draw).name
+        parts, judges = measured(config, clean, folder, options.in_sample)
+        ceiling = Scores.of(parts, judges.start, judges.counts).margin
     for cell in cells:
         noisy = list(flip_pairs(rows, mode=cell.mode, rate=cell.rate, seed=cell.draw))
         folder = options.folder / cell.name
         parts, judges = measured(config, noisy, folder, options.in_sample)
         groups, flips = prompt_groups(noisy), np.array([row["is_flipped"] for row in noisy])
         scores, finding = suspicions(parts, judges, groups)
+        if ceiling is not None:
+            scores["margin of policies trained on the true labels"] = np.where(flips, ceiling, -ceiling)
         share = cleanlab_share(Scores.of(parts, judges.start, judges.counts))
         found[cell] = scores, finding, flips, share
         if options.test is not None:

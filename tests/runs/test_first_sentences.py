@@ -13,6 +13,7 @@ import pytest
 from browsers import require_readable
 
 from gapo import data, files, objective
+from gapo.runs.output import plots
 from gapo.runs.score import score_page
 from gapo.runs.score.score_verdict import model_disagrees, weights_say
 from gapo.runs.train import train_page
@@ -123,8 +124,11 @@ def test_axes_are_honest(report: str, tmp_path: Path) -> None:
         assert max(heights) - min(heights) >= least
 
 
+@pytest.mark.pictures
 def test_weights_of_another_form_have_no_beta_to_end_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ceilings: list[float | None] = []
+    for weight in (0.0, 0.1):
+        assert plots.histogram("", "", np.full(8, weight), None, (0.0, weight)).startswith("<svg")
     monkeypatch.setattr(train_page, "_pictures", lambda *values: ceilings.append(values[-1]) or [])
     text = render_report(tmp_path, lambda gaps: np.full(len(gaps), 0.1))
     assert "is how hard the update pulls at it.</p>" in text
@@ -174,6 +178,7 @@ def test_a_model_that_does_not_know_the_pairs(right: int, said: str | None) -> N
     assert (text is None) if said is None else text is not None and text.startswith(said)
 
 
+@pytest.mark.pictures
 def test_the_page_of_scores_in_a_browser(browser: Any, tmp_path: Path) -> None:
     """Several models with long names, whose weights are all equal."""
     rows: list[dict[str, Any]] = [{**row, "is_flipped": i < 8} for i, row in enumerate(data.generate_pairs(40))]

@@ -40,7 +40,7 @@ def opened(browser: Any, path: Path, *, width: int = 1200, **options: Any) -> It
     """A page of a file in a window of that width; it must have raised no error and asked for nothing else."""
     context = browser.new_context(viewport={"width": width, "height": 900}, **options)
     page, faults = context.new_page(), []
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.on("console", lambda message: faults.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: faults.append(f"error: {error}"))
     page.on("request", lambda request: faults.append(request.url) if request.url != path.as_uri() else None)

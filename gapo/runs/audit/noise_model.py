@@ -29,7 +29,7 @@ LAPSES = np.linspace(0.005, 0.495, 50)
 MOST_LAPSES = 0.2  # of the policies alone
 _OWN = np.linspace(0, MOST_LAPSES, 21)[:-1]
 _STEPS, _CLOSE = 100, 1e-4  # of a fit; nats, of all pairs together
-_PRIOR = 0.04  # precision of a normal prior on b, of scores of unit size: it holds b where all pairs agree
+_PRIOR = 0.25  # precision of a normal prior on b, of scores of unit size; it holds b where pairs say little of it
 
 
 @dataclass(frozen=True)

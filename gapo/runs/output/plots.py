@@ -105,7 +105,8 @@ def histogram(
 
 def _ends(values: np.ndarray, span: tuple[float, float] | float) -> tuple[float, float]:
     if isinstance(span, tuple):
-        return min(span[0], *values), max(span[1], *values)
+        low, high = min(span[0], *values), max(span[1], *values)
+        return low, high if high > low else low + 1  # all weights 0
     low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
     more = max(0.0, span - (high - low)) / 2
     return low - more, high + more

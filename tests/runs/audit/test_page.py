@@ -143,6 +143,7 @@ def test_the_page_names_its_script_and_forbids_all_else() -> None:
     )
 
 
+@pytest.mark.pictures
 def test_pictures_have_honest_axes() -> None:
     """Weights from 0 to beta, probabilities from 0 to 100, whatever the pairs have."""
     text = render(audited(60))

@@ -213,7 +213,9 @@ def test_text_of_users_stays_text(browser: Any, path: Path) -> None:
         assert page.title() != "run"
         text = page.locator(".pair").first.locator(".text").nth(1).inner_text()
         assert text == HOSTILE.replace("\u202e", "⟨U+202E⟩")
-        assert page.locator(".pair").nth(1).locator(".role").all_inner_texts() == [text, "user"]
+        roles = page.locator(".pair").nth(1).locator(".role")
+        roles.nth(1).wait_for()
+        assert roles.all_inner_texts() == [text, "user"]
         assert page.locator("script, img").count() == 1  # its own
 
 
@@ -232,6 +234,8 @@ def test_no_script_but_the_page_s_own_runs(browser: Any, path: Path, tmp_path: P
 def test_it_fits_a_telephone_and_follows_the_theme(browser: Any, path: Path) -> None:
     with opened(browser, path, width=NARROW, color_scheme="light") as page:
         assert wider_by(page) == 0
+        texts = page.locator(".pair").nth(0).locator(".text")  # none of which scrolls sideways
+        assert texts.evaluate_all("all => all.every((x) => x.scrollWidth <= x.clientWidth)")
         long = page.locator(".pair").nth(2)
         assert long.locator(".text").last.evaluate("x => x.scrollHeight > x.clientHeight")
         press(page, "jjjx")
