@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from frameworks import require
 
 from gapo import cli, data
 from gapo.data.flip import evaluation_name
@@ -45,7 +46,7 @@ def test_evaluation_pairs_are_flipped_only_when_told(tmp_path: Path, capsys: pyt
 
 
 def test_an_evaluation_split_of_a_data_set_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import datasets
+    datasets = require("datasets")
 
     folder = tmp_path / "pairs"
     rows = datasets.Dataset.from_list(data.generate_pairs(10))

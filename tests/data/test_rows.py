@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from frameworks import require
 from token_pairs import CONVERSATION, GOOD
 
 from gapo import data
@@ -89,7 +90,7 @@ def test_rows_whose_prompt_and_answers_do_not_agree(tmp_path: Path, row: Any, re
 
 
 def test_a_flip_that_is_not_told_is_no_flip(tmp_path: Path) -> None:
-    import datasets
+    datasets = require("datasets")
 
     rows = [{**GOOD, "is_flipped": True}, {**GOOD, "is_flipped": None}, GOOD]
     data.write_rows(tmp_path / "a.jsonl", [*rows, {**GOOD, "is_flipped": 0}])
