@@ -82,6 +82,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--ceiling", action="store_true", help="also policies trained on the true labels, as a ceiling")
     parser.add_argument("--test", help="clean pairs: then also train on cleaned pairs, and test on these")
+    parser.add_argument("--oracle", action="store_true", help="also train on the true labels there")
     parser.add_argument("--runs", type=int, default=5, help="training runs for each way of cleaning")
     parser.add_argument("--train_objective", default="dpo", help="of those runs")
     parser.add_argument("--train_settings", type=json.loads, default={"beta": 0.03}, help="of that objective, as JSON")
@@ -258,7 +259,7 @@ def spread(values: list[float]) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.3f} to {max(values):.3f})"
 
 
-def ways(finding: Finding, is_flipped: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def ways(finding: Finding, is_flipped: np.ndarray, oracle: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For each way of cleaning the pairs that stay, and which of them are turned over."""
     n = len(is_flipped)
     order = np.argsort(-finding.p_wrong, kind="stable")
@@ -270,7 +271,7 @@ def ways(finding: Finding, is_flipped: np.ndarray) -> dict[str, tuple[np.ndarray
         "all pairs as they are": (every, none),
         "the most suspicious dropped, as many as the share": (~top, none),
         "flipped where p_wrong > 1/2": (every, finding.p_wrong > 0.5),
-        "wrong labels flipped (oracle)": (every, is_flipped),
+        **({"wrong labels flipped (oracle)": (every, is_flipped)} if oracle else {}),
     }
 
 
@@ -288,7 +289,7 @@ def cleaning(options: argparse.Namespace, rows: list[Row], finding: Finding, fol
     )
     lengths = np.array([length(row) for row in tokens])
     results: dict[str, list[float]] = {}
-    for way, (stays, over) in ways(finding, flipped).items():
+    for way, (stays, over) in ways(finding, flipped, options.oracle).items():
         used = np.flatnonzero(stays)
         mine = [turned(row) if over[i] else row for i, row in enumerate(tokens)]
         for run in range(options.runs):
@@ -310,7 +311,7 @@ def cleaning(options: argparse.Namespace, rows: list[Row], finding: Finding, fol
     plain = np.array(results["all pairs as they are"])
     lines = []
     for way, values in results.items():
-        stays, over = ways(finding, flipped)[way]
+        stays, over = ways(finding, flipped, options.oracle)[way]
         wrong = (flipped != over)[stays].mean()
         difference = np.array(values) - plain
         low, high = bootstrap(difference)
