@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from gapo.data.lazy_rows import mapped
 from gapo.data.messages import text_of
+from gapo.pairs import SIDES
 
 MODES = ("random", "length")
 FAVOURS = ("longer", "shorter")
@@ -21,6 +22,8 @@ def flip_pairs(
     rows: Sequence[dict[str, Any]], *, mode: str = "random", rate: float, seed: int = 0, favour: str = "longer"
 ) -> Sequence[dict[str, Any]]:
     """A copy of `rows` with round(rate * n) pairs flipped, and "is_flipped" on every row.
+
+    What else a row holds of either answer, such as reference log-probabilities, is swapped with the answers.
 
     Of the rows of `read_pairs` it is a read-only view, of others a list.
 
@@ -67,7 +70,7 @@ class _Flips:
 
     def __call__(self, place: int, row: dict[str, Any]) -> dict[str, Any]:
         marked = {**row, "is_flipped": bool(row.get("is_flipped"))}
-        return _flip(marked) if self._drawn[place] else marked
+        return swapped(marked) if self._drawn[place] else marked
 
 
 def true_labels(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -76,7 +79,7 @@ def true_labels(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 
 
 def _with_true_label(place: int, row: dict[str, Any]) -> dict[str, Any]:
-    return _flip(row) if row.get("is_flipped") else row
+    return swapped(row) if row.get("is_flipped") else row
 
 
 def evaluation_name(source: str | Path, split: str = "train") -> str | None:
@@ -110,6 +113,20 @@ def _flip_favours(row: dict[str, Any], favour: str) -> bool:
     return growth > 0 if favour == "longer" else growth < 0
 
 
-def _flip(row: dict[str, Any]) -> dict[str, Any]:
-    swapped = {"chosen": row["rejected"], "rejected": row["chosen"], "is_flipped": not row["is_flipped"]}
-    return {**row, **swapped}
+def swapped(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The pair with its answers swapped, and with them every two columns whose names differ in chosen and rejected.
+
+    "is_flipped", which says whether the label is the true one's opposite, is inverted.
+
+    >>> swapped({"prompt": "1+1?", "chosen": "3", "rejected": "2", "score_chosen": 7.0, "score_rejected": 4.0})
+    {'prompt': '1+1?', 'chosen': '2', 'rejected': '3', 'score_chosen': 4.0, 'score_rejected': 7.0}
+    """
+    chosen, rejected = SIDES
+    columns = dict(row)
+    for name in row:
+        other = name.replace(chosen, rejected)
+        if other != name and other in row:
+            columns[name], columns[other] = row[other], row[name]
+    if row.get("is_flipped") is not None:
+        columns["is_flipped"] = not row["is_flipped"]
+    return columns

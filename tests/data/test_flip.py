@@ -7,7 +7,7 @@ import pytest
 from frameworks import require
 
 from gapo import cli, data
-from gapo.data.flip import evaluation_name
+from gapo.data.flip import evaluation_name, true_labels
 
 
 @pytest.mark.parametrize(
@@ -102,3 +102,20 @@ def test_help_has_an_example_and_wrong_lines_exit_2(capsys: pytest.CaptureFixtur
             cli.main(["flip", *arguments])
         assert exit_.value.code == status
     assert "example: gapo flip pairs.jsonl" in capsys.readouterr().out
+
+
+def test_what_belongs_to_an_answer_is_flipped_with_it(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"p{i}", "chosen": "a", "rejected": "b", "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0,
+         "score_chosen": 9, "score_rejected": 1, "chosen_by": "ann"}
+        for i in range(4)
+    ]  # fmt: skip
+    data.write_rows(tmp_path / "pairs.jsonl", rows)
+    for row in (
+        *data.flip_pairs(rows, rate=1.0),
+        *data.flip_pairs(data.read_pairs(tmp_path / "pairs.jsonl").rows, rate=1.0),
+    ):
+        assert (row["chosen"], row["ref_chosen_logps"], row["score_chosen"]) == ("b", -2.0, 1)
+        assert (row["rejected"], row["ref_rejected_logps"], row["score_rejected"]) == ("a", -1.0, 9)
+        assert (row["chosen_by"], row["is_flipped"]) == ("ann", True)
+    assert list(true_labels(data.flip_pairs(rows, rate=1.0))) == [{**row, "is_flipped": False} for row in rows]

@@ -27,10 +27,10 @@ from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import load_model, load_tokenizer
 from gapo.runs.output import plots
 from gapo.runs.output.tensors import open_tensors
+from gapo.runs.policy.policy import Policy
 from gapo.runs.score import score_page as score_report
 from gapo.runs.train import train_page as report
 from gapo.study.markdown import render_markdown
-from gapo.study.material import Material
 
 GOOD = {"prompt": "Q? ", "chosen": "yes", "rejected": "no"}
 LINE = json.dumps(GOOD).encode()
@@ -400,9 +400,10 @@ def test_a_checkpoint_that_holds_a_pickle_is_refused(
     assert cli.main(command) == 0
 
 
-def test_kept_arrays_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
-    material = Material.__new__(Material)
-    path = tmp_path / "reference.safetensors"
+def test_kept_arrays_that_are_a_pickle_are_refused(model: Path, tmp_path: Path) -> None:
+    policy = Policy(model, cache=tmp_path)
+    policy.prepare({"all": policy.tokenized(data.generate_pairs(2), 64)})
+    (path,) = tmp_path.glob("*/reference-*.safetensors")
     evil = np.array([Evil(tmp_path / "ran")], dtype=object)
     archive = io.BytesIO()
     np.savez(archive, test=evil)
@@ -413,8 +414,8 @@ def test_kept_arrays_that_are_a_pickle_are_refused(tmp_path: Path) -> None:
     evils = [archive.getvalue(), pickle.dumps(Evil(tmp_path / "ran")), raw.getvalue()]
     for content in (*evils, numbers.getvalue(), b"", b"PK\x05\x06broken", b"PK\x03\x04broken"):
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"reference\.safetensors is damaged .*: remove it, and they are"):
-            material._references(path, "digest")
+        with pytest.raises(ConfigError, match=r"reference-.*\.safetensors is damaged .*: remove it, and they are"):
+            policy.prepare({"all": policy.tokenized(data.generate_pairs(2), 64)})
     assert not (tmp_path / "ran").exists()
 
 
@@ -503,12 +504,13 @@ def test_a_picture_holds_names_as_text() -> None:
 
 
 def test_tables_in_markdown_hold_names_as_text() -> None:
-    known = {"data": "<script>a.jsonl", "parameters": 1, "before": {"accuracy": 0.5}, "seconds": 1, "cores": 1,
-             "commit": None, "versions": {"gapo": "0", "python": "3"}}  # fmt: skip
+    known = {"data": "<script>a.jsonl", "parameters": 1, "trained": 1, "before": {"accuracy": 0.5},
+             "seconds": 1, "cores": 1, "commit": None, "versions": {"gapo": "0", "python": "3"}}  # fmt: skip
     table: dict[str, Any] = {"head": ["a|b"], "rows": [], "title": "t", "what": "w"}
     found = {"config": {"train_pairs": 1, "epochs": 1, "batch_size": 1, "seeds": 1}, "facts": known, "left_out": [],
              "runs": 1, "failed": 0, "cpu_seconds": 1, "accuracy": [table], "diagnostics": table, "diagnosed_at": "x",
-             "logps": table, "curves": [], "valuation": None, "settings": table}  # fmt: skip
+             "logps": table, "curves": [], "valuation": None, "settings": table,
+             "asides": table, "noisy_choice": None, "verdict": "v"}  # fmt: skip
     text = render_markdown(found)
     assert "- &lt;script>a.jsonl" in text.replace("&gt;", ">")
     assert "<script" not in text

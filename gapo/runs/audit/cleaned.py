@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from gapo.pairs import SIDES
+from gapo.data.flip import swapped
 from gapo.runs.audit.audit_config import AuditConfig
 from gapo.runs.audit.audit_result import Row
 
@@ -63,22 +62,3 @@ def cleaned_rows(rows: Sequence[Row], action: np.ndarray, p_wrong: np.ndarray | 
                 pair["flipped_by_audit"] = bool(action[i] == FLIP)
             out.append(pair)
     return out
-
-
-def swapped(row: Mapping[str, Any]) -> Row:
-    """The pair with its answers swapped, and with them every two columns whose names differ in chosen and rejected.
-
-    "is_flipped", which says whether the label is the true one's opposite, is inverted.
-
-    >>> swapped({"prompt": "1+1?", "chosen": "3", "rejected": "2", "score_chosen": 7.0, "score_rejected": 4.0})
-    {'prompt': '1+1?', 'chosen': '2', 'rejected': '3', 'score_chosen': 4.0, 'score_rejected': 7.0}
-    """
-    chosen, rejected = SIDES
-    columns = dict(row)
-    for name in row:
-        other = name.replace(chosen, rejected)
-        if other != name and other in row:
-            columns[name], columns[other] = row[other], row[name]
-    if row.get("is_flipped") is not None:
-        columns["is_flipped"] = not row["is_flipped"]
-    return columns

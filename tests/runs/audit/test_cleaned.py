@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gapo.data.flip import swapped
 from gapo.runs.audit.audit_config import AuditConfig
-from gapo.runs.audit.cleaned import DROP, FLIP, KEEP, actions, cleaned_rows, swapped
+from gapo.runs.audit.cleaned import DROP, FLIP, KEEP, actions, cleaned_rows
 
 P = np.array([0.1, 0.9, 0.4, 0.8, 0.2, 0.05, 0.7, 0.3, 0.6, 0.15])
 
