@@ -578,6 +578,7 @@ def test_the_examples_are_accepted(name: str) -> None:
     assert ("all" in config.arms) == (name == "study_comve")
 
 
+@pytest.mark.pictures
 def test_the_page_in_a_browser(browser: Any, finished: Path, tmp_path: Path) -> None:
     page = (finished / "study.html").read_text("utf-8")
     require_readable(browser, page, tmp_path)
