@@ -253,7 +253,7 @@ def test_checkpointing_with_dropout_is_refused(folder: Path) -> None:
             adapter.make_loss(objective=objective)(model.train(), *one_batch())
 
 
-@pytest.mark.parametrize("anchor", ["exact", "first_order"])
+@pytest.mark.parametrize("anchor", ["exact", pytest.param("first_order", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(folder: Path, tmp_path: Path, anchor: str, mlx_compiles: dict[str, str]) -> None:
     """The one test with mx.compile on: mlx-lm's compiled step, in a process where it is not disabled."""
     code = f"""

@@ -35,7 +35,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_one_process_for_each_gpu(commands: list[Any], tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("model: elsewhere\n")
+    (tmp_path / "c.yaml").write_text("model: tiny\n")
     assert cli.main(["train", str(tmp_path / "c.yaml"), "--rho=0.1"]) == 0
     (args,) = commands
     assert (args.multi_gpu, args.num_processes, args.mixed_precision) == (True, 2, "no")

@@ -132,7 +132,7 @@ def test_a_run_with_a_loss_of_the_users_own(folder: Path, backend: str) -> None:
     margin = before["eval_rewards/margins"] / GAPOConfig().beta
     assert before["eval_loss"] >= (1 - margin) ** 2 - 1e-5  # Jensen
     assert json.loads((folder / "run" / "config.json").read_text())["loss"] == "my_losses:squares"
-    assert "Loss my_losses:squares, without an anchor, on" in (folder / "run" / "report.html").read_text()
+    assert "loss my_losses:squares, without an anchor, on" in (folder / "run" / "report.html").read_text()
 
 
 def test_a_run_is_not_resumed_with_another_loss(folder: Path) -> None:

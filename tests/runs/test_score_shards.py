@@ -58,6 +58,7 @@ def merge(folder: Path, out: Path, *more: str) -> list[str]:
     return ["score", str(folder / "pairs.jsonl"), "--output", str(out), "--merge", *more]
 
 
+@pytest.mark.pictures
 def test_merged_shards_are_one_run_to_the_byte(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
