@@ -23,7 +23,7 @@ from shared import commit, progress
 
 import gapo
 from gapo.data import flip_pairs, read_pairs
-from gapo.data.flip import true_labels
+from gapo.data.flip import swapped, true_labels
 from gapo.data.streams import stream
 from gapo.runs import held_out
 from gapo.runs.audit.audit_config import AuditConfig
@@ -282,8 +282,6 @@ def cleaning(options: argparse.Namespace, rows: list[Row], finding: Finding, fol
     policy = judges.policy
     tokens, held = policy.tokenized(rows, 512), policy.tokenized(test, 512)
     policy.prepare({"pairs": tokens, "test": held})
-    from gapo.runs.policy.pair_batches import flipped as turned
-
     step = gapo.value_and_grad(
         pair_logps, None, options.train_objective, backend="torch", objective_settings=options.train_settings
     )
@@ -291,7 +289,7 @@ def cleaning(options: argparse.Namespace, rows: list[Row], finding: Finding, fol
     results: dict[str, list[float]] = {}
     for way, (stays, over) in ways(finding, flipped, options.oracle).items():
         used = np.flatnonzero(stays)
-        mine = [turned(row) if over[i] else row for i, row in enumerate(tokens)]
+        mine = [swapped(row) if over[i] else row for i, row in enumerate(tokens)]
         for run in range(options.runs):
 
             def accuracy(run: int = run, mine: list[Row] = mine, used: np.ndarray = used) -> Arrays:

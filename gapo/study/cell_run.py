@@ -11,11 +11,12 @@ import numpy as np
 
 import gapo
 from gapo.data import flip_pairs
+from gapo.data.flip import swapped
 from gapo.data.streams import stream
 from gapo.objectives import OBJECTIVES, Objective
 from gapo.runs.policy.aside import drift, perplexity
 from gapo.runs.policy.fit import bucketed, fit
-from gapo.runs.policy.pair_batches import Batch, flipped, length, pair_logps
+from gapo.runs.policy.pair_batches import Batch, length, pair_logps
 from gapo.study.arms import ARMS
 from gapo.study.cells import Cell
 from gapo.study.material import Material
@@ -100,7 +101,7 @@ def train(
     """
     objective, step = _step(arm, settings)
     tokens = [
-        flipped(material.tokens["pool"][row]) if swap else material.tokens["pool"][row]
+        swapped(material.tokens["pool"][row]) if swap else material.tokens["pool"][row]
         for row, swap in zip(drawn.rows, drawn.is_flipped, strict=True)
     ]
     log = WeightLog(drawn.is_flipped)

@@ -19,9 +19,10 @@ import gapo
 from gapo.cli import main
 from gapo.commands.study import parse
 from gapo.data import write_rows
+from gapo.data.flip import swapped
 from gapo.objectives import OBJECTIVES, resolve
 from gapo.runs.claims import Claims
-from gapo.runs.policy.pair_batches import flipped, pair_logps
+from gapo.runs.policy.pair_batches import pair_logps
 from gapo.study import grid as grid_module
 from gapo.study import study as study_module
 from gapo.study.arms import ARMS, arm_of
@@ -205,7 +206,7 @@ def test_an_objective_trains_as_plain_autograd_would(material: Material, config:
     material.reset()
     index = drawn.order[0]
     rows = [material.tokens["pool"][drawn.rows[i]] for i in index]
-    rows = [flipped(row) if swap else row for row, swap in zip(rows, drawn.is_flipped[index], strict=True)]
+    rows = [swapped(row) if swap else row for row, swap in zip(rows, drawn.is_flipped[index], strict=True)]
     (batch,) = material.batches(rows, 16)
     rows = [rows[i] for i in batch["index"]]
     counts = [torch.tensor([sum(t != -100 for t in row[f"{side}_labels"]) for row in rows]) for side in

@@ -12,8 +12,6 @@ import numpy as np
 import gapo
 from gapo.config import GAPOConfig
 from gapo.data.streams import stream
-from gapo.data.tokenize import IGNORE_INDEX
-from gapo.pairs import SIDES
 from gapo.runs.audit.audit_config import AuditConfig
 from gapo.runs.audit.folds import divided, prompt_groups
 from gapo.runs.audit.training_anchor import training_anchor
@@ -21,7 +19,7 @@ from gapo.runs.config_bases import TrainingConfig
 from gapo.runs.models.tiny import answer_texts, tiny_model
 from gapo.runs.output.tensors import Arrays
 from gapo.runs.policy.fit import bucketed, fit
-from gapo.runs.policy.pair_batches import length, pair_logps
+from gapo.runs.policy.pair_batches import answer_lengths, length, pair_logps
 from gapo.runs.policy.policy import Policy
 
 Row = dict[str, Any]
@@ -71,9 +69,7 @@ class Judges:
         self.policy = Policy(folder, cache=config.cache_dir, train_layers=layers)
         self._tokens = self.policy.tokenized(rows, config.max_length)
         self.start = self.policy.prepare({"pairs": self._tokens})["pairs"]
-        self.counts = np.array(
-            [[sum(t != IGNORE_INDEX for t in row[f"{x}_labels"]) for x in SIDES] for row in self._tokens]
-        )
+        self.counts = answer_lengths(self._tokens)
         self._lengths = np.array([length(row) for row in self._tokens])
         self._groups = prompt_groups(rows)
 

@@ -21,17 +21,14 @@ Row = dict[str, Any]
 Batch = dict[str, Any]
 
 
-def flipped(row: Row) -> Row:
-    """The tokenised pair with its answers swapped, and whatever else it holds of each of them."""
-    chosen, rejected = SIDES
-    columns = [name for name in row if chosen in name]
-    swapped = [name.replace(chosen, rejected) for name in columns]
-    return {x: row[y] for x, y in zip(columns + swapped, swapped + columns, strict=True)}
-
-
 def length(row: Row) -> int:
     """Tokens of the longer side."""
     return max(len(row[f"{side}_input_ids"]) for side in SIDES)
+
+
+def answer_lengths(rows: Sequence[Row]) -> np.ndarray:
+    """(n, 2): the numbers of tokens of each chosen and each rejected answer."""
+    return np.array([[sum(t != IGNORE_INDEX for t in row[f"{side}_labels"]) for side in SIDES] for row in rows])
 
 
 def batch_of(rows: Sequence[Row], index: np.ndarray, pad: int) -> Batch:

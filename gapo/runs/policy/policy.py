@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from gapo.data import tokenize_pair
-from gapo.data.tokenize import IGNORE_INDEX
 from gapo.pairs import REFERENCE, SIDES
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, require_fit, require_model
 from gapo.runs.output.tensors import kept_arrays
 from gapo.runs.policy.frozen import frozen_layers, resumed, train_last
-from gapo.runs.policy.pair_batches import Batch, Row, batch_of, evaluated_logps, length
+from gapo.runs.policy.pair_batches import Batch, Row, answer_lengths, batch_of, evaluated_logps, length
 from gapo.runs.policy.states import digest_of, kept_states
 
 EVALUATION_BATCH = 64
@@ -147,7 +146,7 @@ class Policy:
 
     def _with_counts(self, tokens: Sequence[Row]) -> np.ndarray:
         """(n, 4): log-probability of each chosen and each rejected answer, summed, and the number of their tokens."""
-        counts = np.array([[sum(t != IGNORE_INDEX for t in row[f"{side}_labels"]) for side in SIDES] for row in tokens])
+        counts = answer_lengths(tokens)
         return np.concatenate([self.logps(tokens) * counts, counts], 1)
 
     @cached_property

@@ -12,10 +12,11 @@ import torch
 
 import gapo
 from gapo.data import generate_pairs
+from gapo.data.flip import swapped
 from gapo.runs.errors import ConfigError
 from gapo.runs.policy import states
 from gapo.runs.policy.fit import bucketed, fit
-from gapo.runs.policy.pair_batches import Row, flipped, pair_logps
+from gapo.runs.policy.pair_batches import Row, pair_logps
 from gapo.runs.policy.policy import Policy
 
 
@@ -74,7 +75,7 @@ def test_training_from_the_states_is_training_of_the_whole_forward(
 def test_swapped_pairs_keep_their_states(folder: Path, tmp_path: Path) -> None:
     policy, tokens = prepared(folder, tmp_path)
     np.testing.assert_allclose(
-        policy.logps([flipped(row) for row in tokens]), policy.logps(tokens)[:, ::-1], rtol=0, atol=1e-5
+        policy.logps([swapped(row) for row in tokens]), policy.logps(tokens)[:, ::-1], rtol=0, atol=1e-5
     )
 
 
