@@ -7,8 +7,9 @@ import torch
 
 from gapo.config import GAPOConfig
 from gapo.data import generate_pairs
+from gapo.data.flip import swapped
 from gapo.runs.audit.training_anchor import training_anchor
-from gapo.runs.policy.pair_batches import Row, flipped, pair_logps
+from gapo.runs.policy.pair_batches import Row, pair_logps
 from gapo.runs.policy.policy import Policy
 
 CONFIG = GAPOConfig(rho=0.3)
@@ -54,7 +55,7 @@ def test_the_anchor_is_that_of_the_mean_probe_gradient_of_the_pairs(policy: Poli
 
 def test_the_gap_of_a_pair_changes_its_sign_with_the_label(policy: Policy, tokens: list[Row]) -> None:
     judged = tokens[30:]
-    rows = judged + [flipped(row) for row in judged]
+    rows = judged + [swapped(row) for row in judged]
     here = margins(policy, rows)
     with training_anchor(policy, tokens[:30], CONFIG):
         gaps = here - margins(policy, rows)
