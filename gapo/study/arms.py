@@ -1,8 +1,8 @@
 """What is compared: the objectives of `gapo.objectives`, weighted ones among them, and controls; with each one's tries.
 
-Every arm gets the same number of tries, in three rounds that each go on from the best so far: the learning rates of the
-study's grid, with a first value of the arm's second setting; four other values of that setting; two learning rates half
-a step of the grid away. An arm without a second setting tries learning rates in its place.
+Every arm gets the same number of tries, in up to three rounds that each go on from the best so far: the learning rates
+of the study's grid, with a first value of the arm's second setting; four other values of that setting; two learning
+rates half a step of the grid away. An arm without a second setting tries learning rates in its place.
 
 A weighted arm, such as "gapo+dpo", tries what "dpo" tries, at a radius that is not tried. So a difference between the
 two is the weights', not that of a beta which one has chosen and the other not.
@@ -11,7 +11,7 @@ two is the weights', not that of a beta which one has chosen and the other not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from gapo.config import GAPOConfig
@@ -91,6 +91,18 @@ class Arm:
         """Two learning rates around the best of all."""
         distance = 0.25 if self.second is None else 0.5
         return _around(best, learning_rates, -distance, distance)
+
+    def scaled(self, factor: float) -> Arm:
+        """The arm with its radii, tried or held, times `factor`."""
+
+        def radius(rho: float) -> float:
+            return float(f"{rho * factor:.3g}")
+
+        held = {name: radius(value) if name == "rho" else value for name, value in self.held.items()}
+        if self.second is None or self.second[0] != "rho":
+            return replace(self, held=held)
+        _, first, others = self.second
+        return replace(self, held=held, second=("rho", radius(first), tuple(map(radius, others))))
 
     def given(self, settings: Settings) -> Settings:
         """The settings of a user, for all runs in place of tries.

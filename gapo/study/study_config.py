@@ -48,6 +48,9 @@ class StudyConfig(TrainingConfig):
         learning_rates: the coarse grid of peak learning rates that every arm tries.
         tune_flip_rate: share of the training labels flipped at random while settings are chosen.
         tune_seeds: runs of each try, on seeds that the study itself does not use.
+        tune_rounds: 1 to try the grid of learning rates alone; 2 to try four values of each arm's second setting after
+            it, such as beta; 3 for two more learning rates.
+        rho_scale: factor on the radii that arms try or hold. They suit the tiny policy; a larger one bears less.
         transfer_pairs: a file or data set of pairs of another kind; the trained policies are tested on its first
             check_pairs pairs.
         plain_text: plain text (.txt, .txt.gz) on whose end their perplexity is measured.
@@ -90,6 +93,8 @@ class StudyConfig(TrainingConfig):
     learning_rates: list[float] | tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     tune_flip_rate: float = 0.2
     tune_seeds: int = 1
+    tune_rounds: int = 3
+    rho_scale: float = 1.0
     transfer_pairs: str | None = None
     plain_text: str | None = None
     checks: int = 0
@@ -129,6 +134,10 @@ class StudyConfig(TrainingConfig):
         for name in ("learning_rates", "flip_rates"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one, got none")
+        if not 1 <= self.tune_rounds <= 3:
+            raise ValueError(f"tune_rounds must be 1, 2 or 3, got {self.tune_rounds!r}")
+        if not 0 < self.rho_scale < float("inf"):
+            raise ValueError(f"rho_scale must be > 0 and finite, got {self.rho_scale!r}")
         if not all(rate > 0 for rate in self.learning_rates):
             raise ValueError(f"learning_rates must be > 0, got {self.learning_rates!r}")
         if not all(rho >= 0 for rho in self.curve_rhos):

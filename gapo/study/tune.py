@@ -27,7 +27,8 @@ def tune(config: StudyConfig, grid: Grid, labels: str = "clean") -> tuple[dict[s
         FloatingPointError: no try of an arm stayed finite.
     """
     rates = list(config.learning_rates)
-    fixed = {name: ARMS[name].given(settings) for name, settings in config.settings.items()}
+    arms = {name: ARMS[name].scaled(config.rho_scale) for name in config.arm_names}
+    fixed = {name: arms[name].given(settings) for name, settings in config.settings.items()}
     scores: dict[str, dict[Any, float]] = {name: {} for name in config.arm_names if name not in fixed}
 
     def attempt(wanted: dict[str, list[Settings]], title: str) -> None:
@@ -42,15 +43,17 @@ def tune(config: StudyConfig, grid: Grid, labels: str = "clean") -> tuple[dict[s
         for (name, key), seeds in cells.items():
             scores[name][key] = float(np.mean([_accuracy(records[cell], labels) for cell in seeds]))
 
-    attempt({name: ARMS[name].first_tries(rates) for name in scores}, "choosing learning rates")
-    attempt(
-        {name: ARMS[name].second_tries(_best(name, accuracies), rates) for name, accuracies in scores.items()},
-        "choosing second settings",
-    )
-    attempt(
-        {name: ARMS[name].last_tries(_best(name, accuracies), rates) for name, accuracies in scores.items()},
-        "choosing learning rates again",
-    )
+    attempt({name: arms[name].first_tries(rates) for name in scores}, "choosing learning rates")
+    if config.tune_rounds > 1:
+        attempt(
+            {name: arms[name].second_tries(_best(name, accuracies), rates) for name, accuracies in scores.items()},
+            "choosing second settings",
+        )
+    if config.tune_rounds > 2:
+        attempt(
+            {name: arms[name].last_tries(_best(name, accuracies), rates) for name, accuracies in scores.items()},
+            "choosing learning rates again",
+        )
     best = {name: _best(name, accuracies) for name, accuracies in scores.items()}
     chosen = {name: fixed[name] if name in fixed else best[name] for name in config.arm_names}
     tries = [

@@ -63,28 +63,58 @@ def batch_of(rows: Sequence[Row], index: np.ndarray, pad: int) -> Batch:
 def pair_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """(chosen_logps, rejected_logps), each (N,), nats per token."""
     with resumed(model, batch.get("states")):
-        logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=batch["columns"]).logits
-    return halves(gapo.sequence_logps(logits, batch["labels"], backend="torch"))
+        if (logps := _logps_of_frozen_head(model, batch)) is not None:
+            return halves(logps)
+        return halves(gapo.sequence_logps(_logits(model, batch), batch["labels"], backend="torch"))
 
 
-def evaluated_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The same without gradient. An output head that is not trained sees the tokens of all answers in one row.
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=batch["columns"]).logits
+    return logits
 
-    With a large vocabulary the head is most of the work. In training rows stay apart, for gradients of each pair.
+
+class _Rows(torch.autograd.Function):
+    """Its argument. It tells the one-pass step, which asks whose rows are whose, that here each answer has its own."""
+
+    rows_first = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def _logps_of_frozen_head(model: nn.Module, batch: Batch) -> Tensor | None:
+    """(2N,), with the output head run on the tokens of the answers alone; None where that is not possible.
+
+    With a large vocabulary the head is most of the work. Here it has none with prompts and padding. It returns each
+    token's log-probability in the place of its logits, so that what the model returns still has a row for each answer.
     """
     head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
-    with torch.no_grad():
-        if head is None or any(p.requires_grad for p in head.parameters()):
-            return pair_logps(model, batch)
-        labels = batch["labels"][:, 1:]
-        is_counted = labels != IGNORE_INDEX
-        is_predicting = nn.functional.pad(is_counted, (0, 1))
-        handle = head.register_forward_pre_hook(lambda _, args: (args[0][is_predicting][None],))
-        try:
-            with resumed(model, batch.get("states")):
-                logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=batch["columns"]).logits
-        finally:
+    if head is None or any(p.requires_grad for p in head.parameters()):
+        return None
+    labels = batch["labels"][:, 1:]
+    is_counted = labels != IGNORE_INDEX
+    is_predicting = nn.functional.pad(is_counted, (0, 1))
+    returned: list[Tensor] = []
+
+    def answers(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0][is_predicting],)
+
+    def token_logps(_: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        losses = nn.functional.cross_entropy(logits.float(), labels[is_counted], reduction="none")
+        returned.append(_Rows.apply(losses.new_zeros(labels.shape).masked_scatter(is_counted, -losses)))
+        return returned[0]
+
+    handles = [head.register_forward_pre_hook(answers), head.register_forward_hook(token_logps)]
+    try:
+        output = _logits(model, batch)
+    finally:
+        for handle in handles:
             handle.remove()
-        losses = nn.functional.cross_entropy(logits[0].float(), labels[is_counted], reduction="none")
-        sums = losses.new_zeros(len(labels)).index_add(0, is_counted.nonzero()[:, 0], losses)
-        return halves(-sums / is_counted.sum(1))
+    if output is not returned[0]:  # the model goes on behind its head, as those with capped logits do
+        return None
+    return output.sum(1) / is_counted.sum(1)

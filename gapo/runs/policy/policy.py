@@ -18,7 +18,7 @@ from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, require_fit, require_model
 from gapo.runs.output.tensors import kept_arrays
 from gapo.runs.policy.frozen import frozen_layers, resumed, train_last
-from gapo.runs.policy.pair_batches import Batch, Row, answer_lengths, batch_of, evaluated_logps, length
+from gapo.runs.policy.pair_batches import Batch, Row, answer_lengths, batch_of, length, pair_logps
 from gapo.runs.policy.states import digest_of, kept_states
 
 EVALUATION_BATCH = 64
@@ -141,7 +141,8 @@ class Policy:
         """(n, 2): log-probability of each chosen and each rejected answer under the model now, nats per token."""
         out = np.empty((len(tokens), 2))
         for batch in self.batches(tokens, EVALUATION_BATCH):
-            out[batch["index"]] = torch.stack(evaluated_logps(self.model, batch), -1).numpy()
+            with torch.no_grad():
+                out[batch["index"]] = torch.stack(pair_logps(self.model, batch), -1).numpy()
         return out
 
     def _with_counts(self, tokens: Sequence[Row]) -> np.ndarray:
