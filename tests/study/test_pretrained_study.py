@@ -178,6 +178,34 @@ def test_settings_are_chosen_by_the_labels_that_are_asked_for(config: StudyConfi
     assert chosen["noisy"] < 1e-3 < 1e-2 < chosen["clean"]
 
 
+@pytest.mark.parametrize(("rounds", "tries"), [(1, 2), (2, 6), (3, 8)])
+def test_a_study_may_end_its_tries_early(config: StudyConfig, rounds: int, tries: int) -> None:
+    every = tune(replace(config, learning_rates=(1e-3, 1e-2), tune_rounds=rounds), Judged())[1]  # type: ignore[arg-type]
+    assert [sum(row["arm"] == name for row in every) for name in ("dpo", "gapo")] == [tries, tries]
+    betas = {row["beta"] for row in every if row["arm"] == "dpo"}
+    assert len(betas) == (1 if rounds == 1 else 5)
+
+
+def test_radii_are_scaled_and_nothing_else_is(config: StudyConfig) -> None:
+    """0.4 times those of docs/study.md: 1, 0.1, 0.25, 0.5, 2 for GAPO, 0.5 where the radius is held."""
+    arms = "gapo,gapo-rho0,gapo+dpo,dpo"
+    chosen = {
+        scale: tune(replace(config, arms=arms, rho_scale=scale, tune_rounds=2), Judged())  # type: ignore[arg-type]
+        for scale in (1.0, 0.4)
+    }
+    tried = {row["rho"] for row in chosen[0.4][1] if row["arm"] == "gapo"}
+    assert tried == {0.4, 0.04, 0.1, 0.2, 0.8}
+    assert chosen[0.4][0]["gapo+dpo"]["rho"] == 0.2
+    assert {row["rho"] for row in chosen[0.4][1] if row["arm"] == "gapo-rho0"} == {0.0}
+    assert chosen[0.4][0]["dpo"] == chosen[1.0][0]["dpo"]
+
+
+@pytest.mark.parametrize("wrong", [{"tune_rounds": 0}, {"tune_rounds": 4}, {"rho_scale": 0.0}, {"rho_scale": math.inf}])
+def test_other_rounds_and_scales_are_refused(config: StudyConfig, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(config, **wrong)
+
+
 def test_four_of_five_studies_find_a_detectable_difference() -> None:
     rng = np.random.default_rng(0)
     for n in (5, 12):

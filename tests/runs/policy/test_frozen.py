@@ -72,6 +72,54 @@ def test_training_from_the_states_is_training_of_the_whole_forward(
     assert all(torch.equal(p, first[name]) for name, p in policy.model.named_parameters())
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_frozen_head_sees_the_answers_alone_and_the_gradients_are_the_same(
+    folder: Path, tmp_path: Path, cap: float | None
+) -> None:
+    """Against plain autograd through the whole logits; also where the model goes on behind its head."""
+    policy, tokens = prepared(folder, tmp_path)
+    model, head = policy.model, policy.model.get_output_embeddings()
+    whole_forward = type(model).forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        output = whole_forward(model, *args, **kwargs)
+        output.logits = output.logits if cap is None else cap * torch.tanh(output.logits / cap)
+        return output
+
+    model.forward = capped
+    (batch,) = policy.batches(tokens, 6, [np.arange(6)])
+    step = gapo.value_and_grad(pair_logps, gapo.GAPOConfig(rho=0.0), "simpo", backend="torch")
+    step(model, batch)  # the first one compares itself with autograd
+    shapes: list[torch.Size] = []
+    backwards: list[torch.Size] = []
+
+    def watch(_: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        shapes.append(args[0].shape[:-1])
+        output.register_hook(lambda grad: backwards.append(grad.shape[:-1]))
+
+    handle = head.register_forward_hook(watch)
+    _, grads = step(model, batch)
+    handle.remove()
+    answers = sum(sum(t != -100 for t in row[f"{side}_labels"]) for row in tokens for side in ("chosen", "rejected"))
+    assert shapes[0] == (answers,)
+    assert len(shapes) == (1 if cap is None else 2)
+    assert len(backwards) == 1
+
+    total = torch.zeros(())
+    for row in tokens:
+        logps = {}
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([row[f"{side}_input_ids"]])
+            picked = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            logps[side] = picked[torch.tensor(row[f"{side}_labels"])[1:] != -100].mean()
+        z = 2.5 * (logps["chosen"] - logps["rejected"]) - 0.25
+        total = total - torch.nn.functional.logsigmoid(z) / len(tokens)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = torch.autograd.grad(total, list(trained.values()))
+    for name, grad in zip(trained, expected, strict=True):
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-6)
+
+
 def test_swapped_pairs_keep_their_states(folder: Path, tmp_path: Path) -> None:
     policy, tokens = prepared(folder, tmp_path)
     np.testing.assert_allclose(
