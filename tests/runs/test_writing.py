@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 import os
@@ -304,13 +303,3 @@ def test_a_checkpoint_on_a_full_disk(
     assert cli.main(arguments) == 0
     assert named(out) == named(undisturbed)
     assert (out / "steps.jsonl").read_bytes() == (undisturbed / "steps.jsonl").read_bytes()
-
-
-def test_no_cell_of_a_study_is_a_formula(whole: Callable[[str], Path]) -> None:
-    """Spreadsheets work out what begins so; the tables hold names of objectives and numbers, nothing of the pairs."""
-    cells = []
-    for path in whole("study").glob("*.csv"):
-        with path.open(newline="") as file:
-            cells += [cell for row in csv.reader(file) for cell in row]
-    assert len(cells) > 50
-    assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r"))]

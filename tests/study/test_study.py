@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import re
@@ -457,6 +458,16 @@ def test_a_study_leaves_page_tables_and_numbers(finished: Path, config: StudyCon
     assert f"{mean:.1f} (" in text
     assert f"{mean:.1f} (" in page
     assert not re.findall(r'(?:src|href)="(?!#)', page)  # self-contained: nothing is loaded from anywhere
+
+
+def test_no_cell_of_a_study_is_a_formula(finished: Path) -> None:
+    """Spreadsheets work out what begins so; the tables hold names of objectives and numbers, nothing of the pairs."""
+    cells = []
+    for path in finished.glob("*.csv"):
+        with path.open(newline="") as file:
+            cells += [cell for row in csv.reader(file) for cell in row]
+    assert len(cells) > 50
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r"))]
 
 
 def test_a_finished_study_is_not_run_again(
