@@ -14,10 +14,9 @@ import torch
 
 from gapo.data import tokenize_pair
 from gapo.pairs import REFERENCE, SIDES
-from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, require_fit, require_model
 from gapo.runs.output.tensors import kept_arrays
-from gapo.runs.policy.frozen import frozen_layers, resumed, train_last
+from gapo.runs.policy.frozen import frozen_layers, require_same, train_last
 from gapo.runs.policy.pair_batches import Batch, Row, answer_lengths, batch_of, length, pair_logps
 from gapo.runs.policy.states import digest_of, kept_states
 
@@ -169,19 +168,14 @@ class Policy:
     def _require_same(self, rows: Sequence[Row]) -> None:
         """Raise ConfigError unless a forward from the saved states is the whole forward, on the longest pairs."""
         for row in sorted(rows, key=length)[-_COMPARED:]:
-            ids = torch.tensor([row["chosen_input_ids"]])
-            states = torch.from_numpy(np.array(row["chosen_states"]))[None]
-            with torch.no_grad():
-                whole = self.model(input_ids=ids, use_cache=False).logits
-                with resumed(self.model, states):
-                    short = self.model(input_ids=ids, use_cache=False).logits
-            if not torch.allclose(short, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
-                raise ConfigError(
-                    f"model {self._name!r} with train_layers={self._train_layers} computes other values from the "
-                    "states below its trained layers than from the start (its layers share more than their states, "
-                    "or the states on disk are damaged): leave train_layers out, or remove the states in "
-                    f"{self._cache}"
-                )
+            require_same(
+                self.model,
+                torch.from_numpy(np.array(row["chosen_states"]))[None],
+                {"input_ids": torch.tensor([row["chosen_input_ids"]]), "use_cache": False},
+                which=f"model {self._name!r} with train_layers={self._train_layers}",
+                advice="its layers share more than their states, or the states on disk are damaged; leave train_layers "
+                f"out, or remove the states in {self._cache}",
+            )
 
 
 def _plain(row: Row) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gapo.data.flip import swapped
 from gapo.runs.errors import ConfigError
 from gapo.runs.policy import states
 from gapo.runs.policy.fit import bucketed, fit
+from gapo.runs.policy.frozen import require_same, states_of, train_last
 from gapo.runs.policy.pair_batches import Row, pair_logps
 from gapo.runs.policy.policy import Policy
 
@@ -182,6 +184,30 @@ def test_a_model_whose_layers_share_more_than_their_states_is_refused(folder: Pa
     last.register_forward_hook(lambda layer, args, output: output + seen[-1] * (len(seen) % 2 + 1))
     with pytest.raises(ConfigError, match="computes other values from the states"):
         policy.prepare({"all": policy.tokenized(generate_pairs(4, seed=0), 64)})
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+def test_rounding_is_the_only_difference_that_is_let_pass(precision: str) -> None:
+    """States that are 1 % off are others in 32 bits, and what rounding makes of them in 16."""
+    model = hf_models.make("llama", layers=3)
+    train_last(model, 1)
+    model.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    ids = hf_models.batch()["chosen_input_ids"]
+    states = torch.stack([torch.from_numpy(x) for x in states_of(model, ids.tolist(), 0)])
+    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)) * states.std()
+
+    def compare(share: float) -> None:
+        moved = (states + share * noise).to(next(model.parameters()).dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            require_same(model, moved, {"input_ids": ids, "use_cache": False}, which="it", advice="leave it")
+
+    compare(0.0)
+    refusal = pytest.raises(ConfigError, match=r"^it computes other values from the states .*: leave it$")
+    with refusal if precision == "float32" else nullcontext():
+        compare(0.01)
+    for share in (0.5, float("nan")):
+        with pytest.raises(ConfigError, match="computes other values"):
+            compare(share)
 
 
 @pytest.mark.parametrize("count", [0, 4])
