@@ -74,7 +74,7 @@ class Policy:
         """
         highest, longest = extent([row for rows in parts.values() for row in rows])
         require_fit(self.model.config, self._name, highest=max(highest, self.pad), longest=longest)
-        tokens = digest_of({name: [_plain(row) for row in rows] for name, rows in parts.items()})
+        tokens = digest_of({name: [_tokens(row) for row in rows] for name, rows in parts.items()})
         weights = "" if folder is not None and self._train_layers is None else self.weights
         if self._is_frozen:
             self._attach_states(parts, weights)
@@ -178,5 +178,6 @@ class Policy:
             )
 
 
-def _plain(row: Row) -> Row:
-    return {name: x for name, x in row.items() if not name.endswith("_states")}
+def _tokens(row: Row) -> Row:
+    """What a measurement depends on, and none of the columns that `Policy.prepare` adds."""
+    return {f"{side}_{part}": row[f"{side}_{part}"] for side in SIDES for part in ("input_ids", "labels")}

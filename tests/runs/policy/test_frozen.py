@@ -14,6 +14,7 @@ import torch
 import gapo
 from gapo.data import generate_pairs
 from gapo.data.flip import swapped
+from gapo.pairs import REFERENCE
 from gapo.runs.errors import ConfigError
 from gapo.runs.policy import states
 from gapo.runs.policy.fit import bucketed, fit
@@ -143,6 +144,25 @@ def test_states_are_computed_once(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert computed == [4]  # of the file that is gone
     for row, other in zip(tokens, again, strict=True):
         np.testing.assert_allclose(row["chosen_states"], other["chosen_states"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_pairs_that_are_prepared_again_are_read(
+    folder: Path, tmp_path: Path, layers: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, tokens = prepared(folder, tmp_path, layers=layers)
+    first = [dict(row) for row in tokens]
+    measured: list[int] = []
+    monkeypatch.setattr(policy, "logps", lambda rows: measured.append(len(rows)))
+    policy.prepare({"all": tokens})
+    assert measured == []
+    (_,) = tmp_path.glob("**/reference-*.safetensors")
+    for row, other in zip(first, tokens, strict=True):
+        assert all(row[name] == other[name] for name in REFERENCE)
+    tokens[0]["chosen_labels"][-1] = -100  # other pairs are measured
+    monkeypatch.undo()
+    policy.prepare({"all": tokens})
+    assert tokens[0]["reference_chosen_logps"] != first[0]["reference_chosen_logps"]
 
 
 def test_states_of_other_weights_layers_and_pairs_are_others(folder: Path, tmp_path: Path) -> None:
