@@ -194,7 +194,7 @@ def test_where_nothing_is_learned_no_number_is_told(tmp_path: Path, capsys: pyte
     data.write_rows(tmp_path / "pairs.jsonl", easy_pairs(60, rate=0.5))
     options = {"seeds": 1, "epochs": 1, "output": tmp_path / "audit.jsonl"}
     assert cli.main(command(tmp_path, **options)) == 0
-    assert "nothing can be told: the policies did not learn these pairs (held-out accuracy" in capsys.readouterr().out
+    assert "Nothing can be told: the policies did not learn these pairs (held-out accuracy" in capsys.readouterr().out
     rows = read_table(tmp_path / "audit.jsonl")
     assert [row["row"] for row in rows] == list(range(60))
     assert all(row["p_wrong"] is None and row["rank"] is None for row in rows)
