@@ -31,6 +31,7 @@ class Policy:
         folder: of the model and its tokenizer, or a Hub name.
         cache: folder where log-probabilities and states are kept.
         train_layers: train only the last so many layers; the states below are computed once. None trains all weights.
+        tokenizer: another tokenizer than the model's: a folder or Hub name.
 
     Attributes:
         model: the policy, on the CPU in float32; `reset` brings its first weights back.
@@ -40,10 +41,12 @@ class Policy:
         ConfigError: the model cannot be loaded, or has no such layers.
     """
 
-    def __init__(self, folder: str | Path, *, cache: str | Path, train_layers: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, cache: str | Path, train_layers: int | None = None, tokenizer: str | None = None
+    ) -> None:
         self._name, self._cache, self._train_layers = str(folder), Path(cache), train_layers
-        require_model(self._name)
-        model, self._tokenizer = load_model(self._name, dtype="float32")
+        require_model(self._name, tokenizer=tokenizer)
+        model, self._tokenizer = load_model(self._name, tokenizer=tokenizer, dtype="float32")
         self.model: Any = model.eval()
         if train_layers is not None:
             train_last(self.model, train_layers)
