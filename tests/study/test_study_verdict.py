@@ -28,7 +28,8 @@ def runs(
     [
         (runs({"gapo": 0.70, "simpo": 0.72, "dpo": 0.69}),
          "SimPO beats every other objective when labels are flipped. It ranks 72.0 % of the test pairs correctly, "
-         "averaged over all flip rates above 0. Its lead over the runner-up, GAPO, is 2.0 points (2.0 to 2.0, 8 seeds)."),
+         "averaged over all flip rates above 0. Its lead over the runner-up, GAPO, is 2.0 points "
+         "(2.0 to 2.0, 8 seeds)."),
         (runs({"gapo": 0.72, "simpo": 0.718, "dpo": 0.60}, spread=0.02), "GAPO comes first when labels are flipped, "),
         (runs({"gapo": 0.72, "simpo": 0.718, "dpo": 0.719}, spread=0.05),
          "No objective is ahead beyond chance when labels are flipped. GAPO comes first. It ranks 72.0 % "),
