@@ -68,11 +68,21 @@ def backend(request: pytest.FixtureRequest) -> Library:
 
 
 @pytest.fixture(scope="session")
-def mlx_compiles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process in which MLX compiles."""
+def _path_of_gcc(tmp_path_factory: pytest.TempPathFactory) -> str:
     import quick_gcc
 
-    return quick_gcc.environment(tmp_path_factory.mktemp("gcc"))
+    return quick_gcc.search_path(tmp_path_factory.mktemp("gcc"))
+
+
+@pytest.fixture
+def mlx_compiles(_path_of_gcc: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within the test MLX compiles, whatever MLX_DISABLE_COMPILE says."""
+    import mlx.core as mx
+
+    monkeypatch.setenv("PATH", _path_of_gcc)
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
 
 
 @pytest.fixture(scope="module", autouse=True)

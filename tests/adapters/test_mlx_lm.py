@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import mlx_lm
-import mlx_lm_runs
 import mlx_models
 import numpy as np
 import pytest
@@ -222,18 +219,16 @@ def test_dpo_trains_from_where_it_started(folder: Path, tmp_path: Path) -> None:
         loss(model, *batch[:2])
 
 
-def test_gradient_checkpointing_changes_nothing(folder: Path, tmp_path: Path) -> None:
-    # mlx-lm patches the layer's class for good, so a process of its own takes the checkpointed run.
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(mlx_lm_runs.__file__).parent)!r})
-import mlx_lm_runs as t; from pathlib import Path
-model = t.load(Path({str(folder)!r}))
-reports = t.run(model, Path({str(tmp_path)!r}), iters=3, grad_checkpoint=True).train
-import json; print(json.dumps([r["train_loss"] for r in reports]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    plain = [report["train_loss"] for report in run(load(folder), tmp_path, iters=3).train]
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == pytest.approx(plain, rel=1e-4)
+def test_gradient_checkpointing_changes_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(**options: Any) -> list[float]:
+        return [report["train_loss"] for report in run(load(folder), tmp_path, iters=3, **options).train]
+
+    plain, layer, calls = losses(), llama.TransformerBlock, []
+    checkpoint = mx.checkpoint
+    monkeypatch.setattr(layer, "__call__", layer.__call__)  # mlx-lm patches the class for good; here it is put back
+    monkeypatch.setattr(mx, "checkpoint", lambda function: calls.append(1) or checkpoint(function))
+    assert losses(grad_checkpoint=True) == pytest.approx(plain, rel=1e-4)
+    assert calls
 
 
 def test_checkpointing_with_dropout_is_refused(folder: Path) -> None:
@@ -254,23 +249,18 @@ def test_checkpointing_with_dropout_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("anchor", ["exact", pytest.param("first_order", marks=pytest.mark.slow)])
-def test_compiled_equals_eager(folder: Path, tmp_path: Path, anchor: str, mlx_compiles: dict[str, str]) -> None:
-    """The one test with mx.compile on: mlx-lm's compiled step, in a process where it is not disabled."""
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(mlx_lm_runs.__file__).parent)!r})
-import mlx_lm_runs as t; from pathlib import Path
-import mlx.core as mx; mx.enable_compile()
-model = t.load(Path({str(folder)!r}))
-reports = t.run(model, Path({str(tmp_path)!r}), iters=3, config=t.gapo.GAPOConfig(rho=0.3, anchor={anchor!r})).train
-import json; print(json.dumps([[r["train_loss"], r["gapo/weight_min"]] for r in reports]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=mlx_compiles)
+@pytest.mark.usefixtures("mlx_compiles")
+def test_compiled_equals_eager(folder: Path, tmp_path: Path, anchor: str) -> None:
+    """mlx-lm's step, as it compiles it itself."""
     config = gapo.GAPOConfig(rho=0.3, anchor=anchor)
-    plain = [
-        [report["train_loss"], report["gapo/weight_min"]]
-        for report in run(load(folder), tmp_path, iters=3, config=config).train
-    ]
-    np.testing.assert_allclose(json.loads(done.stdout.strip().splitlines()[-1]), plain, rtol=1e-4)
+
+    def reports() -> list[list[float]]:
+        found = run(load(folder), tmp_path, iters=3, config=config).train
+        return [[report["train_loss"], report["gapo/weight_min"]] for report in found]
+
+    compiled = reports()
+    mx.disable_compile()
+    np.testing.assert_allclose(compiled, reports(), rtol=1e-4)
 
 
 def test_a_saved_adapter_loads_again(folder: Path, tmp_path: Path) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx_models
-import mlx_problem
 import numpy as np
 import pytest
 from frameworks import LIBRARIES
@@ -159,33 +156,31 @@ def test_params_must_be_a_module() -> None:
         gapo.value_and_grad(margin_fn, backend="mlx")({}, BATCH)
 
 
-def test_compiled_equals_eager(mlx_compiles: dict[str, str]) -> None:
-    """mx.compile for real, in a process where it is not disabled; no value is read while it traces."""
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(mlx_problem.__file__).parent)!r})
-import mlx_problem as t, mlx.core as mx, gapo, numpy as np
-from mlx.utils import tree_flatten
-mx.enable_compile()
-model = t.mixer()
-step = gapo.value_and_grad(t.margin_fn, gapo.GAPOConfig(rho=0.3), backend="mlx")
-def outputs():
-    result, grads = step(model, t.BATCH)
-    return result.loss, result.anchor_gaps, result.weights, grads
-eager = outputs()
-traces = []
-def counted():
-    traces.append(1)
-    return outputs()
-compiled = mx.compile(counted, inputs=model.state, outputs=model.state)
-for _ in range(2):
-    found = compiled()
-    for (name, a), (_, b) in zip(tree_flatten(eager), tree_flatten(found)):
-        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5, err_msg=name)
-assert traces == [1]
-print("compiled equals eager")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=mlx_compiles)
-    assert "compiled equals eager" in done.stdout, done.stderr
+@pytest.mark.usefixtures("mlx_compiles")
+def test_compiled_equals_eager() -> None:
+    """mx.compile for real; no value is read while it traces."""
+    model = mixer()
+    step = gapo.value_and_grad(margin_fn, gapo.GAPOConfig(rho=0.3), backend="mlx")
+    traces = []
+
+    def outputs() -> Any:
+        result, grads = step(model, BATCH)
+        return result.loss, result.anchor_gaps, result.weights, grads
+
+    def counted() -> Any:
+        traces.append(1)
+        return outputs()
+
+    mx.disable_compile()
+    eager = tree_flatten(outputs())
+    mx.eval([x for _, x in eager])
+    mx.enable_compile()
+    compiled = mx.compile(counted, inputs=model.state, outputs=model.state)
+    for _ in range(2):
+        found = tree_flatten(compiled())
+        for (name, a), (_, b) in zip(eager, found, strict=True):
+            np.testing.assert_allclose(np.array(b), np.array(a), rtol=1e-4, atol=1e-5, err_msg=name)
+    assert traces == [1]
 
 
 class Stateful(nn.Module):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -176,26 +177,42 @@ def test_what_json_cannot_hold_is_told_by_row(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and pairs; "whole" holds what undisturbed commands leave, "faulty" the same commands after a kill."""
+    """A model and pairs, for the commands."""
     made = tmp_path_factory.mktemp("writing")
     hf_models.make("llama").save_pretrained(made / "model")
     hf_models.tokenizer().save_pretrained(made / "model")
     data.write_rows(made / "pairs.jsonl", data.generate_pairs(24))
-    faulty = commands(made, "faulty")
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Callable[[str], Path]:
+    """What an undisturbed command leaves, by its name."""
+
+    @cache
+    def run(name: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plots, "_svg", quick_runs.plain_svg)
+            assert cli.main(commands(folder, "whole")[name]) == 0
+        return folder / "whole" / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> Path:
+    """What the same commands leave that are killed while they write, each twice."""
+    faulty = commands(folder, "faulty")
     kills: list[tuple[str, str, Any]] = [
         ("flip", "noisy.jsonl", "half"), ("flip", "noisy.jsonl", "written"), ("score", "scores.jsonl.json", "half"),
         ("score", "scores.jsonl", "half"), ("train", "metrics.jsonl", 3), ("train", "report.html", "half"),
         ("study", "*.json", "half"), ("study", "results.csv", "written"),
     ]  # fmt: skip
     jobs = [{"arguments": faulty[name], "file": file, "when": when} for name, file, when in kills]
-    (made / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([sys.executable, SCRIPT, made / "jobs.json"], capture_output=True, text=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run([sys.executable, SCRIPT, folder / "jobs.json"], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == [json.dumps([-signal.SIGKILL] * len(jobs))], done.stderr[-2000:]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_svg", quick_runs.plain_svg)
-        for command in commands(made, "whole").values():
-            assert cli.main(command) == 0
-    return made
+    return folder / "faulty"
 
 
 def commands(folder: Path, name: str) -> dict[str, list[str]]:
@@ -248,9 +265,14 @@ SAME = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_one_fault_after_another_and_then_as_if_nothing_had_happened(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    folder: Path,
+    killed: Path,
+    whole: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
-    arguments, out, whole = commands(folder, "faulty")[name], folder / "faulty" / name, folder / "whole" / name
+    arguments, out, undisturbed = commands(folder, "faulty")[name], killed / name, whole(name)
     assert len([file for file in named(out) if ".part" in file]) == 1  # of the last kill; it removed the first one's
     for file, error in STEPS[name]:
         before = (out / file).read_bytes() if (out / file).exists() else None
@@ -265,27 +287,29 @@ def test_one_fault_after_another_and_then_as_if_nothing_had_happened(
     if name == "score":  # killed between the scores and the end of their log
         (out / "scores.jsonl.progress").write_text("{}\n")
         assert cli.main(arguments) == 0
-    assert named(out) == named(whole)
+    assert named(out) == named(undisturbed)
     assert not list(out.rglob("*.part*"))
     for file in SAME[name]:
-        assert (out / file).read_bytes() == (whole / file).read_bytes(), file
+        assert (out / file).read_bytes() == (undisturbed / file).read_bytes(), file
 
 
-def test_a_checkpoint_on_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments, out, whole = commands(folder, "full")["train"], folder / "full" / "train", folder / "whole" / "train"
+def test_a_checkpoint_on_a_full_disk(
+    folder: Path, whole: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, out, undisturbed = commands(folder, "full")["train"], folder / "full" / "train", whole("train")
     with small_disk():
         assert cli.main(arguments) == 1
     assert re.search(r"checkpoint-1 could not be written: .*File too large.*make room", capsys.readouterr().err)
     assert list((out / "checkpoints").iterdir()) == []
     assert cli.main(arguments) == 0
-    assert named(out) == named(whole)
-    assert (out / "steps.jsonl").read_bytes() == (whole / "steps.jsonl").read_bytes()
+    assert named(out) == named(undisturbed)
+    assert (out / "steps.jsonl").read_bytes() == (undisturbed / "steps.jsonl").read_bytes()
 
 
-def test_no_cell_of_a_study_is_a_formula(folder: Path) -> None:
+def test_no_cell_of_a_study_is_a_formula(whole: Callable[[str], Path]) -> None:
     """Spreadsheets work out what begins so; the tables hold names of objectives and numbers, nothing of the pairs."""
     cells = []
-    for path in (folder / "whole" / "study").glob("*.csv"):
+    for path in whole("study").glob("*.csv"):
         with path.open(newline="") as file:
             cells += [cell for row in csv.reader(file) for cell in row]
     assert len(cells) > 50
