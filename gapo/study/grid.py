@@ -31,7 +31,8 @@ from gapo.study.study_config import StudyConfig
 
 _FORMAT = 2  # of a record: raised when the meaning of a run changes, so that old files are not taken for it
 _FAR = ".*first_order_ratio"  # the warning of `gapo.rounding`, which each run would repeat
-_FORMATS = {"gapo-gaussian": 3}  # of arms whose runs alone have changed
+# Of arms whose runs alone have changed.
+_FORMATS = dict.fromkeys(("gapo-gaussian", "re_po", "gapo_re_po", "alpha_dpo", "beta_dpo"), 3)
 
 
 class Grid:

@@ -124,6 +124,27 @@ def test_a_frozen_head_sees_the_answers_alone_and_the_gradients_are_the_same(
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-6)
 
 
+def test_running_statistics_go_from_step_to_step_and_end_with_the_run(folder: Path, tmp_path: Path) -> None:
+    """RE-PO's share of true labels: by its formula from the weights of each batch, over two micro-batches a step."""
+    policy, tokens = prepared(folder, tmp_path, 8)
+    plain = gapo.value_and_grad(pair_logps, objective="re_po", backend="torch")
+    etas = [0.9]
+
+    def step(model: Any, batch: Any, *, running: Any) -> Any:
+        eta = 0.9 if running is None else float(running["reliability"])
+        assert eta == pytest.approx(etas[-1], abs=1e-6)
+        result, grads = plain(model, batch, running=running)
+        p = torch.sigmoid(0.1 * result.log_ratio_margins)
+        etas.append(0.9 * eta + 0.1 * float((eta * p / (eta * p + (1 - eta) * (1 - p))).mean()))
+        return result, grads
+
+    fit(policy, tokens, [np.arange(8)] * 3, step, learning_rate=1e-2, anchor_pairs=4)
+    assert len(etas) == 7
+    assert abs(etas[-2] - 0.9) > 1e-3  # away from where it starts, which the first batches, at margins of 0, are not
+    etas[:] = [0.9]
+    fit(policy, tokens, [np.arange(8)], step, learning_rate=1e-2)
+
+
 def test_swapped_pairs_keep_their_states(folder: Path, tmp_path: Path) -> None:
     policy, tokens = prepared(folder, tmp_path)
     np.testing.assert_allclose(
