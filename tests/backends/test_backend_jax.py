@@ -65,19 +65,19 @@ def test_no_third_forward(anchor: str, forwards: int) -> None:
     assert flops(with_a_third, params, batch) / one > forwards + 0.7
 
 
-def test_a_mesh_equals_one_device() -> None:
+@pytest.mark.parametrize("shape", [(4, 2), *(pytest.param(one, marks=pytest.mark.slow) for one in ((8, 1), (1, 8)))])
+def test_a_mesh_equals_one_device(shape: tuple[int, int]) -> None:
     params, batch = problem()
     expected = jax.jit(step())(params, batch)
     devices = np.array(jax.devices())
     assert len(devices) == 8
-    for shape in ((8, 1), (4, 2), (1, 8)):
-        mesh = Mesh(devices.reshape(shape), ("data", "model"))
-        rows = NamedSharding(mesh, P("data"))
-        columns = {name: NamedSharding(mesh, P(None, "model") if x.ndim == 2 else P()) for name, x in params.items()}
-        placed = {name: jax.device_put(x, columns[name]) for name, x in params.items()}
-        result, grads = jax.jit(step(), out_shardings=(None, columns))(placed, jax.device_put(batch, rows))
-        assert_close((result, grads), expected, 2e-5)
-        assert all(grads[name].sharding.is_equivalent_to(columns[name], x.ndim) for name, x in params.items())
+    mesh = Mesh(devices.reshape(shape), ("data", "model"))
+    rows = NamedSharding(mesh, P("data"))
+    columns = {name: NamedSharding(mesh, P(None, "model") if x.ndim == 2 else P()) for name, x in params.items()}
+    placed = {name: jax.device_put(x, columns[name]) for name, x in params.items()}
+    result, grads = jax.jit(step(), out_shardings=(None, columns))(placed, jax.device_put(batch, rows))
+    assert_close((result, grads), expected, 2e-5)
+    assert all(grads[name].sharding.is_equivalent_to(columns[name], x.ndim) for name, x in params.items())
 
 
 def test_members_of_an_axis_share_one_anchor() -> None:

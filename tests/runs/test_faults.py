@@ -234,26 +234,24 @@ def test_a_checkpoint_cut_short_is_passed_over(
         trainer.train(resume_from_checkpoint=True)
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of `gapo train` that were killed at each point, and started again."""
-    folder = tmp_path_factory.mktemp("killed")
-    done = subprocess.run([sys.executable, faults_script.__file__, str(folder)], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "points", [("backward",), pytest.param(("checkpoint", "line"), marks=pytest.mark.slow)], ids=lambda names: names[0]
+)
+def test_gapo_train_goes_on_after_kill_9(tmp_path: Path, points: tuple[str, ...]) -> None:
+    """Every night at each point; what the others leave, errors leave in the tests above and below."""
+    command = [sys.executable, faults_script.__file__, str(tmp_path), *points]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.mark.parametrize("point", faults_script.POINTS)
-def test_gapo_train_goes_on_after_kill_9(killed: Path, point: str) -> None:
-    codes = json.loads((killed / "codes.json").read_text())
-    assert (codes["whole"], codes[point], codes[f"{point} again"]) == (0, -9, 0)
-    found, expected = (load_file(killed / name / "model" / "model.safetensors") for name in (point, "whole"))
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    for name in ("steps.jsonl", "metrics.jsonl"):
-        rows = [files.read_lines(killed / folder / name) for folder in (point, "whole")]
-        assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
-        for key in ("weights", "gapo/weight_mean", "eval_loss"):
-            assert [row.get(key) for row in rows[0]] == [row.get(key) for row in rows[1]]
+    codes = json.loads((tmp_path / "codes.json").read_text())
+    for point in points:
+        assert (codes["whole"], codes[point], codes[f"{point} again"]) == (0, -9, 0)
+        found, expected = (load_file(tmp_path / name / "model" / "model.safetensors") for name in (point, "whole"))
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        for name in ("steps.jsonl", "metrics.jsonl"):
+            rows = [files.read_lines(tmp_path / folder / name) for folder in (point, "whole")]
+            assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+            for key in ("weights", "gapo/weight_mean", "eval_loss"):
+                assert [row.get(key) for row in rows[0]] == [row.get(key) for row in rows[1]]
 
 
 class Toy:

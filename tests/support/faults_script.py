@@ -1,7 +1,7 @@
 """`gapo train` killed by SIGKILL in the middle of its second step, then run again; started by `test_faults`.
 
-`python faults_script.py FOLDER`: each run is a fork of one process, since importing takes longest. A run leaves
-FOLDER/NAME, and FOLDER/codes.json says how each ended.
+`python faults_script.py FOLDER POINT ...`: each run is a fork of one process, since importing takes longest. A run
+leaves FOLDER/NAME, and FOLDER/codes.json says how each ended.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def run(folder: Path, name: str, fault: Callable[[], None] | None = None) -> int
     os._exit(cli.main(["train", *(f"--{key}={value}" for key, value in settings.items())]))
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *points: str) -> None:
     gc.freeze()  # what is loaded is not searched for garbage each time that a Trainer trains
     torch.set_num_threads(1)  # a fork has no threads but its own
     train.write_report = lambda *_: None  # drawing takes longest, and is not the matter here
@@ -111,11 +111,11 @@ def main(folder: Path) -> None:
     hf_models.tokenizer().save_pretrained(folder / "model")
     write_rows(folder / "pairs.jsonl", generate_pairs(16))
     codes = {"whole": run(folder, "whole")}
-    for name, fault in POINTS.items():
-        codes[name] = run(folder, name, fault)
+    for name in points:
+        codes[name] = run(folder, name, POINTS[name])
         codes[f"{name} again"] = run(folder, name)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -114,7 +114,7 @@ def resumed(model: nn.Module, states: Tensor | None) -> Iterator[None]:
 
 
 def require_same(
-    model: nn.Module, states: Tensor, inputs: Mapping[str, Any], *, which: str, advice: str, cells: Tensor | None = None
+    model: nn.Module, states: Tensor, inputs: Mapping[str, Any], *, which: str, advice: str, mask: Tensor | None = None
 ) -> None:
     """Compare the logits of a forward that starts at `states` with those of a whole one.
 
@@ -124,7 +124,7 @@ def require_same(
         inputs: the keyword arguments of a forward.
         which: names the model in the error.
         advice: what to do, the end of the error.
-        cells: (batch, columns) bool, the places of the logits that count; None for all.
+        mask: (batch, seq) bool, the tokens that count; None for all.
 
     Raises:
         ConfigError: they differ by more than rounding, or are not finite.
@@ -133,8 +133,11 @@ def require_same(
         whole = model(**inputs).logits
         with resumed(model, states):
             short = model(**inputs).logits
-    if cells is not None:
-        whole, short = whole[cells], short[cells]
+    if mask is not None:
+        if whole.shape[1] != mask.shape[1]:  # the logits of some columns alone
+            kept = inputs["logits_to_keep"]
+            mask = mask[:, kept] if isinstance(kept, Tensor) else mask[:, -whole.shape[1] :]
+        whole, short = whole[mask], short[mask]
     tolerance = _TOLERANCES[_has_16_bits(whole)]
     if not float((short.float() - whole.float()).norm()) <= tolerance * float(whole.float().norm()):
         raise ConfigError(

@@ -104,13 +104,11 @@ class _Remembered:
 
     def _compare(self, inputs: Mapping[str, Any], states: Tensor) -> None:
         """Raise ConfigError unless a forward from `states` is the whole one, once."""
-        cells = inputs["attention_mask"].bool()
-        kept = inputs.get("logits_to_keep", 0)
-        cells = cells[:, kept] if isinstance(kept, Tensor) else cells[:, -kept:]
+        mask = inputs["attention_mask"].bool()
         self._is_comparing = True
         try:
             advice = "its layers share more than their states; leave train_layers out"
-            require_same(self._model, states, inputs, which="the model", advice=advice, cells=cells)
+            require_same(self._model, states, inputs, which="the model", advice=advice, mask=mask)
         finally:
             self._is_comparing = False
         self._is_compared = True
