@@ -89,6 +89,9 @@ def measure_anchor(
         anchor_margins = margins - gaps
         radius = perturbation.ideal_radius()
         changed = 0 * grad_norm + 1  # 1.0, but no constant: `mx.compile` loses one that ends up in its state
+    elif config.anchor == "auto" and not config.moves:
+        moved, anchor_margins, gaps = outputs, margins, 0 * margins  # theta is its own anchor: a forward shows no more
+        radius, changed = perturbation.ideal_radius(), 0 * grad_norm
     else:
         if target is not None:
             gaps = margins - margins_of(perturbation.outputs(forward, names))

@@ -21,7 +21,8 @@ def audit(pairs: str | PathLike[str] | Iterable[Mapping[str, Any]], *, model: st
             `datasets.Dataset`.
         model: "tiny" for a small model that is made on the spot, or the folder or Hub name of a causal language model,
             whose last layers are tuned.
-        settings: other options of `gapo audit`, by their names, such as `folds=10`. Without `output` no file stays.
+        settings: other options of `gapo audit`, by their names, such as `folds=10`, or `tokenizer` for a model whose
+            folder has none. Without `output` no file stays.
             `workers` is 1 unless set; more need the `if __name__ == "__main__"` of `multiprocessing`.
 
     Returns:

@@ -31,7 +31,7 @@ class GAPOConfig:
         direction: "pessimistic" moves along g, "gaussian" along a standard normal draw, the paper's control.
         anchor: "exact" runs a forward at theta + delta; "first_order" takes `-<grad M_i, delta>`, which rounds
             nothing. "auto" takes first order where the weights that move, or the forward's compute, have 16 bits (or
-            TF32), and exact elsewhere; GAPO logs the choice once.
+            TF32), and exact elsewhere; GAPO logs the choice once. At rho 0 it takes neither: the gaps are 0.
         perturb: the parameters that move: "backbone" (all but the output head), "all", or a regular expression that is
             searched in parameter names. In Python also a mapping from names or such expressions to arrays of 0 and 1,
             broadcastable to the parameter, whose ones move (`gapo.mask.Mask`).

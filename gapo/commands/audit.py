@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
 
     result = run_audit(config)
     files = AuditFiles(config.output)
-    print(f"{result}; ranked in {files.output}, page {files.page}")
+    print(f"{result} Ranked in {files.output}, page {files.page}")
     return 0
 
 

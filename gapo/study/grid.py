@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +26,13 @@ from gapo.runs.workers import Workers, run_missing
 from gapo.study.cell_run import measure
 from gapo.study.cells import Cell
 from gapo.study.material import Material, load_split
+from gapo.study.names import shown
 from gapo.study.study_config import StudyConfig
 
 _FORMAT = 2  # of a record: raised when the meaning of a run changes, so that old files are not taken for it
-_FORMATS = {"gapo-gaussian": 3}  # of arms whose runs alone have changed
+_FAR = ".*first_order_ratio"  # the warning of `gapo.rounding`, which each run would repeat
+# Of arms whose runs alone have changed.
+_FORMATS = dict.fromkeys(("gapo-gaussian", "re_po", "gapo_re_po", "alpha_dpo", "beta_dpo"), 3)
 
 
 class Grid:
@@ -48,7 +53,8 @@ class Grid:
         self._decisive = [material.fingerprint, *(getattr(config, name) for name in decisive), *checks]
         self._made_by = {"gapo": gapo.__version__, "torch": torch.__version__, "code": _code()}
         self._others: dict[Path, str] = {}
-        self._workers = Workers(config.workers, _load, (config,), here=lambda cell: measure(material, config, cell))
+        self._has_warned = False
+        self._workers = Workers(config.workers, _load, (config,), here=lambda cell: _run(material, config, cell))
 
     def __enter__(self) -> Grid:
         return self
@@ -70,7 +76,9 @@ class Grid:
         """
         paths = {self.path(cell): cell for cell in cells}
 
-        def write(path: Path, record: dict[str, Any]) -> None:
+        def write(path: Path, result: tuple[dict[str, Any], list[str]]) -> None:
+            record, far = result
+            self._warn_once(far, paths[path])
             entry = {"cell": asdict(paths[path]), "record": record, "made_by": self._made_by}
             write_text(path, json.dumps(entry) + "\n")
 
@@ -81,6 +89,13 @@ class Grid:
                 name = "an earlier version" if by is None else f"gapo {by['gapo']}, torch {by['torch']}, {by['code']}"
                 self._others[self.path(cell)] = name
         return {cell: entry["record"] for cell, entry in entries.items()}
+
+    def _warn_once(self, far: Sequence[str], cell: Cell) -> None:
+        """Repeat the first of the runs' warnings for the whole study."""
+        if far and not self._has_warned:
+            self._has_warned = True
+            what = f"{shown(cell.arm)}: {far[0]}. The other runs of this study are not warned of"
+            warnings.warn(what, RuntimeWarning, stacklevel=2)
 
     def others(self) -> str | None:
         """A line on runs whose files were written by other code or another PyTorch than the present; None without."""
@@ -101,6 +116,20 @@ def _code() -> str:
     return f"code {digest.hexdigest()[:8]}"
 
 
-def _load(config: StudyConfig) -> Callable[[Cell], dict[str, Any]]:
+def _load(config: StudyConfig) -> Callable[[Cell], tuple[dict[str, Any], list[str]]]:
     material = Material(config, load_split(config))
-    return lambda cell: measure(material, config, cell)
+    return lambda cell: _run(material, config, cell)
+
+
+def _run(material: Material, config: StudyConfig, cell: Cell) -> tuple[dict[str, Any], list[str]]:
+    """The record of a cell, and the run's warnings that gaps do not fit their gradient; other warnings pass."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", _FAR, RuntimeWarning)
+        record = measure(material, config, cell)
+    far = []
+    for warning in caught:
+        if issubclass(warning.category, RuntimeWarning) and re.match(_FAR, str(warning.message)):
+            far.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return record, far

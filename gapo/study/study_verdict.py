@@ -25,34 +25,32 @@ def verdict(done: pd.DataFrame, value: str = "accuracy") -> str:
     methods = [arm for arm in dict.fromkeys(done["arm"]) if not ARMS[arm].control]
     noisy = done[(done["rate"] > 0) & done["arm"].isin(methods)].dropna(subset=[value])
     if noisy.empty:
-        return "No label was flipped: this study does not tell who bears flips."
+        return "No labels were flipped, so this study cannot tell which objective copes with wrong labels."
     cells = noisy.drop_duplicates(["arm", "mode", "rate"]).groupby("arm").size()
     noisy = noisy[noisy["arm"].isin(cells[cells == cells.max()].index)]
     means = noisy.groupby(["arm", "mode", "rate"])[value].mean().groupby("arm").mean().sort_values(ascending=False)
     (leader, *others), seeds = means.index, noisy["seed"].nunique()
-    top = f"{100 * means[leader]:.1f} % of clean test pairs right, mean over all flip rates above 0"
+    top = f"It ranks {100 * means[leader]:.1f} % of the test pairs correctly, averaged over all flip rates above 0"
     if not others:
-        return f"{shown(leader)} alone was run with flipped labels: {top}."
+        return f"Only {shown(leader)} was trained on flipped labels. {top}."
     if seeds < 2:
-        return f"Nobody can be called ahead on one seed: {shown(leader)} comes first ({top})."
+        return f"One seed cannot tell which objective is ahead. {shown(leader)} comes first: {top[0].lower()}{top[1:]}."
     leads = {arm: lead(differences(noisy, leader, arm, value), len(others)) for arm in others}
     level = [arm for arm in others if not leads[arm].low > 0]
-    beaten = len(others) - len(level)
-    names = ", ".join(shown(arm) for arm in level[:_LISTED])
-    names += f" and {len(level) - _LISTED} more" if len(level) > _LISTED else ""
     first = leads[others[0]]
-    next_best = (
-        f"{_points(first.mean):+.1f} points ({_points(first.low):.1f} to {_points(first.high):.1f}) on "
-        f"{shown(others[0])}, {seeds} seeds"
+    figures = (
+        f"{top}. Its lead over the runner-up, {shown(others[0])}, is {_points(first.mean):.1f} points "
+        f"({_points(first.low):.1f} to {_points(first.high):.1f}, {seeds} seeds)."
     )
     if not level:
-        return f"{shown(leader)} is ahead of every other objective with flipped labels: {top}; {next_best}."
-    if not beaten:
-        by_chance = f"{shown(leader)} comes first ({top}), and may do so by chance"
-        return f"Nobody is ahead with flipped labels: {by_chance}: {next_best}."
+        return f"{shown(leader)} beats every other objective when labels are flipped. {figures}"
+    if len(level) == len(others):
+        return f"No objective is ahead beyond chance when labels are flipped. {shown(leader)} comes first. {figures}"
+    names = ", ".join(shown(arm) for arm in level[:_LISTED])
+    names += f" and {len(level) - _LISTED} more" if len(level) > _LISTED else ""
     return (
-        f"{shown(leader)} comes first with flipped labels ({top}), ahead of {beaten} of {len(others)} others, but not "
-        f"beyond chance of {names}: {next_best}."
+        f"{shown(leader)} comes first when labels are flipped, and beats {len(others) - len(level)} of the "
+        f"{len(others)} other objectives beyond chance, but not {names}. {figures}"
     )
 
 

@@ -423,3 +423,21 @@ def test_zero3_is_chosen_by_the_backend_where_its_engine_is_known() -> None:
         backend.forward(pair_logps, model, {}, gapo.GAPOConfig())
     with pytest.raises(ValueError, match=r'anchor="first_order" is not supported under DeepSpeed ZeRO-3'):
         backend.forward(pair_logps, model, {}, gapo.GAPOConfig(anchor="first_order"), wrapper=Wrapper(model))
+
+
+@pytest.mark.parametrize(("settings", "forwards"), [({}, 1), ({"anchor": "exact"}, 2), ({"rho": 0.1}, 2)])
+def test_rho_zero_takes_no_forward_for_the_anchor(settings: dict[str, Any], forwards: int) -> None:
+    """By hand: an anchor that is the policy has the policy's margins."""
+    calls = []
+
+    def margin_fn(module: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        calls.append(len(batch))
+        return module(batch)[:, 0]
+
+    torch.manual_seed(0)
+    step = gapo.value_and_grad(margin_fn, gapo.GAPOConfig(**{"rho": 0.0, **settings}), backend="torch")
+    result, _ = step(torch.nn.Linear(3, 1), torch.randn(4, 3))
+    assert len(calls) == forwards
+    if "rho" not in settings:
+        assert torch.equal(result.anchor_margins, result.margins)
+        assert [float(x) for x in (result.radius, result.changed_fraction, result.first_order_ratio)] == [0, 0, 1]

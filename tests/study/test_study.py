@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,36 @@ def test_runs_kept_from_other_code_are_told(
     assert told is not None
     assert told.startswith("2 runs, tries included, were kept from other code than now (1 by gapo ")
     assert "1 by an earlier version" in told
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_runs_far_from_linear_are_warned_of_once(
+    material: Material, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """One warning for the study, in whatever process its runs are; and every run outside a study still warns."""
+    far = [Cell("gapo", settings_key({"learning_rate": 1e-2, "rho": 50.0}), "random", 0.25, seed) for seed in (0, 1)]
+    for one in far:
+        with pytest.warns(RuntimeWarning, match="first_order_ratio is .* for rho=50"):
+            measure(material, config, one)
+
+    def noisy(*arguments: object) -> object:
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        return measure(*arguments)  # type: ignore[arg-type]
+
+    if workers == 1:
+        monkeypatch.setattr(grid_module, "measure", noisy)
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        Claims() as claims,
+        Grid(replace(config, workers=workers), tmp_path, material, claims) as grid,
+    ):
+        warnings.simplefilter("always")
+        grid.run(far, "far")
+    said = [str(one.message) for one in caught if "first_order_ratio" in str(one.message)]
+    assert len(said) == 1
+    assert said[0].startswith("GAPO: first_order_ratio is ")
+    assert said[0].endswith("The other runs of this study are not warned of")
+    assert workers == 2 or sum("something else" in str(one.message) for one in caught) == 2
 
 
 @pytest.mark.slow

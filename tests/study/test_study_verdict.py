@@ -27,15 +27,18 @@ def runs(
     ("table", "said"),
     [
         (runs({"gapo": 0.70, "simpo": 0.72, "dpo": 0.69}),
-         "SimPO is ahead of every other objective with flipped labels: 72.0 % of clean test pairs right, mean over all "
-         "flip rates above 0; +2.0 points (2.0 to 2.0) on GAPO, 8 seeds."),
-        (runs({"gapo": 0.72, "simpo": 0.718, "dpo": 0.60}, spread=0.02), "GAPO comes first with flipped labels ("),
-        (runs({"gapo": 0.72, "simpo": 0.718, "dpo": 0.719}, spread=0.05), "Nobody is ahead with flipped labels: "),
-        (runs({"gapo": 0.72, "simpo": 0.60}, seeds=1), "Nobody can be called ahead on one seed: GAPO comes first"),
-        (runs({"gapo": 0.72}), "GAPO alone was run with flipped labels: 72.0 %"),
-        (runs({"gapo": 0.72}, rates=(0.0,)), "No label was flipped: this study does not tell"),
+         "SimPO beats every other objective when labels are flipped. It ranks 72.0 % of the test pairs correctly, "
+         "averaged over all flip rates above 0. Its lead over the runner-up, GAPO, is 2.0 points "
+         "(2.0 to 2.0, 8 seeds)."),
+        (runs({"gapo": 0.72, "simpo": 0.718, "dpo": 0.60}, spread=0.02), "GAPO comes first when labels are flipped, "),
+        (runs({"gapo": 0.72, "simpo": 0.718, "dpo": 0.719}, spread=0.05),
+         "No objective is ahead beyond chance when labels are flipped. GAPO comes first. It ranks 72.0 % "),
+        (runs({"gapo": 0.72, "simpo": 0.60}, seeds=1),
+         "One seed cannot tell which objective is ahead. GAPO comes first: it ranks 72.0 %"),
+        (runs({"gapo": 0.72}), "Only GAPO was trained on flipped labels. It ranks 72.0 %"),
+        (runs({"gapo": 0.72}, rates=(0.0,)), "No labels were flipped, so this study cannot tell"),
         # Controls do not compete.
-        (runs({"gapo": 0.70, "gapo-rho0": 0.80, "simpo": 0.6}), "GAPO is ahead of every other objective"),
+        (runs({"gapo": 0.70, "gapo-rho0": 0.80, "simpo": 0.6}), "GAPO beats every other objective"),
     ],
 )  # fmt: skip
 def test_who_is_ahead(table: pd.DataFrame, said: str) -> None:
@@ -44,16 +47,16 @@ def test_who_is_ahead(table: pd.DataFrame, said: str) -> None:
 
 def test_those_who_are_not_beaten_are_named() -> None:
     text = verdict(runs({"gapo": 0.72, "simpo": 0.718, "dpo": 0.60}, spread=0.02))
-    assert "ahead of 1 of 2 others, but not beyond chance of SimPO: +" in text
+    assert "and beats 1 of the 2 other objectives beyond chance, but not SimPO. It ranks" in text
     many = {"simpo": 0.5, "gapo": 0.503, "dpo": 0.502, "ipo": 0.501, "cdpo": 0.5, "ropo": 0.499}
     names = verdict(runs(many | {"rdpo": 0.3}, spread=0.01))
-    assert "ahead of 1 of 6 others, but not beyond chance of " in names
-    assert " and 2 more: +" in names
+    assert "and beats 1 of the 6 other objectives beyond chance, but not " in names
+    assert " and 2 more. It ranks" in names
 
 
 def test_an_arm_that_was_not_run_everywhere_does_not_compete() -> None:
     table = pd.concat([runs({"gapo": 0.6, "simpo": 0.5}, rates=(0.2, 0.4)), runs({"dpo": 0.9}, rates=(0.2,))])
-    assert verdict(table).startswith("GAPO is ahead of every other objective")
+    assert verdict(table).startswith("GAPO beats every other objective")
 
 
 def test_a_lead_is_held_to_all_comparisons() -> None:

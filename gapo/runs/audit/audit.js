@@ -86,6 +86,7 @@
 
   // What is said
 
+  const counted = (number) => `${number} ${number === 1 ? "mark" : "marks"}`;
   function say(text) { byId("said").textContent = text; }
   function fail(text) { byId("wrong").textContent = text; measure(); }
   function count() {
@@ -152,7 +153,8 @@
     if (name === "j" || name === "k") go(neighbour(name === "j" ? 1 : -1));
     else if (name === "/") byId("search").focus();
     else if (name === "x" && current) unfold(current);
-    else if (KEYS[name] && current && !current.hidden) {
+    else if (KEYS[name] && (!current || current.hidden)) say("No pair is chosen: press j, or click one.");
+    else if (KEYS[name]) {
       mark(current, KEYS[name]);
       if (byId("onward").checked && current.dataset.mark) go(neighbour(1));
     } else return;
@@ -183,7 +185,7 @@
     link.download = "marks.json";
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-    say(`${marked().length} marks saved as marks.json.`);
+    say(`${counted(marked().length)} saved as marks.json.`);
   });
   byId("load").addEventListener("change", async (event) => {
     const [file] = event.target.files;
@@ -195,7 +197,7 @@
       keep();
       cards.forEach(show);
       filter();
-      say(`${entries.length} marks loaded from ${file.name}.`);
+      say(`${counted(entries.length)} loaded from ${file.name}.`);
     } catch (error) {
       say("");
       fail(`${file.name} was not loaded: ${error.message}.`);
@@ -203,7 +205,7 @@
     event.target.value = ""; // so that the same file can be chosen again
   });
   byId("forget").addEventListener("click", () => {
-    if (!window.confirm(`Forget all ${marked().length} marks?`)) return;
+    if (!window.confirm(`Forget ${counted(marked().length)}?`)) return;
     marks = new Map([...own, ...marks.values()].map((entry) => [entry.row, { ...entry, mark: null }]));
     keep();
     cards.forEach(show);

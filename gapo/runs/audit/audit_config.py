@@ -27,6 +27,7 @@ class AuditConfig(TinyPolicy, PairSource):
             and the folder of measurements lie beside it, named after it.
         model: "tiny" for a small Llama that is warmed up on the texts of the pairs; or the folder or Hub name of a
             causal language model, whose last layers are tuned.
+        tokenizer: another tokenizer than the model's: a Hub name or folder.
         train_layers: last layers to tune; none for all of "tiny" and the last two of another model. What the layers
             below say of each pair is computed once.
         objective: what the policies are tuned with, a name of `gapo.objectives.OBJECTIVES`.
@@ -60,6 +61,7 @@ class AuditConfig(TinyPolicy, PairSource):
 
     output: str = "runs/audit/audit.jsonl"
     model: str = "tiny"
+    tokenizer: str | None = None
     train_layers: int | None = None
     objective: str = "sigmoid_loss"
     objective_settings: dict[str, Any] = field(default_factory=dict)
@@ -93,6 +95,8 @@ class AuditConfig(TinyPolicy, PairSource):
         require_not_negative(self, ("workers", "warmup_ratio"))
         if self.learning_rate is not None:
             require_positive(self, ("learning_rate",))
+        if self.tokenizer is not None and self.model == "tiny":
+            raise ValueError("tokenizer is for a model of your own, and model 'tiny' makes its own: give model too")
         if self.train_layers is not None:
             require_positive(self, ("train_layers",))
         if self.folds < 2:

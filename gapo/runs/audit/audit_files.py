@@ -15,7 +15,7 @@ from gapo.runs.audit.judging import Member
 from gapo.runs.claims import Claims
 from gapo.runs.errors import ConfigError, changes
 from gapo.runs.output.tables import Row, write_table
-from gapo.runs.paths import require_there
+from gapo.runs.paths import require_model, require_there
 from gapo.runs.ranks import require_one
 
 
@@ -74,7 +74,8 @@ def require_files(config: AuditConfig) -> None:
     for name in ("pairs", "apply"):
         require_there(name, getattr(config, name))
     if config.model != "tiny":
-        require_there("model", config.model)
+        require_model("model", config.model)
+    require_model("tokenizer", config.tokenizer)
     if config.apply is not None and not Path(config.apply).is_file():
         raise ConfigError(f"apply: there is no file {config.apply!r}; give the marks.json that the page has saved")
 

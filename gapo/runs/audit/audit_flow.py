@@ -30,7 +30,7 @@ from gapo.runs.claims import Claims
 from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import require_model
 from gapo.runs.output.tensors import open_tensors
-from gapo.runs.score.sources import Source, fingerprint
+from gapo.runs.score.sources import Source, fingerprint, tokenizers_fingerprint
 from gapo.runs.workers import Workers, one_thread, run_missing
 
 _FORMAT = 1  # of a measurement: raised when its meaning changes, so that old files are not taken for it
@@ -74,7 +74,7 @@ def run_audit(config: AuditConfig, pairs: Pairs | None = None) -> AuditResult:
     if pairs is None:
         require_files(config)
         if config.model != "tiny":
-            require_model(config.model)
+            require_model(config.model, tokenizer=config.tokenizer)
         pairs = _read(config)
     print(pairs.summary(), flush=True)
     groups = prompt_groups(pairs.rows)
@@ -108,8 +108,12 @@ def _read(config: AuditConfig) -> Pairs:
 
 def _settings(config: AuditConfig, digest: str) -> Row:
     """All that a measurement depends on."""
-    weights = None if config.model == "tiny" else fingerprint([Source(config.model, config.model)])
-    settings = {"format": _FORMAT, "pairs_sha256": digest, "weights_sha256": weights, **config.measured()}
+    sources = [] if config.model == "tiny" else [Source(config.model, config.model)]
+    of_model = {
+        "weights_sha256": fingerprint(sources) if sources else None,
+        "tokenizers_sha256": tokenizers_fingerprint(sources, config) if sources else None,
+    }
+    settings = {"format": _FORMAT, "pairs_sha256": digest, **of_model, **config.measured()}
     plain: Row = json.loads(json.dumps(settings))
     return plain
 

@@ -45,7 +45,8 @@ class AuditResult(Sequence[Row]):
         return iter(self.rows)
 
     def __str__(self) -> str:
-        return verdict(self.summary)
+        accuracy = _percent(self.summary["held_out_accuracy"])
+        return verdict(self.summary) + (f" Held-out accuracy: {accuracy} %." if self.summary["learned"] else "")
 
     def to_pandas(self) -> Any:
         """The rows as a `pandas.DataFrame`. Raises ModuleNotFoundError without pandas."""
@@ -55,16 +56,19 @@ class AuditResult(Sequence[Row]):
 
 
 def verdict(summary: Row) -> str:
-    """The finding in one line."""
-    accuracy = f"held-out accuracy {_percent(summary['held_out_accuracy'])}"
+    """The finding in one sentence: how many labels look wrong, or that nothing can be told, and what to try."""
     if not summary["learned"]:
-        return f"nothing can be told: the policies did not learn these pairs ({accuracy}); {summary['advice']}"
-    share = summary["share"]
-    return (
-        f"about {_percent(share['mean'])} of the {summary['pairs']} labels look wrong "
-        f"({_percent(share['low'])} to {_percent(share['high'])}); {accuracy}"
-    )
+        accuracy = f"held-out accuracy {_percent(summary['held_out_accuracy'])} %"
+        advice = str(summary.get("advice") or "try a larger model or more pairs").rstrip(".")
+        return f"Nothing can be told: the policies did not learn these pairs ({accuracy}); {advice}."
+    if (wrong := summary.get("share")) is None:
+        return "The share of wrong labels cannot be estimated."
+    digits = 0 if wrong["high"] - wrong["low"] >= 0.02 else 1
+    mean, low, high = (_percent(wrong[name], digits) for name in ("mean", "low", "high"))
+    if wrong["mean"] < 0.005:
+        return f"Hardly any of your labels looks wrong ({low} to {high} %)."
+    return f"About {mean} % of your labels look wrong ({low} to {high} %)."
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f}"

@@ -66,7 +66,7 @@ class Judges:
             folder = tiny_model(cast(TrainingConfig, config), answer_texts(rows))
         elif layers is None:
             layers = _LAST_LAYERS
-        self.policy = Policy(folder, cache=config.cache_dir, train_layers=layers)
+        self.policy = Policy(folder, cache=config.cache_dir, train_layers=layers, tokenizer=config.tokenizer)
         self._tokens = self.policy.tokenized(rows, config.max_length)
         self.start = self.policy.prepare({"pairs": self._tokens})["pairs"]
         self.counts = answer_lengths(self._tokens)

@@ -11,7 +11,7 @@ import numpy as np
 
 from gapo.config import GAPOConfig
 from gapo.files import write_text
-from gapo.runs.audit.audit_result import AuditResult
+from gapo.runs.audit.audit_result import AuditResult, verdict
 from gapo.runs.audit.marks import MARKS
 from gapo.runs.output import plots
 from gapo.runs.output.pages import render_page, share
@@ -39,7 +39,7 @@ def render(result: AuditResult, *, most: int = 500) -> str:
         script=(folder / "audit.js").read_text(encoding="utf-8"),
         style=(folder / "audit.css").read_text(encoding="utf-8"),
         pictures=pictures(rows, summary),
-        verdict=verdict(summary, len(shown)),
+        verdict=first_line(summary, len(shown)),
         summary=summary,
         source=visible(summary["source"]),
         model=visible(str(summary["model"])),
@@ -52,20 +52,12 @@ def render(result: AuditResult, *, most: int = 500) -> str:
     )
 
 
-def verdict(summary: Row, shown: int) -> str:
-    """The first line: how many labels look wrong, or that nothing can be told, and what to try."""
-    accuracy = share(summary["held_out_accuracy"], 0)
+def first_line(summary: Row, shown: int) -> str:
+    """The verdict, and what the page lists."""
     if not summary["learned"]:
-        advice = str(summary.get("advice") or "try a larger model or more pairs").rstrip(".")
-        return f"Nothing can be told: the policies did not learn these pairs (held-out accuracy {accuracy}); {advice}."
+        return verdict(summary)
     listed = f"Here are the {shown:,} most suspicious." if shown < summary["pairs"] else "Here they are, by suspicion."
-    if (wrong := summary.get("share")) is None:
-        return f"The share of wrong labels cannot be estimated. {listed}"
-    digits = 0 if wrong["high"] - wrong["low"] >= 0.02 else 1
-    mean, low, high = (f"{100 * wrong[name]:.{digits}f}" for name in ("mean", "low", "high"))
-    if wrong["mean"] < 0.005:
-        return f"Hardly any of your labels looks wrong ({low} to {high} %). {listed}"
-    return f"About {mean} % of your labels look wrong ({low} to {high} %). {listed}"
+    return f"{verdict(summary)} {listed}"
 
 
 def _shown(row: Row) -> Row:

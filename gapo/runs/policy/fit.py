@@ -48,7 +48,7 @@ def fit(
         policy: its model is the trained one afterwards.
         tokens: tokenised pairs.
         order: for each step the indices among them.
-        step: of `gapo.value_and_grad` over `pair_logps` of this room, (model, batch) to (result, grads).
+        step: of `gapo.value_and_grad` over `pair_logps` of this room, (model, batch, running=) to (result, grads).
         learning_rate: the peak.
         warmup_ratio: share of the steps in which the learning rate rises.
         anchor_pairs: pairs that share an anchor; 0 for the whole batch. A batch is then several micro-batches.
@@ -60,12 +60,14 @@ def fit(
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0, fused=True)
     total = len(order)
+    running = None  # statistics that an objective such as RE-PO keeps from batch to batch
     torch.manual_seed(seed)  # of the gaussian direction: intervals over seeds are to hold its chance too
     for number, index in enumerate(order):
         parts = np.array_split(index, len(index) // anchor_pairs) if anchor_pairs else [index]
         optimizer.zero_grad(set_to_none=True)
         for batch in policy.batches(tokens, len(index), parts):
-            result, grads = step(policy.model, batch)
+            result, grads = step(policy.model, batch, running=running)
+            running = result.running
             share = len(batch["index"]) / len(index)
             for name, p in trained.items():
                 p.grad = grads[name] * share if p.grad is None else p.grad.add_(grads[name], alpha=share)

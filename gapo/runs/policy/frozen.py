@@ -5,13 +5,13 @@
     every step  (layers return what they get,   └─ layer 28 ─ layer 29 ─ head     only these are trained
                  the last of them the states)
 
-That is right only where nothing but these states leads from the frozen layers to those above. `Policy` compares the
-two ways on some sequences before it trains, and refuses a model for which they differ.
+That is right only where nothing but these states leads from the frozen layers to those above. `require_same` compares
+the two ways before anything is trained, and refuses a model for which they differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from gapo.runs.errors import ConfigError
+
+# How far logits may be apart, in norm: those of 32 bits and of 16. Rounding alone makes 7e-7 and 0.014 (SmolLM2-135M).
+_TOLERANCES = (1e-3, 0.05)
 
 
 def last_layers(model: nn.Module, count: int) -> range:
@@ -108,6 +111,43 @@ def resumed(model: nn.Module, states: Tensor | None) -> Iterator[None]:
                 layer.__dict__.pop("forward", None)
             else:
                 layer.forward = forward
+
+
+def require_same(
+    model: nn.Module, states: Tensor, inputs: Mapping[str, Any], *, which: str, advice: str, mask: Tensor | None = None
+) -> None:
+    """Compare the logits of a forward that starts at `states` with those of a whole one.
+
+    Args:
+        model: with frozen layers.
+        states: (batch, seq, width), which enter the layers above.
+        inputs: the keyword arguments of a forward.
+        which: names the model in the error.
+        advice: what to do, the end of the error.
+        mask: (batch, seq) bool, the tokens that count; None for all.
+
+    Raises:
+        ConfigError: they differ by more than rounding, or are not finite.
+    """
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        with resumed(model, states):
+            short = model(**inputs).logits
+    if mask is not None:
+        if whole.shape[1] != mask.shape[1]:  # the logits of some columns alone
+            columns = inputs["logits_to_keep"]
+            mask = mask[:, columns] if isinstance(columns, Tensor) else mask[:, -whole.shape[1] :]
+        whole, short = whole[mask], short[mask]
+    tolerance = _TOLERANCES[_has_16_bits(whole)]
+    if not float((short.float() - whole.float()).norm()) <= tolerance * float(whole.float().norm()):
+        raise ConfigError(
+            f"{which} computes other values from the states below its trained layers than from the start: {advice}"
+        )
+
+
+def _has_16_bits(x: Tensor) -> bool:
+    """Whether `x` was computed in 16 bits, also where it has been cast to more since, as under autocast."""
+    return any(torch.equal(x, x.to(dtype).to(x.dtype)) for dtype in (torch.bfloat16, torch.float16))
 
 
 def _first_argument(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from gapo.runs.policy.frozen import resumed
 
 Row = dict[str, Any]
 Batch = dict[str, Any]
+
+_go_on: WeakSet[nn.Module] = WeakSet()  # models that go on behind their head, as those with capped logits do
 
 
 def length(row: Row) -> int:
@@ -94,7 +97,7 @@ def _logps_of_frozen_head(model: nn.Module, batch: Batch) -> Tensor | None:
     token's log-probability in the place of its logits, so that what the model returns still has a row for each answer.
     """
     head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or any(p.requires_grad for p in head.parameters()):
+    if head is None or model in _go_on or any(p.requires_grad for p in head.parameters()):
         return None
     labels = batch["labels"][:, 1:]
     is_counted = labels != IGNORE_INDEX
@@ -115,6 +118,7 @@ def _logps_of_frozen_head(model: nn.Module, batch: Batch) -> Tensor | None:
     finally:
         for handle in handles:
             handle.remove()
-    if output is not returned[0]:  # the model goes on behind its head, as those with capped logits do
+    if output is not returned[0]:
+        _go_on.add(model)
         return None
     return output.sum(1) / is_counted.sum(1)

@@ -14,10 +14,9 @@ import torch
 
 from gapo.data import tokenize_pair
 from gapo.pairs import REFERENCE, SIDES
-from gapo.runs.errors import ConfigError
 from gapo.runs.models.pretrained import extent, load_model, require_fit, require_model
 from gapo.runs.output.tensors import kept_arrays
-from gapo.runs.policy.frozen import frozen_layers, resumed, train_last
+from gapo.runs.policy.frozen import frozen_layers, require_same, train_last
 from gapo.runs.policy.pair_batches import Batch, Row, answer_lengths, batch_of, length, pair_logps
 from gapo.runs.policy.states import digest_of, kept_states
 
@@ -32,6 +31,7 @@ class Policy:
         folder: of the model and its tokenizer, or a Hub name.
         cache: folder where log-probabilities and states are kept.
         train_layers: train only the last so many layers; the states below are computed once. None trains all weights.
+        tokenizer: another tokenizer than the model's: a folder or Hub name.
 
     Attributes:
         model: the policy, on the CPU in float32; `reset` brings its first weights back.
@@ -41,10 +41,12 @@ class Policy:
         ConfigError: the model cannot be loaded, or has no such layers.
     """
 
-    def __init__(self, folder: str | Path, *, cache: str | Path, train_layers: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, cache: str | Path, train_layers: int | None = None, tokenizer: str | None = None
+    ) -> None:
         self._name, self._cache, self._train_layers = str(folder), Path(cache), train_layers
-        require_model(self._name)
-        model, self._tokenizer = load_model(self._name, dtype="float32")
+        require_model(self._name, tokenizer=tokenizer)
+        model, self._tokenizer = load_model(self._name, tokenizer=tokenizer, dtype="float32")
         self.model: Any = model.eval()
         if train_layers is not None:
             train_last(self.model, train_layers)
@@ -75,7 +77,7 @@ class Policy:
         """
         highest, longest = extent([row for rows in parts.values() for row in rows])
         require_fit(self.model.config, self._name, highest=max(highest, self.pad), longest=longest)
-        tokens = digest_of({name: [_plain(row) for row in rows] for name, rows in parts.items()})
+        tokens = digest_of({name: [_tokens(row) for row in rows] for name, rows in parts.items()})
         weights = "" if folder is not None and self._train_layers is None else self.weights
         if self._is_frozen:
             self._attach_states(parts, weights)
@@ -169,20 +171,16 @@ class Policy:
     def _require_same(self, rows: Sequence[Row]) -> None:
         """Raise ConfigError unless a forward from the saved states is the whole forward, on the longest pairs."""
         for row in sorted(rows, key=length)[-_COMPARED:]:
-            ids = torch.tensor([row["chosen_input_ids"]])
-            states = torch.from_numpy(np.array(row["chosen_states"]))[None]
-            with torch.no_grad():
-                whole = self.model(input_ids=ids, use_cache=False).logits
-                with resumed(self.model, states):
-                    short = self.model(input_ids=ids, use_cache=False).logits
-            if not torch.allclose(short, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
-                raise ConfigError(
-                    f"model {self._name!r} with train_layers={self._train_layers} computes other values from the "
-                    "states below its trained layers than from the start (its layers share more than their states, "
-                    "or the states on disk are damaged): leave train_layers out, or remove the states in "
-                    f"{self._cache}"
-                )
+            require_same(
+                self.model,
+                torch.from_numpy(np.array(row["chosen_states"]))[None],
+                {"input_ids": torch.tensor([row["chosen_input_ids"]]), "use_cache": False},
+                which=f"model {self._name!r} with train_layers={self._train_layers}",
+                advice="its layers share more than their states, or the states on disk are damaged; leave train_layers "
+                f"out, or remove the states in {self._cache}",
+            )
 
 
-def _plain(row: Row) -> Row:
-    return {name: x for name, x in row.items() if not name.endswith("_states")}
+def _tokens(row: Row) -> Row:
+    """What a measurement depends on, and none of the columns that `Policy.prepare` adds."""
+    return {f"{side}_{part}": row[f"{side}_{part}"] for side in SIDES for part in ("input_ids", "labels")}

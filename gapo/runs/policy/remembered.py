@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gapo.runs.errors import ConfigError
-from gapo.runs.policy.frozen import frozen_layers, resumed
+from gapo.runs.policy.frozen import frozen_layers, require_same, resumed
 
 # What a forward may be called with for its states to depend on the rows' tokens alone.
 _ACCEPTED = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
@@ -102,24 +102,13 @@ class _Remembered:
             row[of] = torch.frombuffer(data, dtype=self._like.dtype).view(count, -1)
         return states
 
-    def _compare(self, kwargs: Mapping[str, Any], states: Tensor) -> None:
+    def _compare(self, inputs: Mapping[str, Any], states: Tensor) -> None:
         """Raise ConfigError unless a forward from `states` is the whole one, once."""
+        mask = inputs["attention_mask"].bool()
         self._is_comparing = True
         try:
-            with torch.no_grad():
-                whole = self._model(**kwargs).logits
-                with resumed(self._model, states):
-                    short = self._model(**kwargs).logits
+            advice = "its layers share more than their states; leave train_layers out"
+            require_same(self._model, states, inputs, which="the model", advice=advice, mask=mask)
         finally:
             self._is_comparing = False
-        cells = kwargs["attention_mask"].bool()
-        if whole.shape[1] != cells.shape[1]:
-            columns = kwargs["logits_to_keep"]
-            cells = cells[:, columns] if isinstance(columns, Tensor) else cells[:, -whole.shape[1] :]
-        far = (short - whole)[cells].abs().max() > 1e-2 * whole[cells].abs().max()
-        if bool(far):
-            raise ConfigError(
-                "from the states of its frozen layers the model computes other values than from the start (its layers "
-                "share more than their states): leave train_layers out"
-            )
         self._is_compared = True

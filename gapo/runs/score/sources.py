@@ -100,11 +100,16 @@ def _base_of(folder: Path) -> str:
     return str(base)
 
 
-class Loading(Protocol):
-    """The settings by which a model is loaded."""
+class Tokenizing(Protocol):
+    """The setting by which a tokenizer is loaded."""
 
     @property
     def tokenizer(self) -> str | None: ...
+
+
+class Loading(Tokenizing, Protocol):
+    """The settings by which a model is loaded."""
+
     @property
     def dtype(self) -> str: ...
     @property
@@ -129,19 +134,19 @@ def fingerprint(sources: list[Source]) -> str:
     return _digest([name for source in sources for name in (source.model, source.adapter) if name], _WEIGHTS)
 
 
-def tokenizers_fingerprint(sources: list[Source], config: ScoreConfig) -> str:
+def tokenizers_fingerprint(sources: list[Source], config: Tokenizing) -> str:
     """A digest of their tokenizers, since other tokens have other margins."""
     return _digest(_tokenizers(sources, config), _TOKENIZERS)
 
 
-def tokenizers_differ(sources: list[Source], config: ScoreConfig) -> bool:
+def tokenizers_differ(sources: list[Source], config: Tokenizing) -> bool:
     """Whether two of them, in local folders, are not the same."""
     files = {Path(name, "tokenizer.json") for name in _tokenizers(sources, config)}
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.is_file()]
     return len({json.dumps([content["model"], content["added_tokens"]]) for content in contents}) > 1
 
 
-def _tokenizers(sources: list[Source], config: ScoreConfig) -> list[str]:
+def _tokenizers(sources: list[Source], config: Tokenizing) -> list[str]:
     return [config.tokenizer or _tokenizer_of(source) or source.model for source in sources]
 
 

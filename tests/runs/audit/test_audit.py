@@ -194,7 +194,7 @@ def test_where_nothing_is_learned_no_number_is_told(tmp_path: Path, capsys: pyte
     data.write_rows(tmp_path / "pairs.jsonl", easy_pairs(60, rate=0.5))
     options = {"seeds": 1, "epochs": 1, "output": tmp_path / "audit.jsonl"}
     assert cli.main(command(tmp_path, **options)) == 0
-    assert "nothing can be told: the policies did not learn these pairs (held-out accuracy" in capsys.readouterr().out
+    assert "Nothing can be told: the policies did not learn these pairs (held-out accuracy" in capsys.readouterr().out
     rows = read_table(tmp_path / "audit.jsonl")
     assert [row["row"] for row in rows] == list(range(60))
     assert all(row["p_wrong"] is None and row["rank"] is None for row in rows)
@@ -226,6 +226,27 @@ def test_as_a_library_it_takes_lists_and_data_sets(
         gapo.audit(easy_pairs(), fold=3)
     with pytest.raises(data.PairError, match="no usable pair"):
         gapo.audit([{"chosen": "a"}], **settings)
+
+
+def test_a_tokenizer_beside_the_model_gives_what_the_model_s_own_gives(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare, whole, words = (tmp_path / name for name in ("bare", "whole", "words"))
+    hf_models.make("llama").save_pretrained(bare)
+    hf_models.make("llama").save_pretrained(whole)
+    for place in (whole, words):
+        hf_models.tokenizer().save_pretrained(place)
+    options = {"train_layers": 1, "limit": 20, "folds": 2, "seeds": 1, "epochs": 1, "cache_dir": tmp_path / "cache"}
+    assert cli.main(command(folder, tmp_path / "own.jsonl", model=whole, **options)) == 0
+    apart = {"model": bare, "tokenizer": words, **options}
+    assert cli.main(command(folder, tmp_path / "apart.jsonl", **apart)) == 0
+    assert read_table(tmp_path / "apart.jsonl") == read_table(tmp_path / "own.jsonl")
+    assert cli.main(command(folder, tmp_path / "none.jsonl", model=bare, **options)) == 1
+    assert f"tokenizer '{bare}' is not what save_pretrained leaves" in capsys.readouterr().err
+    path = words / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    assert cli.main(command(folder, tmp_path / "apart.jsonl", **apart)) == 1
+    assert "measurements of other settings (tokenizers_sha256" in capsys.readouterr().err
 
 
 def test_the_last_layers_of_a_model_are_tuned_and_other_weights_refused(

@@ -44,6 +44,7 @@ def test_options_reach_the_configuration() -> None:
         (["--objective_settings", '{"beat": 1}'], "objective_settings: "),
         (["--objective_settings", '{"clip": -1}'], "clip must be"),
         (["--marked", "burn"], "marked must be one of flip, drop, leave, got 'burn'"),
+        (["--tokenizer", "t"], "tokenizer is for a model of your own, and model 'tiny' makes its own"),
         (["--seads", "3"], "Did you mean 'seeds'?"),
         (["--rho", "-1"], "rho must be > 0, got -1.0"),
     ],
@@ -64,5 +65,8 @@ def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     arguments = ["audit", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "a.jsonl")]
     assert cli.main([*arguments, "--model", str(tmp_path / "x" / "model")]) == 1
     assert "model" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    assert cli.main([*arguments, "--model", str(tmp_path / "model"), "--tokenizer", str(tmp_path / "t")]) == 1
+    assert f"tokenizer: {tmp_path / 't'} does not exist" in capsys.readouterr().err
     assert cli.main([*arguments, "--apply", str(tmp_path / "m.json"), "--clean_output", str(tmp_path / "c.jsonl")]) == 1
     assert "m.json does not exist" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from audits import DIGEST, audited
 from quick_runs import Page
 
-from gapo.runs.audit.page import render, verdict, write_page
+from gapo.runs.audit.page import first_line, render, write_page
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,15 @@ def summary(**more: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_the_verdict(about: dict[str, Any], said: str) -> None:
-    assert verdict(summary(**about), 50) == said
+    assert first_line(summary(**about), 50) == said
+
+
+def test_terminal_and_page_say_the_same_and_the_terminal_names_the_accuracy() -> None:
+    said = "About 18 % of your labels look wrong (15 to 22 %)."
+    assert str(audited(60)) == f"{said} Held-out accuracy: 71 %."
+    assert first_line(audited(60).summary, 60).startswith(said)
+    nothing = audited(60, learned=False)
+    assert str(nothing) == first_line(nothing.summary, 0)
 
 
 def test_the_first_line_is_the_verdict_and_the_rest_is_counted() -> None:

@@ -91,6 +91,8 @@ def test_search_and_filters(browser: Any, path: Path, numbers: list[int]) -> Non
 
 def test_keys_move_and_mark(browser: Any, path: Path, numbers: list[int]) -> None:
     with opened(browser, path) as page:
+        press(page, "w")
+        assert page.locator("#said").inner_text() == "No pair is chosen: press j, or click one."
         press(page, "jjj")
         assert current(page) == numbers[2]
         assert page.locator(":focus").get_attribute("data-row") == str(numbers[2])
@@ -131,6 +133,7 @@ def test_keys_pass_what_is_filtered_out(browser: Any, path: Path, numbers: list[
         assert shown(page) == numbers[1:3]
         page.locator("h1").click()
         press(page, "r")  # the current one is hidden now, and is not marked unseen
+        assert page.locator("#said").inner_text() == "No pair is chosen: press j, or click one."
         assert page.locator("#count").inner_text().endswith("3 marked: 2 wrong, 0 right, 1 unsure.")
         press(page, "k")
         assert current(page) == numbers[2]
@@ -156,8 +159,11 @@ def test_marks_stay_are_saved_and_loaded(browser: Any, path: Path, numbers: list
         content = json.loads(file.read_text())
         content["marks"].append({"row": away, "line": None, "id": None, "mark": "wrong"})
         file.write_text(json.dumps(content))
+        (tmp_path / "one.json").write_text(json.dumps({**content, "marks": content["marks"][:1]}))
         page.locator("#load").set_input_files(file)
         page.locator("#said", has_text="3 marks loaded from marks.json.").wait_for()
+        page.locator("#load").set_input_files(tmp_path / "one.json")
+        page.locator("#said", has_text="1 mark loaded from one.json.").wait_for()
         assert read_marks(saved(page, tmp_path), DIGEST) == {**marks, away: "wrong", numbers[0]: "unsure"}
         page.once("dialog", lambda dialog: dialog.accept())
         page.get_by_role("button", name="Forget all marks").click()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 import gapo
 from gapo.data import generate_pairs
 from gapo.data.flip import swapped
+from gapo.pairs import REFERENCE
 from gapo.runs.errors import ConfigError
 from gapo.runs.policy import states
 from gapo.runs.policy.fit import bucketed, fit
+from gapo.runs.policy.frozen import require_same, states_of, train_last
 from gapo.runs.policy.pair_batches import Row, pair_logps
 from gapo.runs.policy.policy import Policy
 
@@ -102,8 +105,7 @@ def test_a_frozen_head_sees_the_answers_alone_and_the_gradients_are_the_same(
     step(model, batch)
     handle.remove()
     answers = sum(sum(t != -100 for t in row[f"{side}_labels"]) for row in tokens for side in ("chosen", "rejected"))
-    assert shapes[0] == (answers,)
-    assert len(shapes) == (1 if cap is None else 2)
+    assert shapes == [(answers,) if cap is None else (12, len(batch["columns"]))]
     assert len(backwards) == 1
 
     total = torch.zeros(())
@@ -119,6 +121,27 @@ def test_a_frozen_head_sees_the_answers_alone_and_the_gradients_are_the_same(
     expected = torch.autograd.grad(total, list(trained.values()))
     for name, grad in zip(trained, expected, strict=True):
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-6)
+
+
+def test_running_statistics_go_from_step_to_step_and_end_with_the_run(folder: Path, tmp_path: Path) -> None:
+    """RE-PO's share of true labels: by its formula from the weights of each batch, over two micro-batches a step."""
+    policy, tokens = prepared(folder, tmp_path, 8)
+    plain = gapo.value_and_grad(pair_logps, objective="re_po", backend="torch")
+    etas = [0.9]
+
+    def step(model: Any, batch: Any, *, running: Any) -> Any:
+        eta = 0.9 if running is None else float(running["reliability"])
+        assert eta == pytest.approx(etas[-1], abs=1e-6)
+        result, grads = plain(model, batch, running=running)
+        p = torch.sigmoid(0.1 * result.log_ratio_margins)
+        etas.append(0.9 * eta + 0.1 * float((eta * p / (eta * p + (1 - eta) * (1 - p))).mean()))
+        return result, grads
+
+    fit(policy, tokens, [np.arange(8)] * 3, step, learning_rate=1e-2, anchor_pairs=4)
+    assert len(etas) == 7
+    assert abs(etas[-2] - 0.9) > 1e-3  # away from where it starts, which the first batches, at margins of 0, are not
+    etas[:] = [0.9]
+    fit(policy, tokens, [np.arange(8)], step, learning_rate=1e-2)
 
 
 def test_swapped_pairs_keep_their_states(folder: Path, tmp_path: Path) -> None:
@@ -141,6 +164,25 @@ def test_states_are_computed_once(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert computed == [4]  # of the file that is gone
     for row, other in zip(tokens, again, strict=True):
         np.testing.assert_allclose(row["chosen_states"], other["chosen_states"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_pairs_that_are_prepared_again_are_read(
+    folder: Path, tmp_path: Path, layers: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, tokens = prepared(folder, tmp_path, layers=layers)
+    first = [dict(row) for row in tokens]
+    measured: list[int] = []
+    monkeypatch.setattr(policy, "logps", lambda rows: measured.append(len(rows)))
+    policy.prepare({"all": tokens})
+    assert measured == []
+    (_,) = tmp_path.glob("**/reference-*.safetensors")
+    for row, other in zip(first, tokens, strict=True):
+        assert all(row[name] == other[name] for name in REFERENCE)
+    tokens[0]["chosen_labels"][-1] = -100  # other pairs are measured
+    monkeypatch.undo()
+    policy.prepare({"all": tokens})
+    assert tokens[0]["reference_chosen_logps"] != first[0]["reference_chosen_logps"]
 
 
 def test_states_of_other_weights_layers_and_pairs_are_others(folder: Path, tmp_path: Path) -> None:
@@ -182,6 +224,30 @@ def test_a_model_whose_layers_share_more_than_their_states_is_refused(folder: Pa
     last.register_forward_hook(lambda layer, args, output: output + seen[-1] * (len(seen) % 2 + 1))
     with pytest.raises(ConfigError, match="computes other values from the states"):
         policy.prepare({"all": policy.tokenized(generate_pairs(4, seed=0), 64)})
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+def test_rounding_is_the_only_difference_that_is_let_pass(precision: str) -> None:
+    """States that are 1 % off are others in 32 bits, and what rounding makes of them in 16."""
+    model = hf_models.make("llama", layers=3)
+    train_last(model, 1)
+    model.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    ids = hf_models.batch()["chosen_input_ids"]
+    states = torch.stack([torch.from_numpy(x) for x in states_of(model, ids.tolist(), 0)])
+    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)) * states.std()
+
+    def compare(share: float) -> None:
+        moved = (states + share * noise).to(next(model.parameters()).dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            require_same(model, moved, {"input_ids": ids, "use_cache": False}, which="it", advice="leave it")
+
+    compare(0.0)
+    refusal = pytest.raises(ConfigError, match=r"^it computes other values from the states .*: leave it$")
+    with refusal if precision == "float32" else nullcontext():
+        compare(0.01)
+    for share in (0.5, float("nan")):
+        with pytest.raises(ConfigError, match="computes other values"):
+            compare(share)
 
 
 @pytest.mark.parametrize("count", [0, 4])
