@@ -126,9 +126,9 @@ def _run(material: Material, config: StudyConfig, cell: Cell) -> tuple[dict[str,
         warnings.filterwarnings("always", _FAR, RuntimeWarning)
         record = measure(material, config, cell)
     far = []
-    for one in caught:
-        if issubclass(one.category, RuntimeWarning) and re.match(_FAR, str(one.message)):
-            far.append(str(one.message))
+    for warning in caught:
+        if issubclass(warning.category, RuntimeWarning) and re.match(_FAR, str(warning.message)):
+            far.append(str(warning.message))
         else:
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return record, far

@@ -135,8 +135,8 @@ def require_same(
             short = model(**inputs).logits
     if mask is not None:
         if whole.shape[1] != mask.shape[1]:  # the logits of some columns alone
-            kept = inputs["logits_to_keep"]
-            mask = mask[:, kept] if isinstance(kept, Tensor) else mask[:, -whole.shape[1] :]
+            columns = inputs["logits_to_keep"]
+            mask = mask[:, columns] if isinstance(columns, Tensor) else mask[:, -whole.shape[1] :]
         whole, short = whole[mask], short[mask]
     tolerance = _TOLERANCES[_has_16_bits(whole)]
     if not float((short.float() - whole.float()).norm()) <= tolerance * float(whole.float().norm()):
