@@ -217,7 +217,7 @@ def test_as_a_library_it_takes_lists_and_data_sets(
     assert [row["p_wrong"] for row in result] == [row["p_wrong"] for row in wanted]
     assert result[0]["line"] == result[0]["row"] + 1
     assert result.to_pandas()["p_wrong"].tolist() == [row["p_wrong"] for row in wanted]
-    assert str(result).startswith("about ")
+    assert str(result).startswith("About 10 % of your labels look wrong ")
     before = sorted(tmp_path.rglob("*"))
     short = gapo.audit(Dataset.from_list(easy_pairs()[:30]), **{**settings, "seeds": 1, "epochs": 1, "folds": 2})
     assert len(short) == 30

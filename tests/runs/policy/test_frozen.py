@@ -182,7 +182,7 @@ def test_pairs_that_are_prepared_again_are_read(
     tokens[0]["chosen_labels"][-1] = -100  # other pairs are measured
     monkeypatch.undo()
     policy.prepare({"all": tokens})
-    assert tokens[0]["reference_chosen_logps"] != first[0]["reference_chosen_logps"]
+    assert tokens[0][REFERENCE[0]] != first[0][REFERENCE[0]]
 
 
 def test_states_of_other_weights_layers_and_pairs_are_others(folder: Path, tmp_path: Path) -> None:
