@@ -359,8 +359,8 @@ def held(objective: Any, steps: int = 3) -> float:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_metrics_hold_no_graph(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")  # without a C++ compiler, mx.compile fuses nothing and is quick
+@pytest.mark.usefixtures("quick_kernels")
+def test_metrics_hold_no_graph(compiled: bool) -> None:
     try:
         if compiled:
             mx.enable_compile()
@@ -420,9 +420,9 @@ def test_an_objective_of_ones_own(sft_weight: float) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_running_statistics_go_on_from_batch_to_batch(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick_kernels")
+def test_running_statistics_go_on_from_batch_to_batch(compiled: bool) -> None:
     """Also within a compiled step, also over the same model after another loss, and from where a training stopped."""
-    monkeypatch.setenv("PATH", "")  # without a C++ compiler, mx.compile fuses nothing and is quick
     model = mlx_models.make("llama").train()
     last = 0.0
 

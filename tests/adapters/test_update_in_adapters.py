@@ -128,8 +128,8 @@ def test_flax(objective: str) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("objective", ["gapo", "simpo"])
-def test_mlx(objective: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")  # without a C++ compiler, mx.compile fuses nothing and is quick
+@pytest.mark.usefixtures("quick_kernels")
+def test_mlx(objective: str, compiled: bool) -> None:
     model = mlx_problem.mixer()
     ids, labels, _ = as_arrays(mlx_problem.BATCH)
     step = gapo.value_and_grad(mlx_pair_logps, CONFIG, objective, backend="mlx")

@@ -131,5 +131,5 @@ def test_every_setting_carries_its_help_and_its_choices() -> None:
         for choice in field.metadata.get("choices", []):
             assert getattr(gapo.GAPOConfig(**{name: choice}), name) == choice
     assert fields["rho"].metadata["help"].startswith("radius of the perturbation")
-    assert fields["anchor"].metadata["help"].endswith("GAPO logs the choice once.")  # of four lines
+    assert fields["anchor"].metadata["help"].endswith("the gaps are 0.")  # of four lines
     assert fields["probe"].metadata["choices"] == ["loss", "margin"]
