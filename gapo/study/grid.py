@@ -23,6 +23,7 @@ import gapo
 from gapo.files import write_text
 from gapo.runs.claims import Claims
 from gapo.runs.workers import Workers, run_missing
+from gapo.study.arms import parts_of
 from gapo.study.cell_run import measure
 from gapo.study.cells import Cell
 from gapo.study.material import Material, load_split
@@ -31,7 +32,7 @@ from gapo.study.study_config import StudyConfig
 
 _FORMAT = 2  # of a record: raised when the meaning of a run changes, so that old files are not taken for it
 _FAR = ".*first_order_ratio"  # the warning of `gapo.rounding`, which each run would repeat
-# Of arms whose runs alone have changed.
+# Of arms whose runs alone have changed, weighted and varied ones among them.
 _FORMATS = dict.fromkeys(("gapo-gaussian", "re_po", "gapo_re_po", "alpha_dpo", "beta_dpo"), 3)
 
 
@@ -66,7 +67,7 @@ class Grid:
 
     def path(self, cell: Cell) -> Path:
         """The file of a cell, named by a hash of all that decides its result."""
-        text = json.dumps([[_FORMATS.get(cell.arm, _FORMAT), *self._decisive], asdict(cell)], sort_keys=True)
+        text = json.dumps([[_format_of(cell.arm), *self._decisive], asdict(cell)], sort_keys=True)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
     def run(self, cells: Iterable[Cell], title: str) -> dict[Cell, dict[str, Any]]:
@@ -106,6 +107,11 @@ class Grid:
             f"{len(self._others)} runs, tries included, were kept from other code than now ({by}): "
             "--overwrite true makes them anew"
         )
+
+
+def _format_of(arm: str) -> int:
+    """The format of an arm's records: its own, or that of the objective it is made of."""
+    return _FORMATS.get(arm, _FORMATS.get(parts_of(arm)[1], _FORMAT))
 
 
 def _code() -> str:

@@ -15,6 +15,7 @@ from scipy import stats
 
 from gapo.data import generate_pairs, write_rows
 from gapo.runs.policy.aside import SEQUENCE, drift, perplexity
+from gapo.study import grid as grid_module
 from gapo.study.cell_run import draw, measure, train
 from gapo.study.cells import Cell, settings_key
 from gapo.study.material import Material, load_split
@@ -184,6 +185,11 @@ def test_a_study_may_end_its_tries_early(config: StudyConfig, rounds: int, tries
     assert [sum(row["arm"] == name for row in every) for name in ("dpo", "gapo")] == [tries, tries]
     betas = {row["beta"] for row in every if row["arm"] == "dpo"}
     assert len(betas) == (1 if rounds == 1 else 5)
+
+
+@pytest.mark.parametrize("arm", ["re_po", "gapo+re_po", "re_po-sam", "margin+alpha_dpo", "beta_dpo"])
+def test_runs_of_before_running_statistics_were_handed_on_are_not_taken(arm: str) -> None:
+    assert [grid_module._format_of(name) for name in (arm, "dpo", "gapo+dpo", "gapo")] == [3, 2, 2, 2]
 
 
 def test_radii_are_scaled_and_nothing_else_is(config: StudyConfig) -> None:
