@@ -33,7 +33,7 @@ from gapo.runs.output.tensors import open_tensors
 from gapo.runs.score.sources import Source, fingerprint, tokenizers_fingerprint
 from gapo.runs.workers import Workers, one_thread, run_missing
 
-_FORMAT = 1  # of a measurement: raised when its meaning changes, so that old files are not taken for it
+_FORMAT = 2  # of a measurement: raised when its meaning changes, so that old files are not taken for it
 
 
 def audit(pairs: str | Path | Iterable[Mapping[str, Any]], **settings: Any) -> AuditResult:
