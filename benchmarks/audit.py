@@ -4,7 +4,7 @@ The labels of the pairs are taken as true, and known shares of them are flipped.
 What they say is kept, one file for each policy, so that the command may be stopped, and goes on.
 
     python benchmarks/audit.py TRAIN --tiny_text TEXT --noise random:0.05 random:0.2 length:0.2 --seeds 2
-    python benchmarks/audit.py TRAIN --tiny_text TEXT --noise random:0.2 --seeds 2 --test TEST --runs 5
+    python benchmarks/audit.py TRAIN --tiny_text TEXT --noise random:0.2 --draws 5 --test TEST --runs 2
 
 cleanlab (AGPL-3.0) is used where it is installed, as a baseline, and named where it is not; gapo does not need it.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ from gapo.runs.policy.fit import bucketed, fit
 from gapo.runs.policy.pair_batches import length, pair_logps
 from gapo.runs.versions import versions
 from gapo.runs.workers import one_thread
+from gapo.study.arms import arm_of
+from gapo.study.statistics import bootstrap
 
 Row = dict[str, Any]
+AS_THEY_ARE = "all pairs as they are"
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", help="clean pairs: then also train on cleaned pairs, and test on these")
     parser.add_argument("--oracle", action="store_true", help="also train on the true labels there")
     parser.add_argument("--runs", type=int, default=5, help="training runs for each way of cleaning")
-    parser.add_argument("--train_objective", default="dpo", help="of those runs")
-    parser.add_argument("--train_settings", type=json.loads, default={"beta": 0.03}, help="of that objective, as JSON")
+    parser.add_argument(
+        "--train",
+        type=json.loads,
+        default={"dpo": {"beta": 0.03, "learning_rate": 2e-3}},
+        help="as JSON, arms of a study with their settings: the first trains on cleaned pairs too, others on all pairs",
+    )
     parser.add_argument("--train_epochs", type=int, default=2, help="of those runs")
-    parser.add_argument("--train_rate", type=float, default=2e-3, help="learning rate of those runs")
     return parser.parse_args()
 
 
@@ -236,6 +243,7 @@ def report(found: dict[Cell, tuple[dict[str, np.ndarray], Finding, np.ndarray, f
             spread([finding.accuracy for _, finding, _, _ in cells]),
             spread([finding.model.share for _, finding, _, _ in cells]),
             f"{np.mean(lows):.3f} to {np.mean(highs):.3f}",
+            f"{sum(a <= x[2].mean() <= b for a, b, x in zip(lows, highs, cells, strict=True))} of {len(cells)}",
             spread([finding.model.lapses for _, finding, _, _ in cells]),
             "" if cells[0][3] is None else spread([float(x[3] or 0) for x in cells]),
         ]
@@ -248,15 +256,15 @@ def report(found: dict[Cell, tuple[dict[str, np.ndarray], Finding, np.ndarray, f
             row.append(spread([measure(finding.p_wrong, flips) for _, finding, flips, _ in cells]))
         lines.append(row)
     print("\nThe audit\n")
-    header = ["flips", "held-out accuracy", "share", "its interval", "lapses", "share by cleanlab"]
+    header = ["flips", "held-out accuracy", "share", "its interval", "holds the truth", "lapses", "share by cleanlab"]
     header += ["flipped in the top fifth", "among as many as are flipped", "Brier", "ECE"]
     print(markdown(header, lines))
 
 
 def spread(values: list[float]) -> str:
-    """A mean, and the range where there are several."""
-    text = f"{np.mean(values):.3f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.3f} to {max(values):.3f})"
+    """A mean, with its 95 % interval over several draws."""
+    mean, low, high, n = bootstrap(np.array(values))
+    return f"{mean:.3f}" if n == 1 else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
 def ways(finding: Finding, is_flipped: np.ndarray, oracle: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -268,70 +276,78 @@ def ways(finding: Finding, is_flipped: np.ndarray, oracle: bool) -> dict[str, tu
     top[order[:count]] = True
     none, every = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
     return {
-        "all pairs as they are": (every, none),
+        AS_THEY_ARE: (every, none),
         "the most suspicious dropped, as many as the share": (~top, none),
         "flipped where p_wrong > 1/2": (every, finding.p_wrong > 0.5),
         **({"wrong labels flipped (oracle)": (every, is_flipped)} if oracle else {}),
     }
 
 
-def cleaning(options: argparse.Namespace, rows: list[Row], finding: Finding, folder: Path, judges: Judges) -> None:
-    """Train on the pairs as they are and cleaned, in the same order; print accuracies on clean test pairs."""
+def cleaning(
+    options: argparse.Namespace, rows: list[Row], finding: Finding, folder: Path, judges: Judges
+) -> dict[str, dict[str, float]]:
+    """Accuracies on clean test pairs, and the mean of a run's, of training on the pairs cleaned and as they are.
+
+    A run has the same first weights and, as far as the same pairs stay, the same order in all ways.
+    """
     flipped = np.array([row["is_flipped"] for row in rows])
     test = list(true_labels(read_pairs(options.test).rows))
     policy = judges.policy
     tokens, held = policy.tokenized(rows, 512), policy.tokenized(test, 512)
     policy.prepare({"pairs": tokens, "test": held})
-    step = gapo.value_and_grad(
-        pair_logps, None, options.train_objective, backend="torch", objective_settings=options.train_settings
-    )
     lengths = np.array([length(row) for row in tokens])
-    results: dict[str, list[float]] = {}
-    for way, (stays, over) in ways(finding, flipped, options.oracle).items():
+    cleaned = ways(finding, flipped, options.oracle)
+    (first, *others), every = options.train, cleaned[AS_THEY_ARE]
+    trainings = [(first, way, *sides) for way, sides in cleaned.items()]
+    trainings += [(name, AS_THEY_ARE, *every) for name in others]
+
+    def accuracy(mine: list[Row], used: np.ndarray, step: Any, rate: float, run: int) -> Arrays:
+        rng = stream(run, "audit benchmark training")
+        order = [used[b] for _ in range(options.train_epochs) for b in bucketed(lengths[used], 16, rng)]
+        fit(policy, mine, order, step, learning_rate=rate)
+        logps = policy.logps(held)
+        return {"accuracy": np.array([(logps[:, 0] > logps[:, 1]).mean()])}
+
+    results = {}
+    for name, way, stays, over in trainings:
+        arm = arm_of(name)
+        settings = arm.given(options.train[name])
+        config, own = arm.divided(settings)
+        step = gapo.value_and_grad(pair_logps, config, arm.objective, backend="torch", objective_settings=own)
         used = np.flatnonzero(stays)
         mine = [swapped(row) if over[i] else row for i, row in enumerate(tokens)]
+        digest = f"{held_out.fingerprint([rows[i] for i in used])} {over.sum()} {settings} {options.train_epochs}"
+        accuracies = []
         for run in range(options.runs):
-
-            def accuracy(run: int = run, mine: list[Row] = mine, used: np.ndarray = used) -> Arrays:
-                rng = stream(run, "audit benchmark training")
-                order = [used[b] for _ in range(options.train_epochs) for b in bucketed(lengths[used], 16, rng)]
-                fit(policy, mine, order, step, learning_rate=options.train_rate)
-                logps = policy.logps(held)
-                return {"accuracy": np.array([(logps[:, 0] > logps[:, 1]).mean()])}
-
-            settings = [options.train_objective, options.train_settings, options.train_rate, options.train_epochs]
-            digest = f"{held_out.fingerprint([rows[i] for i in used])} {over.sum()} {settings}"
-            path = folder / "cleaning" / f"{way.replace('/', ' of ')} {run}.safetensors"
+            path = folder / "cleaning" / f"{name}, {way.replace('/', ' of ')} {run}.safetensors"
             if not path.exists():
-                progress(f"{way}, run {run}")
-            kept = kept_arrays(path, digest, accuracy, others="what other pairs or settings gave: give another folder")
-            results.setdefault(way, []).append(float(kept["accuracy"][0]))
-    plain = np.array(results["all pairs as they are"])
-    lines = []
-    for way, values in results.items():
-        stays, over = ways(finding, flipped, options.oracle)[way]
-        wrong = (flipped != over)[stays].mean()
-        difference = np.array(values) - plain
-        low, high = bootstrap(difference)
-        paired = (
-            ""
-            if way == "all pairs as they are"
-            else f"{100 * difference.mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        )
-        lines.append([way, f"{stays.sum()}", f"{100 * wrong:.1f} %", f"{100 * np.mean(values):.1f}", paired])
-    print(
-        f"\nTraining on cleaned pairs: {options.train_objective}, {options.runs} runs, {len(test)} clean test pairs\n"
-    )
-    print(markdown(["pairs", "number", "wrong labels in them", "accuracy, %", "difference, paired (95 %)"], lines))
+                progress(f"{name}, {way}, run {run}")
+            compute = partial(accuracy, mine, used, step, settings["learning_rate"], run)
+            kept = kept_arrays(path, digest, compute, others="what other pairs or settings gave: give another folder")
+            accuracies.append(float(kept["accuracy"][0]))
+        results[f"{name}, {way}"] = {
+            "pairs": stays.sum(),
+            "wrong": (flipped != over)[stays].mean(),
+            "accuracy": float(np.mean(accuracies)),
+        }
+    return results
 
 
-def bootstrap(values: np.ndarray, times: int = 10_000) -> tuple[float, float]:
-    """95 % interval of a mean of few values: percentiles, expanded by sqrt(n / (n - 1)) (Hesterberg 2015)."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(times, len(values)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    stretch = np.sqrt(len(values) / max(1, len(values) - 1))
-    return values.mean() + stretch * (low - values.mean()), values.mean() + stretch * (high - values.mean())
+def report_cleaning(trained: dict[Cell, dict[str, dict[str, float]]], runs: int) -> None:
+    """Print a table for each kind of noise: means over the draws of the flips, of the means over their runs."""
+    for kind in dict.fromkeys((cell.mode, cell.rate) for cell in trained):
+        draws = [x for cell, x in trained.items() if (cell.mode, cell.rate) == kind]
+        lines = []
+        for way in draws[0]:
+            columns = {name: np.array([x[way][name] for x in draws]) for name in draws[0][way]}
+            difference = bootstrap(columns["accuracy"] - [next(iter(x.values()))["accuracy"] for x in draws])
+            paired = f"{100 * difference.mean:+.1f}"
+            if len(draws) > 1:
+                paired += f" ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+            line = [f"{columns['pairs'].mean():.0f}", f"{100 * columns['wrong'].mean():.1f} %"]
+            lines.append([way, *line, f"{100 * columns['accuracy'].mean():.1f}", "" if not lines else paired])
+        print(f"\nTraining under {kind[0]} flips, {100 * kind[1]:g} %: {len(draws)} draws, {runs} runs each\n")
+        print(markdown(["training", "pairs", "wrong labels", "accuracy, %", "minus the first, paired (95 %)"], lines))
 
 
 def main() -> None:
@@ -346,7 +362,7 @@ def main() -> None:
         for kind in options.noise
         for draw in range(options.draws)
     ]
-    found = {}
+    found, trained = {}, {}
     ceiling = None
     if options.ceiling:
         clean = list(flip_pairs(rows, rate=0, seed=options.first_draw))
@@ -364,8 +380,9 @@ def main() -> None:
         share = cleanlab_share(Scores.of(parts, judges.start, judges.counts))
         found[cell] = scores, finding, flips, share
         if options.test is not None:
-            cleaning(options, noisy, finding, folder, judges)
+            trained[cell] = cleaning(options, noisy, finding, folder, judges)
     report(found)
+    report_cleaning(trained, options.runs)
     numbers = {
         name: number for name, number in versions().items() if name in ("python", "torch", "transformers", "numpy")
     }
