@@ -19,6 +19,7 @@ import hf_models
 import pytest
 import torch
 from devices_script import PAIRS, RESUMABLE, free_port, make_trainer, scenarios_of
+from frameworks import require
 from safetensors.torch import load_file
 
 import gapo
@@ -163,7 +164,7 @@ def assert_checkpoints_are_one_process(folder: Path, rtol: float) -> None:
 @pytest.mark.slow
 def test_a_ring_of_mlx_equals_one_process(tmp_path: Path) -> None:
     """mlx-lm's train on two ranks of `mlx.launch`: one anchor for both."""
-    import mlx.core as mx
+    mx = require("mlx.core")
     import numpy as np
     import ring_script
 
@@ -190,8 +191,8 @@ def test_a_ring_of_mlx_equals_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_hosts_of_jax_equal_one_process(tmp_path: Path) -> None:
     """Global arrays over two processes: the pairs of both share one anchor."""
+    jax = require("jax")
     import hosts_script
-    import jax
     import numpy as np
     from jax_problem import problem, step
 

@@ -49,6 +49,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "running": {"model": "pythia", "objective": drifting},
     "running_gaps": {"model": "pythia", "objective": drifting_gaps, "target_gap": 0.3},
 }
+OF_FIRST_ORDER = ("first_order", "running_gaps")  # which ZeRO-3 has no way to measure
 PAIRS = 4  # share an anchor
 ZERO3 = {
     "zero_optimization": {
@@ -72,7 +73,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 def scenarios_of(engine: str) -> list[str]:
     """Names of the scenarios that an engine can do."""
-    return [name for name in SCENARIOS if not (engine == "zero3" and name == "first_order")]
+    return [name for name in SCENARIOS if engine != "zero3" or name not in OF_FIRST_ORDER]
 
 
 def make_trainer(kind: str, config: dict[str, Any], folder: str | Path, engine: str = "", **options: Any) -> Trainer:
@@ -317,8 +318,17 @@ def launch(target: Any, *args: Any) -> list[int | None]:
 def run_rank(rank: int, target: Any, args: tuple[Any, ...]) -> None:
     """`target` as one of two ranks."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if "zero3" in args:
+        allow_float64()
     target(*args)
     dist.destroy_process_group()
+
+
+def allow_float64() -> None:
+    """DeepSpeed refuses float64 weights where the processor computes in float16, and nowhere else."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: False
 
 
 def main(engine: str, folder: str) -> None:
