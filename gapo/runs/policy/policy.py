@@ -78,18 +78,19 @@ class Policy:
         highest, longest = extent([row for rows in parts.values() for row in rows])
         require_fit(self.model.config, self._name, highest=max(highest, self.pad), longest=longest)
         tokens = digest_of({name: [_tokens(row) for row in rows] for name, rows in parts.items()})
-        weights = "" if folder is not None and self._train_layers is None else self.weights
-        if self._is_frozen:
-            self._attach_states(parts, weights)
-        folder = folder or self._cache / f"policy-{weights}"
-        folder.mkdir(parents=True, exist_ok=True)
-        reference = kept_arrays(
-            folder / f"reference-{tokens}.safetensors",
-            tokens,
-            lambda: {name: self._with_counts(rows) for name, rows in parts.items()},
-            others="the log-probabilities of other pairs: remove it, and they are measured anew",
-            remedy="remove it, and they are measured anew",
-        )
+        with self.at_start():
+            weights = "" if folder is not None and self._train_layers is None else self.weights
+            if self._is_frozen:
+                self._attach_states(parts, weights)
+            folder = folder or self._cache / f"policy-{weights}"
+            folder.mkdir(parents=True, exist_ok=True)
+            reference = kept_arrays(
+                folder / f"reference-{tokens}.safetensors",
+                tokens,
+                lambda: {name: self._with_counts(rows) for name, rows in parts.items()},
+                others="the log-probabilities of other pairs: remove it, and they are measured anew",
+                remedy="remove it, and they are measured anew",
+            )
         for name, rows in parts.items():
             for row, sums in zip(rows, reference[name][:, :2].tolist(), strict=True):
                 row.update(zip(REFERENCE, sums, strict=True))

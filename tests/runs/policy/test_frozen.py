@@ -185,6 +185,27 @@ def test_pairs_that_are_prepared_again_are_read(
     assert tokens[0][REFERENCE[0]] != first[0][REFERENCE[0]]
 
 
+@pytest.mark.parametrize("layers", [None, 1])
+def test_the_reference_of_a_trained_policy_is_the_policy_at_the_start(
+    folder: Path, tmp_path: Path, layers: int | None
+) -> None:
+    _, expected = prepared(folder, tmp_path / "untrained", layers=layers)
+    policy = Policy(folder, cache=tmp_path / "trained", train_layers=layers)
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(p.requires_grad * 0.1)
+    trained = {name: p.clone() for name, p in policy.model.named_parameters()}
+    tokens = policy.tokenized(generate_pairs(6, seed=0), 64)
+    start = policy.prepare({"all": tokens})["all"]
+    for row, other in zip(tokens, expected, strict=True):
+        assert [row[name] for name in REFERENCE] == [other[name] for name in REFERENCE]
+    assert {path.name for path in (tmp_path / "trained").iterdir()} == {
+        path.name for path in (tmp_path / "untrained").iterdir()
+    }
+    assert all(torch.equal(p, trained[name]) for name, p in policy.model.named_parameters())
+    assert not np.allclose(policy.logps(tokens), start)
+
+
 def test_states_of_other_weights_layers_and_pairs_are_others(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     hf_models.make("llama", layers=3, seed=1).save_pretrained(other)
