@@ -332,12 +332,15 @@ def test_what_other_backends_cannot(
         pytest.param("train --output_dir=new", "matplotlib", marks=pytest.mark.slow),
         ("train --output_dir=new", "jinja2"),
         pytest.param("study --pairs=new.jsonl --output_dir=new", "scipy", marks=pytest.mark.slow),
-        pytest.param("score new --model=new --output=scores.jsonl", "jinja2", marks=pytest.mark.slow),
+        pytest.param("score pairs.jsonl --model=model --output=scores.jsonl", "jinja2", marks=pytest.mark.slow),
     ],
 )
 def test_a_library_of_the_command_line_that_is_not_installed_is_named_before_any_work(
     tmp_path: Path, command: str, library: str
 ) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     code = f"import sys; sys.modules[{library!r}] = None; from gapo.cli import main; sys.exit(main({command.split()}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
@@ -345,7 +348,7 @@ def test_a_library_of_the_command_line_that_is_not_installed_is_named_before_any
     extra = "study" if name == "study" else "cli"
     expected = f'gapo: error: gapo {name} needs {library}, which is not installed: pip install "gapo[{extra}]"\n'
     assert done.stderr.endswith(expected)
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "model"}
 
 
 @pytest.mark.parametrize(("backend", "extra"), [("jax", "flax"), ("mlx", "mlx-lm")])

@@ -18,6 +18,7 @@ from typing import Any
 import hf_models
 import numpy as np
 import pytest
+from frameworks import require
 
 from gapo import cli, data
 from gapo.commands import study as study_command
@@ -353,6 +354,7 @@ def with_code(model: Path, folder: Path) -> Path:
 
 
 def test_code_that_comes_with_a_model_is_not_run(model: Path, tmp_path: Path) -> None:
+    require("mlx_lm")
     from gapo.runs.train import train_mlx
     from gapo.runs.train.train_config import TrainConfig
 

@@ -99,6 +99,8 @@ def test_a_quantised_model_without_adapters(tmp_path: Path, model: Path, monkeyp
 def test_a_folder_that_cannot_be_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
+    if command == "study":
+        require("scipy")
     (tmp_path / "file").write_text("")
     where = tmp_path / "file" / "below"
     lines = {
@@ -282,8 +284,9 @@ def test_lines_of_processes_are_joined_without_pairs_seen_before() -> None:
 def test_what_runs_in_one_process_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    if "jax" in command:
-        require("flax")
+    for word, module in (("jax", "flax"), ("study", "scipy")):
+        if word in command:
+            require(module)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main(command.split()) == 1

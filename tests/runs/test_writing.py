@@ -20,6 +20,7 @@ import hf_models
 import numpy as np
 import pytest
 import quick_runs
+from frameworks import require
 
 from gapo import cli, data, files
 from gapo.runs.output import plots, tables
@@ -201,6 +202,7 @@ def whole(folder: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def killed(folder: Path) -> Path:
     """What the same commands leave that are killed while they write, each twice."""
+    require("scipy")
     faulty = commands(folder, "faulty")
     kills: list[tuple[str, str, Any]] = [
         ("flip", "noisy.jsonl", "half"), ("flip", "noisy.jsonl", "written"), ("score", "scores.jsonl.json", "half"),

@@ -8,6 +8,7 @@ from typing import Any
 import hf_models
 import pytest
 import torch
+from frameworks import require
 from safetensors.torch import load_file
 
 from gapo.adapters.hf.margins import pair_logps
@@ -113,6 +114,7 @@ def test_gapo_train_puts_adapters_on_the_last_layers_alone(folder: Path, tmp_pat
 
 
 def test_other_backends_train_all_layers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    require("flax")
     command = ["train", "--pairs", str(folder / "pairs.jsonl"), "--backend", "jax", "--train_layers", "1"]
     assert main([*command, "--output_dir", str(tmp_path)]) == 1
     assert "train_layers=1 needs backend torch" in capsys.readouterr().err
