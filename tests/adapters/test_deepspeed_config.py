@@ -8,6 +8,7 @@ from typing import Any
 import hf_models
 import pytest
 from accelerate.utils import DeepSpeedPlugin
+from frameworks import require
 from transformers import Trainer, TrainingArguments
 
 from gapo import GAPOConfig
@@ -59,6 +60,7 @@ def test_numbers_that_differ(tmp_path: Path, config: dict[str, Any], message: st
 
 
 def test_a_trainer_and_a_run_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("jsonargparse")
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **RUN)
     collator = PreferenceCollator(hf_models.tokenizer())
     trainer = Trainer(hf_models.make("llama"), args, train_dataset=hf_models.pairs(4), data_collator=collator)

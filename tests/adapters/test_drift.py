@@ -16,6 +16,7 @@ import drift_script
 import hf_models
 import pytest
 import torch
+from frameworks import require
 from quick_runs import Page, interrupt_at_step_3, train
 from trainers import callback_of, make_trainer
 from transformers import Trainer
@@ -409,6 +410,7 @@ def test_with_gapo_trainer_and_its_tokenised_rows(tmp_path: Path) -> None:
 
 
 def test_gapo_train_draws_it_in_its_report_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("jsonargparse")
     pairs = tmp_path / "pairs.jsonl"
     data.write_rows(pairs, data.generate_pairs(40))
     options = {"pairs": str(pairs), "eval_fraction": 0.25, "drift": True, "drift_pairs": 3, "drift_prompts": 2}

@@ -156,6 +156,7 @@ def test_a_mask_that_fits_no_parameter_is_refused(
 
 
 def test_of_another_library_it_is_refused() -> None:
+    require("jax")
     library = models.BACKENDS["jax"]
     config = gapo.GAPOConfig(perturb={"up": torch.ones(4)})
     with pytest.raises(TypeError, match="the mask of 'up' is an array of torch, and the parameters are of jax"):
