@@ -64,6 +64,7 @@ def result_of(
         "held_out_accuracy": finding.accuracy,
         "held_out_low": finding.low,
         "held_out_high": finding.high,
+        "chosen_longer": scores.chosen_longer(),
         "advice": None if finding.learned else _ADVICE[config.model == "tiny"],
         "model": config.model,
         "folds": config.folds,

@@ -9,6 +9,7 @@ from typing import Any, overload
 from gapo._extras import named_extra
 
 Row = dict[str, Any]
+_TOLD, _SURE = 0.05, 3.0  # how far from one half a share is worth telling: in points, and in standard errors
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class AuditResult(Sequence[Row]):
         summary: figures of the whole. "share" of wrong labels, {"mean", "low", "high"}; "held_out_accuracy" with
             "held_out_low" and "held_out_high"; "learned": whether that lies above chance. Where it does not, "share",
             each "p_wrong" and each "rank" are None, the rows stand in the order of the file, and "advice" says what to
-            try.
+            try. "chosen_longer": the "share" of the "pairs" whose answers differ in length in which the chosen one is
+            longer.
     """
 
     rows: list[Row]
@@ -45,8 +47,10 @@ class AuditResult(Sequence[Row]):
         return iter(self.rows)
 
     def __str__(self) -> str:
-        accuracy = _percent(self.summary["held_out_accuracy"])
-        return verdict(self.summary) + (f" Held-out accuracy: {accuracy} %." if self.summary["learned"] else "")
+        if not self.summary["learned"]:
+            return verdict(self.summary)
+        accuracy = f"Held-out accuracy: {_percent(self.summary['held_out_accuracy'])} %."
+        return " ".join(filter(None, [verdict(self.summary), accuracy, rule_of_length(self.summary)]))
 
     def to_pandas(self) -> Any:
         """The rows as a `pandas.DataFrame`. Raises ModuleNotFoundError without pandas."""
@@ -68,6 +72,18 @@ def verdict(summary: Row) -> str:
     if wrong["mean"] < 0.005:
         return f"Hardly any of your labels looks wrong ({low} to {high} %)."
     return f"About {mean} % of your labels look wrong ({low} to {high} %)."
+
+
+def rule_of_length(summary: Row) -> str | None:
+    """What to know where length goes with the labels, beyond chance: labels that are wrong by a rule become the rule."""
+    share, pairs = (summary["chosen_longer"][name] for name in ("share", "pairs"))
+    if not summary["learned"] or not pairs or abs(share - 0.5) < max(_TOLD, _SURE * (0.25 / pairs) ** 0.5):
+        return None
+    side = "longer" if share > 0.5 else "shorter"
+    return (
+        f"The {side} answer is the chosen one in {_percent(max(share, 1 - share))} % of the pairs whose answers differ in "
+        "length. The audit takes this for the rule: if length alone decided some labels, more are wrong than it tells."
+    )
 
 
 def _percent(share: float, digits: int = 0) -> str:

@@ -29,12 +29,14 @@ class Scores:
             rejected one's, nats: DPO's implicit reward, over beta.
         gaps: (seeds, n) how far the last margin falls towards the anchor of training pairs, nats per token.
         start: (n,) the margin before any training.
+        counts: (n, 2) tokens of the chosen and of the rejected answer.
     """
 
     margins: np.ndarray
     rewards: np.ndarray
     gaps: np.ndarray
     start: np.ndarray
+    counts: np.ndarray
 
     @classmethod
     def of(cls, parts: Mapping[Member, Arrays], start: np.ndarray, counts: np.ndarray) -> Scores:
@@ -48,12 +50,18 @@ class Scores:
             margins[member.seed][:, rows] = _difference(logps)
             rewards[member.seed][:, rows] = _difference((logps - start[rows]) * counts[rows])
             gaps[member.seed, rows] = _difference(logps[-1] - arrays["anchor_logps"])
-        return cls(margins, rewards, gaps, _difference(start))
+        return cls(margins, rewards, gaps, _difference(start), counts)
 
     @property
     def margin(self) -> np.ndarray:
         """(n,) the margin, a mean over epochs and seeds, nats per token."""
         return _mean(self.margins)
+
+    def chosen_longer(self) -> dict[str, Any]:
+        """Among pairs whose answers differ in length: "share" in which the chosen one has more tokens, and "pairs"."""
+        longer = _difference(self.counts)
+        differ = longer[longer != 0]
+        return {"share": float((differ > 0).mean()) if len(differ) else None, "pairs": len(differ)}
 
     def features(self) -> np.ndarray:
         """(n, 4) scores of unit size that change sign with the label: margin, reward, margin before training, gap.

@@ -11,7 +11,7 @@ import numpy as np
 
 from gapo.config import GAPOConfig
 from gapo.files import write_text
-from gapo.runs.audit.audit_result import AuditResult, verdict
+from gapo.runs.audit.audit_result import AuditResult, rule_of_length, verdict
 from gapo.runs.audit.marks import MARKS
 from gapo.runs.output import plots
 from gapo.runs.output.pages import render_page, share
@@ -40,6 +40,7 @@ def render(result: AuditResult, *, most: int = 500) -> str:
         style=(folder / "audit.css").read_text(encoding="utf-8"),
         pictures=pictures(rows, summary),
         verdict=first_line(summary, len(shown)),
+        rule=rule_of_length(summary),
         summary=summary,
         source=visible(summary["source"]),
         model=visible(str(summary["model"])),

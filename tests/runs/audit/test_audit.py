@@ -14,6 +14,7 @@ import gapo
 from gapo import cli, data
 from gapo.runs.audit import AuditConfig, audit_flow, page
 from gapo.runs.audit.audit_files import AuditFiles
+from gapo.runs.audit.combination import Scores
 from gapo.runs.claims import Claims
 from gapo.runs.output.noise import auroc
 from gapo.runs.output.tables import read_table
@@ -89,7 +90,17 @@ def test_the_ranking_finds_the_flipped_labels(folder: Path) -> None:
     assert summary["expected_wrong"] == pytest.approx(p.sum(), abs=0.1)
     assert summary["detection"]["auroc"]["p_wrong"] > 0.9
     assert summary["detection"]["flipped_share"] == 0.15
+    assert set(summary["chosen_longer"]) == {"share", "pairs"}
     assert (folder / "audit.jsonl.html").read_text().startswith("<!doctype html>")
+
+
+def test_pairs_whose_chosen_answer_is_longer_are_counted_among_those_of_two_lengths() -> None:
+    def of(*counts: tuple[int, int]) -> dict[str, Any]:
+        nothing = np.zeros((1, len(counts)))
+        return Scores(nothing[None], nothing[None], nothing, nothing[0], np.array(counts)).chosen_longer()
+
+    assert of((3, 1), (1, 2), (2, 2), (9, 8)) == {"share": 2 / 3, "pairs": 3}
+    assert of((2, 2)) == {"share": None, "pairs": 0}
 
 
 def test_no_policy_judges_a_prompt_that_it_trained_on(folder: Path) -> None:

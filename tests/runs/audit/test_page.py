@@ -45,6 +45,19 @@ def test_the_verdict(about: dict[str, Any], said: str) -> None:
     assert first_line(summary(**about), 50) == said
 
 
+@pytest.mark.parametrize(
+    ("share", "pairs", "side"),
+    [(0.66, 1771, "longer"), (0.34, 1771, "shorter"), (0.54, 10_000, None), (0.66, 60, None), (None, 0, None)],
+)
+def test_a_rule_of_length_is_told_beyond_chance(share: float | None, pairs: int, side: str | None) -> None:
+    result = audited(60, chosen_longer={"share": share, "pairs": pairs})
+    page = " ".join(render(result).split())
+    for text in (str(result), page):
+        assert (f"The {side} answer is the chosen one in 66 % of the pairs whose answers differ" in text) is bool(side)
+        assert ("if length alone decided some labels" in text) is bool(side)
+    assert "length alone" not in str(audited(60, learned=False, chosen_longer={"share": share, "pairs": pairs}))
+
+
 def test_terminal_and_page_say_the_same_and_the_terminal_names_the_accuracy() -> None:
     said = "About 18 % of your labels look wrong (15 to 22 %)."
     assert str(audited(60)) == f"{said} Held-out accuracy: 71 %."
