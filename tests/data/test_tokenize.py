@@ -70,7 +70,8 @@ def templates() -> dict[str, str]:
 @pytest.mark.parametrize("name", [*TEMPLATES, *OF_TRL])
 def test_conversations_begin_their_answers_where_trl_does(name: str) -> None:
     """TRL's `apply_chat_template` parts the texts; with tokens of one byte, text and tokens part at one place."""
-    pytest.importorskip("trl", minversion="1.0")  # older ones refuse conversations that end in a tool's answer
+    # TRL 0.24 refuses conversations that end in a tool's answer, 1.9 some calls that its own templates of today render.
+    pytest.importorskip("trl", minversion="1.10")
     from trl.data_utils import apply_chat_template
 
     if name not in (known := templates()):
