@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from shared import commit, progress
+from shared import commit, progress, write_picture
 
 import gapo
 from gapo.data import flip_pairs, read_pairs
@@ -40,7 +40,7 @@ from gapo.runs.policy.pair_batches import length, pair_logps
 from gapo.runs.versions import versions
 from gapo.runs.workers import one_thread
 from gapo.study.arms import arm_of
-from gapo.study.statistics import bootstrap
+from gapo.study.statistics import Interval, bootstrap
 
 Row = dict[str, Any]
 AS_THEY_ARE = "all pairs as they are"
@@ -94,6 +94,7 @@ def arguments() -> argparse.Namespace:
         default={"dpo": {"beta": 0.03, "learning_rate": 2e-3}},
         help="as JSON, arms of a study with their settings: the first trains on cleaned pairs too, others on all pairs",
     )
+    parser.add_argument("--plot", type=Path, help="SVG file for a picture of their differences")
     parser.add_argument("--train_epochs", type=int, default=2, help="of those runs")
     return parser.parse_args()
 
@@ -333,14 +334,18 @@ def cleaning(
     return results
 
 
-def report_cleaning(trained: dict[Cell, dict[str, dict[str, float]]], runs: int) -> None:
-    """Print a table for each kind of noise: means over the draws of the flips, of the means over their runs."""
+def report_cleaning(trained: dict[Cell, dict[str, dict[str, float]]], runs: int, plot: Path | None) -> None:
+    """Print a table for each kind of noise: means over the draws of the flips, of the means over their runs.
+
+    The differences of the last one are drawn, if they are asked for.
+    """
     for kind in dict.fromkeys((cell.mode, cell.rate) for cell in trained):
         draws = [x for cell, x in trained.items() if (cell.mode, cell.rate) == kind]
-        lines = []
+        lines, differences = [], {}
         for way in draws[0]:
             columns = {name: np.array([x[way][name] for x in draws]) for name in draws[0][way]}
             difference = bootstrap(columns["accuracy"] - [next(iter(x.values()))["accuracy"] for x in draws])
+            differences[way] = difference
             paired = f"{100 * difference.mean:+.1f}"
             if len(draws) > 1:
                 paired += f" ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
@@ -348,6 +353,31 @@ def report_cleaning(trained: dict[Cell, dict[str, dict[str, float]]], runs: int)
             lines.append([way, *line, f"{100 * columns['accuracy'].mean():.1f}", "" if not lines else paired])
         print(f"\nTraining under {kind[0]} flips, {100 * kind[1]:g} %: {len(draws)} draws, {runs} runs each\n")
         print(markdown(["training", "pairs", "wrong labels", "accuracy, %", "minus the first, paired (95 %)"], lines))
+        if plot is not None:
+            draw_cleaning(differences, plot)
+
+
+def draw_cleaning(differences: dict[str, Interval], path: Path) -> None:
+    """Draw how much better each training is than the first one, with intervals, as an SVG."""
+    from gapo.runs.output import plots
+
+    first, *others = differences
+
+    def draw(axes: Any) -> None:
+        ordered = sorted(others, key=lambda way: differences[way].mean)
+        means = 100 * np.array([differences[way].mean for way in ordered])
+        ends = 100 * np.array([[differences[way].low, differences[way].high] for way in ordered])
+        for kind, color in (("on all pairs", plots.BLUE), ("on cleaned pairs", plots.ORANGE)):
+            mine = np.array([way.endswith(AS_THEY_ARE) == (kind == "on all pairs") for way in ordered])
+            places = np.flatnonzero(mine)
+            spread = np.abs(ends[mine].T - means[mine])
+            axes.errorbar(means[mine], places, xerr=spread, fmt="o", color=color, capsize=3, label=kind)
+        axes.axvline(0, color="grey", linewidth=0.8, linestyle="dotted")
+        names = [way.removesuffix(f", {AS_THEY_ARE}").replace(", as many as the share", "") for way in ordered]
+        axes.set_yticks(range(len(ordered)), names)
+
+    title = f"Accuracy on clean pairs, less that of {first}"
+    write_picture(path, plots.figure(title, "percentage points, 95 % intervals", "", draw, height=4.2))
 
 
 def main() -> None:
@@ -382,7 +412,7 @@ def main() -> None:
         if options.test is not None:
             trained[cell] = cleaning(options, noisy, finding, folder, judges)
     report(found)
-    report_cleaning(trained, options.runs)
+    report_cleaning(trained, options.runs, options.plot)
     numbers = {
         name: number for name, number in versions().items() if name in ("python", "torch", "transformers", "numpy")
     }
