@@ -35,7 +35,8 @@ def audited(n: int = 60, *, flips: bool | None = None, learned: bool = True, **s
     about = {
         "pairs": n, "source": "pairs.jsonl", "learned": learned, "share": {"mean": 0.18, "low": 0.15, "high": 0.22},
         "held_out_accuracy": 0.71, "held_out_low": 0.69, "held_out_high": 0.73, "folds": 5, "seeds": 1, "model": "tiny",
-        "advice": None, "chosen_longer": {"share": 0.5, "pairs": n}, "fifths": [0.6, 0.2, 0.1, 0.05, 0.05], "settings": {"rho": 0.3}, "seconds": 93.2,
+        "advice": None, "chosen_longer": {"share": 0.5, "pairs": n},
+        "fifths": [0.6, 0.2, 0.1, 0.05, 0.05], "settings": {"rho": 0.3}, "seconds": 93.2,
         "versions": {"gapo": "0.0"}, "digest": DIGEST, "table": "pairs.audit.parquet",
     }  # fmt: skip
     if flips is not None:

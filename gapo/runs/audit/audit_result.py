@@ -75,14 +75,14 @@ def verdict(summary: Row) -> str:
 
 
 def rule_of_length(summary: Row) -> str | None:
-    """What to know where length goes with the labels, beyond chance: labels that are wrong by a rule become the rule."""
+    """What to know where length goes with the labels beyond chance: what is wrong by a rule becomes the rule."""
     share, pairs = (summary["chosen_longer"][name] for name in ("share", "pairs"))
     if not summary["learned"] or not pairs or abs(share - 0.5) < max(_TOLD, _SURE * (0.25 / pairs) ** 0.5):
         return None
     side = "longer" if share > 0.5 else "shorter"
     return (
-        f"The {side} answer is the chosen one in {_percent(max(share, 1 - share))} % of the pairs whose answers differ in "
-        "length. The audit takes this for the rule: if length alone decided some labels, more are wrong than it tells."
+        f"The {side} answer is the chosen one in {_percent(max(share, 1 - share))} % of the pairs whose answers differ "
+        "in length. The audit takes this for the rule: if length alone decided some labels, more are wrong than it tells."
     )
 
 
