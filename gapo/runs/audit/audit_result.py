@@ -82,7 +82,7 @@ def rule_of_length(summary: Row) -> str | None:
     side = "longer" if share > 0.5 else "shorter"
     return (
         f"The {side} answer is the chosen one in {_percent(max(share, 1 - share))} % of the pairs whose answers differ "
-        "in length. The audit takes this for the rule: if length alone decided some labels, more are wrong than it tells."
+        "in length. The audit takes this for the rule: if length alone decided any label, more are wrong than it tells."
     )
 
 
