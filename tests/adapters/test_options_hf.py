@@ -11,6 +11,7 @@ import logp_by_hand as hand
 import numpy as np
 import pytest
 import torch
+from frameworks import require_trls_trainers
 from trainers import arguments
 from transformers import Trainer, TrainerCallback
 
@@ -98,7 +99,7 @@ def test_value_gradient_and_evaluation_by_hand(tmp_path: Path, objective: str) -
 @pytest.mark.filterwarnings("ignore")
 def test_the_step_is_trls(tmp_path: Path) -> None:
     """TRL's trainer takes its own step, and with the callback the same one; it measures the reference in both."""
-    trl = pytest.importorskip("trl")
+    trl = require_trls_trainers()
     if "precompute_ref_log_probs" not in trl.DPOConfig.__dataclass_fields__:
         pytest.skip("this version of TRL has no reference measured ahead")
     from datasets import Dataset

@@ -76,3 +76,13 @@ def require(module: str) -> Any:
         if os.environ.get("CI"):
             pytest.fail(f"{module} is not installed, and CI must test every framework")
         pytest.skip(f"{module} is not installed", allow_module_level=True)
+
+
+def require_trls_trainers() -> Any:
+    """TRL, or a skip as in `require`, also where it cannot import them: 0.24 on transformers 5 wants mergekit."""
+    trl = require("trl")
+    try:
+        trl.DPOTrainer  # noqa: B018
+    except RuntimeError as error:
+        pytest.skip(f"TRL {trl.__version__} cannot import its trainers: {error}", allow_module_level=True)
+    return trl
