@@ -78,19 +78,18 @@ class Policy:
         highest, longest = extent([row for rows in parts.values() for row in rows])
         require_fit(self.model.config, self._name, highest=max(highest, self.pad), longest=longest)
         tokens = digest_of({name: [_tokens(row) for row in rows] for name, rows in parts.items()})
-        with self.at_start():
-            weights = "" if folder is not None and self._train_layers is None else self.weights
-            if self._is_frozen:
-                self._attach_states(parts, weights)
-            folder = folder or self._cache / f"policy-{weights}"
-            folder.mkdir(parents=True, exist_ok=True)
-            reference = kept_arrays(
-                folder / f"reference-{tokens}.safetensors",
-                tokens,
-                lambda: {name: self._with_counts(rows) for name, rows in parts.items()},
-                others="the log-probabilities of other pairs: remove it, and they are measured anew",
-                remedy="remove it, and they are measured anew",
-            )
+        weights = "" if folder is not None and self._train_layers is None else self.weights
+        if self._is_frozen:
+            self._attach_states(parts, weights)
+        folder = folder or self._cache / f"policy-{weights}"
+        folder.mkdir(parents=True, exist_ok=True)
+        reference = kept_arrays(
+            folder / f"reference-{tokens}.safetensors",
+            tokens,
+            lambda: {name: self._with_counts(rows) for name, rows in parts.items()},
+            others="the log-probabilities of other pairs: remove it, and they are measured anew",
+            remedy="remove it, and they are measured anew",
+        )
         for name, rows in parts.items():
             for row, sums in zip(rows, reference[name][:, :2].tolist(), strict=True):
                 row.update(zip(REFERENCE, sums, strict=True))
@@ -149,16 +148,18 @@ class Policy:
         return out
 
     def _with_counts(self, tokens: Sequence[Row]) -> np.ndarray:
-        """(n, 4): log-probability of each chosen and each rejected answer, summed, and the number of their tokens."""
+        """(n, 4): log-probability at the start of each chosen and rejected answer, summed, and the number of tokens."""
         counts = answer_lengths(tokens)
-        return np.concatenate([self.logps(tokens) * counts, counts], 1)
+        with self.at_start():
+            return np.concatenate([self.logps(tokens) * counts, counts], 1)
 
     @cached_property
     def weights(self) -> str:
         """A digest of the first weights, and of where the frozen layers end."""
         digest = hashlib.sha256(f"{self._train_layers}".encode())
-        for name, x in self.model.state_dict().items():
-            digest.update(f"{name} {tuple(x.shape)}".encode() + x.numpy().tobytes())
+        with self.at_start():
+            for name, x in self.model.state_dict().items():
+                digest.update(f"{name} {tuple(x.shape)}".encode() + x.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def _attach_states(self, parts: Mapping[str, Sequence[Row]], weights: str) -> None:
