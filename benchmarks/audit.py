@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from shared import commit, progress, write_picture
 
-import gapo
 from gapo.data import flip_pairs, read_pairs
 from gapo.data.flip import swapped, true_labels
 from gapo.data.streams import stream
@@ -36,10 +35,11 @@ from gapo.runs.audit.noise_model import unit_size
 from gapo.runs.output.noise import FIFTHS, auroc
 from gapo.runs.output.tensors import Arrays, kept_arrays
 from gapo.runs.policy.fit import bucketed, fit
-from gapo.runs.policy.pair_batches import length, pair_logps
+from gapo.runs.policy.pair_batches import length
 from gapo.runs.versions import versions
 from gapo.runs.workers import one_thread
 from gapo.study.arms import arm_of
+from gapo.study.cell_run import step_of
 from gapo.study.statistics import Interval, bootstrap
 
 Row = dict[str, Any]
@@ -311,10 +311,8 @@ def cleaning(
 
     results = {}
     for name, way, stays, over in trainings:
-        arm = arm_of(name)
-        settings = arm.given(options.train[name])
-        config, own = arm.divided(settings)
-        step = gapo.value_and_grad(pair_logps, config, arm.objective, backend="torch", objective_settings=own)
+        settings = arm_of(name).given(options.train[name])
+        _, step = step_of(name, settings)
         used = np.flatnonzero(stays)
         mine = [swapped(row) if over[i] else row for i, row in enumerate(tokens)]
         digest = f"{held_out.fingerprint([rows[i] for i in used])} {over.sum()} {settings} {options.train_epochs}"

@@ -99,7 +99,7 @@ def train(
         anchor_pairs: pairs that share an anchor; 0 for the whole batch. A batch is then several micro-batches.
         after_step: called with the number of the step, from 1.
     """
-    objective, step = _step(arm, settings)
+    objective, step = step_of(arm, settings)
     tokens = [
         swapped(material.tokens["pool"][row]) if swap else material.tokens["pool"][row]
         for row, swap in zip(drawn.rows, drawn.is_flipped, strict=True)
@@ -127,7 +127,7 @@ def train(
     return log
 
 
-def _step(arm: str, settings: Mapping[str, Any]) -> tuple[Objective, Callable[..., Any]]:
+def step_of(arm: str, settings: Mapping[str, Any]) -> tuple[Objective, Callable[..., Any]]:
     """The objective of an arm and its training step."""
     objective = OBJECTIVES[ARMS[arm].objective]
     config, own = ARMS[arm].divided(settings)
