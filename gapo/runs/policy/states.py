@@ -25,7 +25,8 @@ def kept_states(
 ) -> list[np.ndarray]:
     """The states of each sequence that enter the trained layers of `model`: (tokens, width) float32, read as needed.
 
-    They lie in a folder of their own under `folder`. Those that are missing there are computed, with a progress bar.
+    They lie in a folder of their own under `folder`, named by the set of sequences: flipped pairs, or those in another
+    order share it, and a sequence that occurs twice is computed once. What is missing is computed, with a progress bar.
 
     Args:
         model: the policy, with frozen layers.
@@ -37,13 +38,14 @@ def kept_states(
     Raises:
         ConfigError: a file of states is damaged.
     """
-    folder = folder / f"states-{digest_of([weights, [list(x) for x in ids]])}"
+    distinct = sorted({tuple(x) for x in ids})
+    folder = folder / f"states-{digest_of([weights, distinct])}"
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = [(ids[i : i + _BLOCK], folder / f"{i // _BLOCK:05d}.npy") for i in range(0, len(ids), _BLOCK)]
+    blocks = [(distinct[i : i + _BLOCK], folder / f"{i // _BLOCK:05d}.npy") for i in range(0, len(distinct), _BLOCK)]
     missing = [(block, path) for block, path in blocks if not path.exists()]
     with tqdm(
-        total=len(ids),
-        initial=len(ids) - sum(len(block) for block, _ in missing),
+        total=len(distinct),
+        initial=len(distinct) - sum(len(block) for block, _ in missing),
         desc="states below the trained layers",
         disable=not missing,
     ) as bar:
@@ -57,7 +59,7 @@ def kept_states(
             buffer = io.BytesIO()
             np.save(buffer, np.concatenate([computed[i] for i in range(len(block))]))
             write_bytes(path, buffer.getvalue())
-    rows: list[np.ndarray] = []
+    rows: dict[tuple[int, ...], np.ndarray] = {}
     for block, path in blocks:
         ends = np.cumsum([len(x) for x in block])
         try:
@@ -66,8 +68,8 @@ def kept_states(
             raise ConfigError(f"{path} is damaged ({error}): remove it, and its states are computed anew") from error
         if len(states) != ends[-1]:
             raise ConfigError(f"{path} has {len(states)} states for {ends[-1]} tokens: remove it")
-        rows += np.split(states, ends[:-1])
-    return rows
+        rows |= zip(block, np.split(states, ends[:-1]), strict=True)
+    return [rows[tuple(x)] for x in ids]
 
 
 def digest_of(thing: object) -> str:

@@ -166,6 +166,18 @@ def test_states_are_computed_once(folder: Path, tmp_path: Path, monkeypatch: pyt
         np.testing.assert_allclose(row["chosen_states"], other["chosen_states"], rtol=0, atol=1e-6)
 
 
+def test_flipped_reordered_and_repeated_pairs_share_the_states(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, tokens = prepared(folder, tmp_path)
+    monkeypatch.setattr(states, "states_of", lambda *call: pytest.fail("computed anew"))
+    others = [swapped(row) for row in policy.tokenized(generate_pairs(6, seed=0), 64)[::-1]]
+    policy.prepare({"all": [*others, *policy.tokenized(generate_pairs(2, seed=0), 64)]})
+    for row, other in zip(tokens[::-1], others, strict=True):
+        for side, opposite in (("chosen", "rejected"), ("rejected", "chosen")):
+            np.testing.assert_array_equal(row[f"{side}_states"], other[f"{opposite}_states"])
+
+
 @pytest.mark.parametrize("layers", [None, 1])
 def test_pairs_that_are_prepared_again_are_read(
     folder: Path, tmp_path: Path, layers: int | None, monkeypatch: pytest.MonkeyPatch
