@@ -116,7 +116,8 @@ def _flip_favours(row: dict[str, Any], favour: str) -> bool:
 def swapped(row: Mapping[str, Any]) -> dict[str, Any]:
     """The pair with its answers swapped, and with them every two columns whose names differ in chosen and rejected.
 
-    "is_flipped", which says whether the label is the true one's opposite, is inverted.
+    What is said of the label is inverted: "is_flipped", whether it is the true one's opposite, and "p_wrong", the
+    probability of that by `gapo audit`.
 
     >>> swapped({"prompt": "1+1?", "chosen": "3", "rejected": "2", "score_chosen": 7.0, "score_rejected": 4.0})
     {'prompt': '1+1?', 'chosen': '2', 'rejected': '3', 'score_chosen': 4.0, 'score_rejected': 7.0}
@@ -129,4 +130,15 @@ def swapped(row: Mapping[str, Any]) -> dict[str, Any]:
             columns[name], columns[other] = row[other], row[name]
     if row.get("is_flipped") is not None:
         columns["is_flipped"] = not row["is_flipped"]
+    if "p_wrong" in row:
+        columns["p_wrong"] = _complement(row["p_wrong"])
     return columns
+
+
+def _complement(probability: Any) -> Any:
+    """1 minus it, as text where it is text; what is no number stays."""
+    try:
+        complement = round(1 - float(probability), 15)  # without the digits that binary fractions add
+    except (TypeError, ValueError):
+        return probability
+    return str(complement) if isinstance(probability, str) else complement

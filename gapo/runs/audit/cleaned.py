@@ -49,15 +49,15 @@ def actions(config: AuditConfig, p_wrong: np.ndarray, marks: Mapping[int, str]) 
 def cleaned_rows(rows: Sequence[Row], action: np.ndarray, p_wrong: np.ndarray | None) -> list[Row]:
     """The pairs that stay, in their order, with all columns.
 
-    They get "p_wrong", where it can be told, and "flipped_by_audit", where any pair is flipped.
+    They get "p_wrong", where it can be told, of the label that they then have; and "flipped_by_audit", where any pair
+    is flipped.
     """
     flips = bool((action == FLIP).any())
     out = []
     for i, row in enumerate(rows):
         if action[i] != DROP:
-            pair = swapped(row) if action[i] == FLIP else dict(row)
-            if p_wrong is not None:
-                pair["p_wrong"] = float(f"{p_wrong[i]:.6g}")
+            pair = dict(row) if p_wrong is None else {**row, "p_wrong": float(f"{p_wrong[i]:.6g}")}
+            pair = swapped(pair) if action[i] == FLIP else pair
             if flips:
                 pair["flipped_by_audit"] = bool(action[i] == FLIP)
             out.append(pair)

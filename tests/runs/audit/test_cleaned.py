@@ -47,10 +47,10 @@ def test_marks_come_before_probabilities(marked: str, action: int) -> None:
 def test_cleaned_pairs_keep_their_order_and_columns() -> None:
     rows = [{"prompt": str(i), "chosen": "a", "rejected": "b", "id": i} for i in range(4)]
     action = np.array([KEEP, FLIP, DROP, KEEP])
-    cleaned = cleaned_rows(rows, action, np.array([0.25, 0.75, 0.5, 0.1]))
+    cleaned = cleaned_rows(rows, action, np.array([0.25, 0.9, 0.5, 0.1]))
     assert [row["id"] for row in cleaned] == [0, 1, 3]
     assert cleaned[1] == {
-        "prompt": "1", "chosen": "b", "rejected": "a", "id": 1, "p_wrong": 0.75, "flipped_by_audit": True
+        "prompt": "1", "chosen": "b", "rejected": "a", "id": 1, "p_wrong": 0.1, "flipped_by_audit": True
     }  # fmt: skip
     assert cleaned[0] == {**rows[0], "p_wrong": 0.25, "flipped_by_audit": False}
     assert cleaned_rows(rows, np.array([KEEP, DROP, KEEP, KEEP]), None) == [rows[0], rows[2], rows[3]]
@@ -64,3 +64,10 @@ def test_all_that_belongs_to_an_answer_is_swapped_with_it() -> None:
         "chosen_by": "me", "note": "chosen",
     }  # fmt: skip
     assert swapped(swapped(row)) == row
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(0.93, 0.07), (1, 0.0), ("0.25", "0.75"), (None, None), ("unknown", "unknown")]
+)
+def test_the_probability_of_a_wrong_label_is_that_of_the_label_after_the_swap(before: Any, after: Any) -> None:
+    assert swapped({"chosen": "a", "rejected": "b", "p_wrong": before})["p_wrong"] == after
