@@ -163,16 +163,19 @@ def _over_seeds(group: pd.DataFrame, name: str) -> str:
 
 
 def _logps(noisy: pd.DataFrame, before: Mapping[str, float]) -> dict[str, Any]:
-    """Margins and log-probabilities on test pairs, and what a run costs."""
-    simpo = noisy[noisy["arm"] == "simpo"].set_index("seed")["cpu_seconds"]
+    """Margins and log-probabilities on test pairs, and what a run costs: also over SimPO's, or the first arm's."""
+    arms = list(noisy["arm"])
+    unit = next((arm for arm in ("simpo", *arms) if arm in arms), "simpo")
+    of_unit = noisy[noisy["arm"] == unit].set_index("seed")["cpu_seconds"]
     rows = [["before training", f"{before['margin']:.2f}", f"{before['chosen_logp']:.2f}",
              f"{before['rejected_logp']:.2f}", "", ""]]  # fmt: skip
     for arm, group in noisy.groupby("arm", sort=False):
         means = [f"{group[name].mean():.2f}" for name in ("margin", "chosen_logp", "rejected_logp")]
-        costs = (group.set_index("seed")["cpu_seconds"] / simpo).dropna()
+        costs = (group.set_index("seed")["cpu_seconds"] / of_unit).dropna()
         relative = f"{costs.median():.2f}" if len(costs) else ""
         rows.append([shown(str(arm)), *means, f"{group['cpu_seconds'].median():.1f}", relative])
-    head = ["objective", "margin", "chosen log-probability", "rejected log-probability", "CPU seconds", "over SimPO's"]
+    head = ["objective", "margin", "chosen log-probability", "rejected log-probability", "CPU seconds"]
+    head.append(f"over {shown(unit)}'s")
     return {"head": head, "rows": rows}
 
 

@@ -189,6 +189,11 @@ def test_given_settings_are_not_tuned(config: StudyConfig, tmp_path: Path) -> No
     assert "| objective | no flips | random 25 % |" in table
     assert f"{points.mean():+.1f} ± {error:.1f} |" in table.partition("| DPO, weighted by gap |")[2].splitlines()[0]
     assert "| DPO, weighted by margin |  | " in table  # a control, at its own rates
+    seconds = runs[runs["rate"] == 0.25].pivot_table(index="seed", columns="arm", values="cpu_seconds")
+    ratios = (seconds["gapo+dpo"] / seconds["dpo"]).to_numpy()
+    costs = text.partition("| CPU seconds | over DPO's |")[2].splitlines()  # without SimPO, the first arm is the unit
+    (line,) = (line for line in costs[:6] if line.startswith("| DPO, weighted by gap |"))
+    assert abs(float(line.split("|")[-2]) - ratios.mean()) <= 0.0051  # the median of two
     page = (tmp_path / "study.html").read_text()
     assert "Minus DPO, paired" in page
     assert (tmp_path / "figures" / "weighted_dpo_random.svg").exists()
