@@ -136,9 +136,11 @@ def swapped(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _complement(probability: Any) -> Any:
-    """1 minus it, as text where it is text; what is no number stays."""
+    """1 minus it, as text where it is text; what is no number in [0, 1] stays."""
     try:
         complement = round(1 - float(probability), 15)  # without the digits that binary fractions add
     except (TypeError, ValueError):
+        return probability
+    if not 0 <= complement <= 1:
         return probability
     return str(complement) if isinstance(probability, str) else complement

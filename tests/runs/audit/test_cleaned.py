@@ -67,7 +67,7 @@ def test_all_that_belongs_to_an_answer_is_swapped_with_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(0.93, 0.07), (1, 0.0), ("0.25", "0.75"), (None, None), ("unknown", "unknown")]
+    ("before", "after"), [(0.93, 0.07), (1, 0.0), ("0.25", "0.75"), (None, None), ("unknown", "unknown"), (93.0, 93.0)]
 )
 def test_the_probability_of_a_wrong_label_is_that_of_the_label_after_the_swap(before: Any, after: Any) -> None:
     assert swapped({"chosen": "a", "rejected": "b", "p_wrong": before})["p_wrong"] == after
