@@ -165,7 +165,7 @@ def _over_seeds(group: pd.DataFrame, name: str) -> str:
 def _logps(noisy: pd.DataFrame, before: Mapping[str, float]) -> dict[str, Any]:
     """Margins and log-probabilities on test pairs, and what a run costs: also over SimPO's, or the first arm's."""
     arms = list(noisy["arm"])
-    unit = next((arm for arm in ("simpo", *arms) if arm in arms), "simpo")
+    unit = arms[0] if arms and "simpo" not in arms else "simpo"
     of_unit = noisy[noisy["arm"] == unit].set_index("seed")["cpu_seconds"]
     rows = [["before training", f"{before['margin']:.2f}", f"{before['chosen_logp']:.2f}",
              f"{before['rejected_logp']:.2f}", "", ""]]  # fmt: skip

@@ -14,7 +14,7 @@ from gapo.data import Pairs
 from gapo.files import write_text
 from gapo.runs.audit.audit_config import AuditConfig
 from gapo.runs.audit.audit_files import AuditFiles, write_ranking
-from gapo.runs.audit.audit_result import AuditResult, Row
+from gapo.runs.audit.audit_result import AuditResult, Row, rounded
 from gapo.runs.audit.cleaned import DROP, FLIP, actions, cleaned_rows
 from gapo.runs.audit.combination import Finding, Scores, detection, fifths_of_weight
 from gapo.runs.errors import ConfigError
@@ -95,10 +95,10 @@ def _table(
                 "row": i,
                 "line": int(lines[i]) if len(lines) else None,
                 "id": row.get("id"),
-                "p_wrong": _digits(finding.p_wrong[i]) if finding.learned else None,
-                "margin": _digits(margin[i]),
-                "gap": _digits(gap[i]),
-                "weight": _digits(weight[i]),
+                "p_wrong": rounded(finding.p_wrong[i]) if finding.learned else None,
+                "margin": rounded(margin[i]),
+                "gap": rounded(gap[i]),
+                "weight": rounded(weight[i]),
                 "against": int(against[i]),
                 "policies": len(scores.margins),
                 "prompt": row["prompt"],
@@ -109,10 +109,6 @@ def _table(
             }
         )
     return out
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def write_result(files: AuditFiles, result: AuditResult) -> None:

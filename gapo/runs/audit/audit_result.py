@@ -86,5 +86,10 @@ def rule_of_length(summary: Row) -> str | None:
     )
 
 
+def rounded(value: float) -> float:
+    """`value` to six significant digits, as table and cleaned pairs have it."""
+    return float(f"{value:.6g}")
+
+
 def _percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from gapo.data.flip import swapped
 from gapo.runs.audit.audit_config import AuditConfig
-from gapo.runs.audit.audit_result import Row
+from gapo.runs.audit.audit_result import Row, rounded
 
 KEEP, FLIP, DROP = 0, 1, 2
 
@@ -56,7 +56,7 @@ def cleaned_rows(rows: Sequence[Row], action: np.ndarray, p_wrong: np.ndarray | 
     out = []
     for i, row in enumerate(rows):
         if action[i] != DROP:
-            pair = dict(row) if p_wrong is None else {**row, "p_wrong": float(f"{p_wrong[i]:.6g}")}
+            pair = dict(row) if p_wrong is None else {**row, "p_wrong": rounded(p_wrong[i])}
             pair = swapped(pair) if action[i] == FLIP else pair
             if flips:
                 pair["flipped_by_audit"] = bool(action[i] == FLIP)
