@@ -17,8 +17,8 @@ def audit(pairs: str | PathLike[str] | Iterable[Mapping[str, Any]], *, model: st
     Nothing needs to be known of which labels are wrong. Models are run by PyTorch, on the CPU.
 
     Args:
-        pairs: a file or a data set's name, as for `gapo.data.read_pairs`; or the pairs themselves, a list of dicts or a
-            `datasets.Dataset`.
+        pairs: a file or a data set's name, as for `gapo.data.read_pairs`; or the pairs themselves: a list of dicts, a
+            `datasets.Dataset` or a `pandas.DataFrame`.
         model: "tiny" for a small model that is made on the spot, or the folder or Hub name of a causal language model,
             whose last layers are tuned.
         settings: other options of `gapo audit`, by their names, such as `folds=10`, or `tokenizer` for a model whose
@@ -32,6 +32,7 @@ def audit(pairs: str | PathLike[str] | Iterable[Mapping[str, Any]], *, model: st
 
     Raises:
         ModuleNotFoundError: a library of the extra `gapo[cli]` is not installed.
+        TypeError: `pairs` are no pairs, such as a dict of splits.
         ValueError: a setting is not accepted, or the pairs cannot be read.
         FloatingPointError: a policy's log-probabilities are not finite.
     """

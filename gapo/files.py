@@ -23,6 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gapo.records import in_memory, require_row
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -108,17 +110,22 @@ def _number(error: Exception) -> int:
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON lines, gzipped if the name ends in .gz, atomically.
 
+    Args:
+        path: the file.
+        rows: a list of dicts, a `datasets.Dataset`, a `pandas.DataFrame`, or anything else that yields dicts.
+
     Raises:
+        TypeError: `rows` are no rows, or one of them is no dict.
         ValueError: a row holds what JSON cannot, such as a date.
         OSError: the file cannot be written.
     """
-    path = Path(path)
+    path, rows = Path(path), in_memory(rows, "rows")
     with whole(path) as partial, open(partial, "wb") as raw:
         # A gzip file without name and time: the same rows give the same bytes.
         opened = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
         with io.TextIOWrapper(opened, encoding="utf-8", newline="\n") as file:
             for number, row in enumerate(rows, start=1):
-                file.write(_line(row, f"{path}, row {number}"))
+                file.write(_line(require_row(row, number, "rows"), f"{path}, row {number}"))
 
 
 def _line(row: dict[str, Any], where: str) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from gapo.data.layouts import listed_columns
 from gapo.data.lazy_rows import mapped
 from gapo.data.messages import text_of
 from gapo.pairs import SIDES
+from gapo.records import in_memory, require_row
 
 MODES = ("random", "length")
 FAVOURS = ("longer", "shorter")
@@ -28,7 +30,8 @@ def flip_pairs(
     Of the rows of `read_pairs` it is a read-only view, of others a list.
 
     Args:
-        rows: pairs. An "is_flipped" of theirs is inverted on the rows that are flipped, and kept on the others.
+        rows: pairs: a list of dicts, a `datasets.Dataset` or a `pandas.DataFrame`. An "is_flipped" is inverted on the
+            rows that are flipped, and kept on the others.
         mode: "random" draws among all pairs; "length", among the pairs whose flip makes the labels favour a length.
         rate: share of ALL pairs to flip, in [0, 1].
         seed: of the draw.
@@ -36,7 +39,9 @@ def flip_pairs(
             do; "shorter", the reverse.
 
     Raises:
-        ValueError: an argument is out of range, or fewer pairs can be flipped than `rate` asks for.
+        TypeError: `rows` are no rows.
+        ValueError: an argument is out of range, a row has no two answers, or fewer pairs can be flipped than `rate`
+            asks for.
 
     >>> rows = [{"prompt": "1+1?", "chosen": "2", "rejected": "three"}, {"prompt": "", "chosen": "b", "rejected": "a"}]
     >>> for row in flip_pairs(rows, mode="length", rate=0.5):
@@ -50,7 +55,11 @@ def flip_pairs(
         raise ValueError(f"favour must be 'longer' or 'shorter', got {favour!r}")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate!r}")
-    eligible = [i for i, row in enumerate(rows) if _flip_favours(row, favour)] if mode == "length" else range(len(rows))
+    rows = in_memory(rows, "rows")
+    rows = rows if hasattr(rows, "__len__") else list(rows)
+    eligible = (
+        [i for i, row in enumerate(rows) if _flip_favours(i, row, favour)] if mode == "length" else range(len(rows))
+    )
     count = round(rate * len(rows))
     if count > len(eligible):
         raise ValueError(
@@ -69,8 +78,11 @@ class _Flips:
         self._drawn = drawn
 
     def __call__(self, place: int, row: dict[str, Any]) -> dict[str, Any]:
-        marked = {**row, "is_flipped": bool(row.get("is_flipped"))}
-        return swapped(marked) if self._drawn[place] else marked
+        marked = {**require_row(row, place, "rows"), "is_flipped": bool(row.get("is_flipped"))}
+        try:
+            return swapped(marked) if self._drawn[place] else marked
+        except ValueError as error:
+            raise ValueError(f"row {place} of rows: {error}") from None
 
 
 def true_labels(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -107,7 +119,9 @@ def _words(name: str) -> set[str]:
     return set(re.findall("[a-z]+", re.sub(r"(held|hold)[^a-z]out(?![a-z])", r"\1out", spaced)))
 
 
-def _flip_favours(row: dict[str, Any], favour: str) -> bool:
+def _flip_favours(place: int, row: dict[str, Any], favour: str) -> bool:
+    if missing := [name for name in SIDES if name not in require_row(row, place, "rows")]:
+        raise ValueError(f"row {place} of rows: column {missing[0]!r} is missing")
     # A flip makes the rejected answer the chosen one.
     growth = len(text_of(row["rejected"])) - len(text_of(row["chosen"]))
     return growth > 0 if favour == "longer" else growth < 0
@@ -119,15 +133,19 @@ def swapped(row: Mapping[str, Any]) -> dict[str, Any]:
     What is said of the label is inverted: "is_flipped", whether it is the true one's opposite, and "p_wrong", the
     probability of that by `gapo audit`.
 
+    Raises:
+        ValueError: the row holds nothing of either answer, so that there is nothing to swap.
+
     >>> swapped({"prompt": "1+1?", "chosen": "3", "rejected": "2", "score_chosen": 7.0, "score_rejected": 4.0})
     {'prompt': '1+1?', 'chosen': '2', 'rejected': '3', 'score_chosen': 4.0, 'score_rejected': 7.0}
     """
     chosen, rejected = SIDES
+    others = {name: other for name in row if (other := name.replace(chosen, rejected)) != name and other in row}
+    if not others:
+        raise ValueError(f"it has no chosen and rejected to swap, but {listed_columns(row)}")
     columns = dict(row)
-    for name in row:
-        other = name.replace(chosen, rejected)
-        if other != name and other in row:
-            columns[name], columns[other] = row[other], row[name]
+    for name, other in others.items():
+        columns[name], columns[other] = row[other], row[name]
     if row.get("is_flipped") is not None:
         columns["is_flipped"] = not row["is_flipped"]
     if "p_wrong" in row:

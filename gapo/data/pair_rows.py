@@ -55,7 +55,7 @@ def as_pair(row: Any) -> dict[str, Any]:
 def require_columns(row: Any) -> None:
     """Raise RowFault unless `row` has a prompt and two different answers of one kind, text or messages."""
     if not isinstance(row, dict):
-        raise RowFault(f"not an object with columns, but {type(row).__name__}")
+        raise RowFault(f"not an object with columns, but {'null' if row is None else type(row).__name__}")
     if (reason := _fault_of_columns(row)) is not None:
         raise RowFault(reason)
 

@@ -15,6 +15,7 @@ from gapo.data.lazy_rows import RowWriter
 from gapo.data.pair_rows import RowFault, as_pair
 from gapo.data.raw_rows import Source, read_rows
 from gapo.data.text_files import PairError, Unreadable
+from gapo.records import in_memory
 
 _logger = logging.getLogger("gapo")
 
@@ -129,18 +130,20 @@ def pairs_of(
     columns: Mapping[str, str] | None = None,
     preference: str | None = None,
 ) -> Pairs:
-    """Check preference pairs that are in memory, such as a list of dicts or a `datasets.Dataset`, as `read_pairs` does.
+    """Check preference pairs that are in memory, as `read_pairs` does.
 
     Args:
-        rows: the rows; the first is line 1.
+        rows: a list of dicts, a `datasets.Dataset` or a `pandas.DataFrame`; the first row is line 1.
         source: their name, for messages.
         strict, limit, columns, preference: as for `read_pairs`.
 
     Raises:
         PairError, ValueError: as `read_pairs`.
+        TypeError: `rows` are no rows, but a path, a dict of splits, or something else.
     """
     layout = Layout(columns, preference)
-    return _collected(lambda: enumerate(rows, start=1), layout, source, strict, limit)
+    each = (dict(row) if isinstance(row, Mapping) else row for row in in_memory(rows, source))
+    return _collected(lambda: enumerate(each, start=1), layout, source, strict, limit)
 
 
 def _collected(
@@ -157,7 +160,7 @@ def _collected(
                     raise RowFault(row)
                 first = first or (row if isinstance(row, dict) else None)
                 pair = layout.pair(row)
-                if pair is not None:
+                if row is None or pair is not None:  # a tie becomes None
                     writer.append(as_pair(pair))
                     lines.append(line)
             except RowFault as error:

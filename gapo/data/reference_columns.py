@@ -12,6 +12,7 @@ from gapo.data.collate import TOKENIZED, collate_pairs, padding_multiple
 from gapo.data.lazy_rows import WithColumns, mapped
 from gapo.objective import require_number
 from gapo.pairs import REFERENCE
+from gapo.records import in_memory
 
 Measure = Callable[[Mapping[str, np.ndarray]], tuple[Any, Any]]
 
@@ -44,6 +45,7 @@ def with_reference_logps(
         New rows, in the order of `tokenized`.
 
     Raises:
+        TypeError: `tokenized` are no rows.
         ValueError: a row is not tokenised, or `ld_alpha` is not in [0, 1].
         FloatingPointError: a log-probability is not finite; names the row.
 
@@ -56,6 +58,7 @@ def with_reference_logps(
     """
     if ld_alpha is not None:
         require_number("ld_alpha", ld_alpha, "in [0, 1], or None", lambda v: 0 <= v <= 1)
+    tokenized = in_memory(tokenized, "tokenized")
     of_reference = (*REFERENCE, REFERENCE_ALPHA)  # columns of an earlier measurement, which this one replaces
     tokenized = [{name: x for name, x in row.items() if name not in of_reference} for row in tokenized]
     lengths = [max(len(row.get(name, ())) for name in TOKENIZED) for row in tokenized]

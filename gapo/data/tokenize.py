@@ -19,6 +19,7 @@ from gapo.data.messages import common_length
 from gapo.data.pair_rows import name_of, require_columns, with_prompt
 from gapo.data.special_tokens import behind, frame, start_token, text_tokenizer
 from gapo.pairs import SIDES
+from gapo.records import in_memory
 
 IGNORE_INDEX = -100
 # Merges across the border change a token or two of the prompt. A tokenizer that changes more depends on later text.
@@ -91,15 +92,16 @@ def tokenize_pairs(
     and the pairs that were cut, and names the first rows of each, from 0.
 
     Args:
-        rows: pairs, as for `tokenize_pair`.
+        rows: pairs, as for `tokenize_pair`: a list of dicts, a `datasets.Dataset` or a `pandas.DataFrame`.
         tokenizer: as for `tokenize_pair`; so are the limits.
         name: names the rows in warnings and errors.
 
     Raises:
+        TypeError: `rows` are no rows.
         ValueError: as `tokenize_pair`, naming the row; or every row was left out.
     """
     limits, cuts, pairs = Limits(max_length, max_prompt_length), Cuts(), []
-    for number, (row, tokens) in enumerate(tokens_of_each(rows, tokenizer, limits, name=name)):
+    for number, (row, tokens) in enumerate(tokens_of_each(in_memory(rows, name), tokenizer, limits, name=name)):
         cuts.add(number, tokens.prompt_cut, tokens.answers_cut, tokens.are_equal)
         if not tokens.are_equal:
             pairs.append({**row, **tokens.columns})

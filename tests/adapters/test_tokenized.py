@@ -29,12 +29,12 @@ def trainer(folder: Path, rows: Any, **options: Any) -> GAPOTrainer:
     return GAPOTrainer(hf_models.make("llama"), args, train_dataset=rows, processing_class=BYTES)
 
 
-@pytest.mark.parametrize("kind", ["list", "data set", "streamed"])
+@pytest.mark.parametrize("kind", ["list", "table", "data set", "streamed"])
 def test_pairs_that_come_out_equal_are_left_out_of_a_data_set(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     made = datasets.Dataset.from_list(ROWS)
-    rows = {"list": ROWS, "data set": made, "streamed": made.to_iterable_dataset()}[kind]
+    rows = {"list": ROWS, "table": made.to_pandas(), "data set": made, "streamed": made.to_iterable_dataset()}[kind]
     with caplog.at_level(logging.WARNING, logger="gapo"):
         found = list(trainer(tmp_path, rows).train_dataset)
     assert [row["chosen"] for row in found] == ["1", "1", "3"]
@@ -52,6 +52,13 @@ def test_pairs_that_come_out_equal_are_left_out_of_a_data_set(
             "train_dataset: max_length=6, max_prompt_length=None cut the prompts of 2 (row 1, 2) and the ends of the "
             "answers of 1 (row 2) of 4 pairs; left out, since their answers are the same tokens: 1 (row 2)"
         ]
+
+
+def test_what_holds_no_rows_is_refused_before_the_training(tmp_path: Path) -> None:
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
+    for rows, reason in ((splits, "a dict of train: choose a split"), ("a.jsonl", "'a.jsonl': read a file with")):
+        with pytest.raises(TypeError, match=f"train_dataset must be a list of dicts, .*, got {reason}"):
+            trainer(tmp_path, rows)
 
 
 def test_rows_of_a_file_are_tokenised_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ BAD_LINES = {
     b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}': "not UTF-8",
     b'{"prompt": "a",': "not valid JSON",
     b"[1, 2]": "not an object with columns, but list",
+    b"null": "not an object with columns, but null",
     b'{"prompt": "a", "chosen": 1, "rejected": "c"}': "column 'chosen' is neither text nor a list of messages",
     b'{"prompt": "a", "chosen": [{"role": "x", "content": "y"}], "rejected": "c"}': "text and messages are mixed",
     b'{"prompt": "a", "chosen": "b", "rejected": "c", "is_flipped": 3}': "column 'is_flipped' is not true or false",
@@ -45,7 +46,7 @@ def test_bad_rows_are_counted_and_named_with_their_line(tmp_path: Path, name: st
     assert [problem.line for problem in pairs.problems] == list(range(2, 2 + len(BAD_LINES)))
     for problem, reason in zip(pairs.problems, BAD_LINES.values(), strict=True):
         assert reason in problem.reason
-    assert "2 pairs, 10 rows left out" in pairs.summary()
+    assert "2 pairs, 11 rows left out" in pairs.summary()
     assert "1 x not UTF-8 (line 5)" in pairs.summary()
 
 

@@ -15,6 +15,7 @@ from gapo.data.collate import TOKENIZED
 from gapo.data.lazy_rows import Rows
 from gapo.data.limits import Cuts
 from gapo.data.token_table import NOTES, columns_of, tokenized_rows, tokens_key
+from gapo.records import in_memory
 
 _STREAMED = 64  # pairs of a stream that are tokenised at a time
 
@@ -22,7 +23,7 @@ _logger = logging.getLogger("gapo")
 
 
 def tokenized(rows: Any, name: str, collator: PreferenceCollator, args: GAPOConfig) -> Any:
-    """`rows` with their token ids, where they are a list, the rows of `read_pairs` or a data set of `datasets`.
+    """`rows` with their token ids, where they are a list, a table of pandas, the rows of `read_pairs` or a data set.
 
     Others are returned unchanged. Pairs whose answers are the same tokens, mostly after truncation, are left out. One
     warning says how many, and how many pairs were cut. Tokens of data sets are made once, in `dataset_num_proc`
@@ -30,8 +31,10 @@ def tokenized(rows: Any, name: str, collator: PreferenceCollator, args: GAPOConf
     rows are tokenised when they are read, other kinds of data sets by the collator.
 
     Raises:
+        TypeError: `rows` are no rows, but a path, a dict of splits, or something else.
         ValueError: a row is no pair, naming it.
     """
+    rows = None if rows is None else in_memory(rows, name)
     if isinstance(rows, Rows):
         folder, limits = Path(datasets.config.HF_DATASETS_CACHE, "gapo"), collator.limits
         with args.main_process_first():

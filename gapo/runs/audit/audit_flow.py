@@ -48,7 +48,7 @@ def audit(pairs: str | Path | Iterable[Mapping[str, Any]], **settings: Any) -> A
             return run_audit(AuditConfig(pairs=str(pairs), **settings))
         config = AuditConfig(pairs="pairs in memory", **settings)
         checked = pairs_of(
-            (dict(row) for row in pairs),
+            pairs,
             source=config.pairs,
             strict=config.strict,
             limit=config.limit,

@@ -31,9 +31,12 @@ def divided(groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndar
     """
     sizes = np.bincount(groups)
     if len(sizes) < folds:
+        have, fewer = f"{len(sizes)} different prompts", "fewer folds, or "
+        if len(sizes) == 1:
+            have, fewer = "one prompt only", ""
         raise ConfigError(
-            f"the pairs have {len(sizes)} different prompts, and folds={folds} needs as many at least: give fewer "
-            "folds, or more pairs"
+            f"the pairs have {have}, and folds={folds} needs as many at least, since no policy judges a prompt that it "
+            f"trained on: give {fewer}pairs of more prompts"
         )
     order = rng.permutation(len(sizes))
     order = order[np.argsort(-sizes[order], kind="stable")]

@@ -230,8 +230,13 @@ def test_as_a_library_it_takes_lists_and_data_sets(
     assert result.to_pandas()["p_wrong"].tolist() == [row["p_wrong"] for row in wanted]
     assert str(result).startswith("About 10 % of your labels look wrong ")
     before = sorted(tmp_path.rglob("*"))
-    short = gapo.audit(Dataset.from_list(easy_pairs()[:30]), **{**settings, "seeds": 1, "epochs": 1, "folds": 2})
+    small = {**settings, "seeds": 1, "epochs": 1, "folds": 2}
+    short, of_table = (
+        gapo.audit(rows, **small)
+        for rows in (Dataset.from_list(easy_pairs()[:30]), Dataset.from_list(easy_pairs()[:30]).to_pandas())
+    )
     assert len(short) == 30
+    assert list(of_table) == list(short)
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(ValueError, match="audit has no setting 'fold'; accepted are split, "):
         gapo.audit(easy_pairs(), fold=3)

@@ -28,3 +28,5 @@ def test_folds_hold_whole_groups_and_about_as_many_pairs() -> None:
 def test_too_few_prompts_are_refused() -> None:
     with pytest.raises(ConfigError, match="have 2 different prompts, and folds=3 needs as many"):
         divided(np.array([0, 1, 1, 0]), 3, np.random.default_rng(0))
+    with pytest.raises(ConfigError, match=r"have one prompt only, and folds=2 .*: give pairs of more prompts"):
+        divided(np.zeros(4, dtype=int), 2, np.random.default_rng(0))
