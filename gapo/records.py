@@ -44,6 +44,12 @@ def in_memory(rows: Any, name: str) -> Any:
     return rows
 
 
+def as_sequence(rows: Any, name: str) -> Any:
+    """The rows of `in_memory`, those of an iterator as a list."""
+    rows = in_memory(rows, name)
+    return rows if hasattr(rows, "__len__") else list(rows)
+
+
 def require_row(row: Any, number: int, name: str) -> Any:
     """`row`, if it is a dict. Raises TypeError that names its number."""
     if not isinstance(row, Mapping):

@@ -13,6 +13,7 @@ from gapo.data.limits import whole_number
 from gapo.data.streams import stream
 from gapo.data.tokenize import IGNORE_INDEX
 from gapo.pairs import REFERENCE, SIDES
+from gapo.records import as_sequence, require_row
 
 _LENGTHS, _PAD_TO = 16, 32
 TOKENIZED = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
@@ -40,6 +41,7 @@ def collate_pairs(
         numbers: the rows' numbers in error messages; None counts from 0.
 
     Raises:
+        TypeError: `tokenized` are no rows.
         ValueError: there is no pair, or `padding_side` is unknown. Or a row lacks a column, or has values other than
             ids and labels; the message names the row.
 
@@ -52,9 +54,11 @@ def collate_pairs(
     check_padding(padding_side, pad_to_multiple_of)
     if pad_token_id is None:
         raise ValueError("pad_token_id must be a whole number, got None: give any id, since padding never counts")
-    if not tokenized:
+    tokenized = as_sequence(tokenized, "tokenized")
+    if not len(tokenized):
         raise ValueError("a batch needs at least one pair, got none")
-    names = [_name(row, i if numbers is None else numbers[i]) for i, row in enumerate(tokenized)]
+    numbers = range(len(tokenized)) if numbers is None else numbers
+    names = [_name(require_row(row, n, "tokenized"), n) for row, n in zip(tokenized, numbers, strict=True)]
     for row, place in zip(tokenized, names, strict=True):
         if missing := [name for name in TOKENIZED if name not in row]:
             columns = ", ".join(TOKENIZED)
@@ -183,9 +187,11 @@ def batches(
             compile for each length.
 
     Raises:
+        TypeError: `tokenized` are no rows.
         ValueError: `batch_size` is not positive, or exceeds the number of rows while `drop_last`; a row is not a
             tokenised pair (the message names it).
     """
+    tokenized = as_sequence(tokenized, "tokenized")
     if batch_size < 1 or (drop_last and batch_size > len(tokenized)):
         raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
     longest = _longest(tokenized)

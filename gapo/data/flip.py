@@ -13,7 +13,7 @@ from gapo.data.layouts import listed_columns
 from gapo.data.lazy_rows import mapped
 from gapo.data.messages import text_of
 from gapo.pairs import SIDES
-from gapo.records import in_memory, require_row
+from gapo.records import as_sequence, require_row
 
 MODES = ("random", "length")
 FAVOURS = ("longer", "shorter")
@@ -55,8 +55,7 @@ def flip_pairs(
         raise ValueError(f"favour must be 'longer' or 'shorter', got {favour!r}")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate!r}")
-    rows = in_memory(rows, "rows")
-    rows = rows if hasattr(rows, "__len__") else list(rows)
+    rows = as_sequence(rows, "rows")
     eligible = (
         [i for i, row in enumerate(rows) if _flip_favours(i, row, favour)] if mode == "length" else range(len(rows))
     )

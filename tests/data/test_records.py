@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,31 @@ TAKE_ROWS: dict[str, Callable[[Any, Path], Any]] = {
     "flip_pairs by length": lambda rows, _: data.flip_pairs(rows, rate=0.5, mode="length"),
     "tokenize_pairs": lambda rows, _: data.tokenize_pairs(rows, bytes_tokenizer()),
     "pairs_of": lambda rows, _: list(pairs_of(rows).rows),
+}
+
+
+TAKE_TOKENS: dict[str, Callable[[Any, Path], Any]] = {
     "with_reference_logps": lambda rows, _: data.with_reference_logps(
         rows, lambda batch: (-np.ones(len(batch["chosen_labels"])),) * 2, pad_token_id=0, progress=None
     ),
+    "collate_pairs": lambda rows, _: comparable([data.collate_pairs(rows, pad_token_id=0)]),
+    "batches": lambda rows, _: comparable(data.batches(rows, 2, pad_token_id=0)),
 }
+
+
+def comparable(batches: Iterable[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    return [{name: x.tolist() for name, x in batch.items()} for batch in batches]
 
 
 def frame(rows: Any) -> Any:
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("name", TAKE_ROWS)
+@pytest.mark.parametrize("name", TAKE_ROWS | TAKE_TOKENS)
 @pytest.mark.parametrize("held", [frame, datasets.Dataset.from_list, tuple, iter])
 def test_rows_are_the_same_whatever_holds_them(name: str, held: Callable[[Any], Any], tmp_path: Path) -> None:
-    rows = data.tokenize_pairs(ROWS, bytes_tokenizer()) if name == "with_reference_logps" else ROWS
-    take = TAKE_ROWS[name]
+    rows = data.tokenize_pairs(ROWS, bytes_tokenizer()) if name in TAKE_TOKENS else ROWS
+    take = (TAKE_ROWS | TAKE_TOKENS)[name]
     assert list(take(held(rows), tmp_path)) == list(take(rows, tmp_path))
 
 
@@ -62,7 +72,7 @@ def test_a_table_of_pandas_keeps_messages_and_numbers_and_what_is_missing_is_non
         data.write_rows(tmp_path / "rows.jsonl", table)
 
 
-@pytest.mark.parametrize("name", TAKE_ROWS)
+@pytest.mark.parametrize("name", TAKE_ROWS | TAKE_TOKENS)
 @pytest.mark.parametrize(
     ("rows", "got"),
     [
@@ -80,7 +90,7 @@ def test_a_table_of_pandas_keeps_messages_and_numbers_and_what_is_missing_is_non
 )
 def test_what_is_no_rows_is_refused(name: str, rows: Any, got: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=f"must be {ACCEPTED}, {got}"):
-        TAKE_ROWS[name](rows, tmp_path)
+        (TAKE_ROWS | TAKE_TOKENS)[name](rows, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
