@@ -37,8 +37,8 @@ def in_memory(rows: Any, name: str) -> Any:
                 f"{name} must be {ACCEPTED}, got one dict of {', '.join(keys[:5])}: for one row write [row], for whole "
                 "columns datasets.Dataset.from_dict(columns)"
             )
-        chosen = f": choose a split, such as [{keys[0]!r}]" if keys else ""
-        raise TypeError(f"{name} must be {ACCEPTED}, got a dict of {', '.join(keys[:5]) or 'nothing'}{chosen}")
+        hint = f": choose a split, such as [{keys[0]!r}]" if keys else ""
+        raise TypeError(f"{name} must be {ACCEPTED}, got a dict of {', '.join(keys[:5]) or 'nothing'}{hint}")
     if not isinstance(rows, Iterable) and not hasattr(rows, "__getitem__"):
         raise TypeError(f"{name} must be {ACCEPTED}, got {'None' if rows is None else type(rows).__name__}")
     return rows

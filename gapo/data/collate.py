@@ -101,11 +101,16 @@ def padding_multiple(tokenized: Sequence[dict[str, Any]]) -> int:
 
     JAX, MLX and `torch.compile` compile for each length.
     """
-    return _PAD_TO * max(1, -(-_longest(tokenized) // (_LENGTHS * _PAD_TO)))
+    return _multiple(_longest(tokenized))
+
+
+def _multiple(longest: int) -> int:
+    return _PAD_TO * max(1, -(-longest // (_LENGTHS * _PAD_TO)))
 
 
 def _longest(tokenized: Sequence[dict[str, Any]]) -> int:
-    return max((len(row[name]) for row in tokenized for name in TOKENIZED if row.get(name) is not None), default=0)
+    rows = (require_row(row, number, "tokenized") for number, row in enumerate(tokenized))
+    return max((len(row[name]) for row in rows for name in TOKENIZED if row.get(name) is not None), default=0)
 
 
 def _name(row: dict[str, Any], number: int) -> str:
@@ -195,7 +200,7 @@ def batches(
     if batch_size < 1 or (drop_last and batch_size > len(tokenized)):
         raise ValueError(f"batch_size must be from 1 to the number of pairs, {len(tokenized)}; got {batch_size}")
     longest = _longest(tokenized)
-    multiple = pad_to_multiple_of or padding_multiple(tokenized)
+    multiple = pad_to_multiple_of or _multiple(longest)
     numbers = count()
     for epoch in count() if epochs is None else range(epochs):
         order = stream(seed, "batches", epoch).permutation(len(tokenized))

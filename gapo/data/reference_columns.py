@@ -12,7 +12,7 @@ from gapo.data.collate import TOKENIZED, collate_pairs, padding_multiple
 from gapo.data.lazy_rows import WithColumns, mapped
 from gapo.objective import require_number
 from gapo.pairs import REFERENCE
-from gapo.records import in_memory
+from gapo.records import in_memory, require_row
 
 Measure = Callable[[Mapping[str, np.ndarray]], tuple[Any, Any]]
 
@@ -60,7 +60,8 @@ def with_reference_logps(
         require_number("ld_alpha", ld_alpha, "in [0, 1], or None", lambda v: 0 <= v <= 1)
     tokenized = in_memory(tokenized, "tokenized")
     of_reference = (*REFERENCE, REFERENCE_ALPHA)  # columns of an earlier measurement, which this one replaces
-    tokenized = [{name: x for name, x in row.items() if name not in of_reference} for row in tokenized]
+    rows_before = (require_row(row, i, "tokenized") for i, row in enumerate(tokenized))
+    tokenized = [{name: x for name, x in row.items() if name not in of_reference} for row in rows_before]
     lengths = [max(len(row.get(name, ())) for name in TOKENIZED) for row in tokenized]
     order = sorted(range(len(tokenized)), key=lambda i: -lengths[i])  # if memory runs out, it does so at once
     batches: Any = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -99,6 +99,10 @@ def test_a_row_that_is_no_dict_is_named(tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=r"row [12] of rows must be a dict, got str"):
             TAKE_ROWS[name]([ROWS[0], "oops"], tmp_path)
     assert not list(tmp_path.iterdir())
+    tokens = data.tokenize_pairs(ROWS, bytes_tokenizer())
+    for name in TAKE_TOKENS:
+        with pytest.raises(TypeError, match="row 2 of tokenized must be a dict, got str"):
+            TAKE_TOKENS[name]([*tokens, "oops"], tmp_path)
     checked = pairs_of([ROWS[0], "oops", None])
     assert [(problem.line, problem.reason) for problem in checked.problems] == [
         (2, "not an object with columns, but str"),
