@@ -12,11 +12,14 @@ from gapo._namespace import Array, Namespace
 _LEAST = 2.0**-126  # float32's least normal number: T^2 times anything finite vanishes beside a T below it
 
 
-def norm(x: Array, xp: Namespace) -> Array:
-    """Euclidean norm of `x`, a scalar; scaled by the largest entry, so that small numbers do not vanish squared."""
-    peak = xp.max(xp.abs(x))
-    unit = x / xp.where(peak > 0, peak, xp.ones_like(peak))
-    return peak * xp.sqrt(xp.sum(unit * unit))
+def norm(x: Array, xp: Namespace, size: Array | None = None) -> Array:
+    """Euclidean norm of `x`, a scalar; entries are squared in units of `size`, so that small ones do not vanish.
+
+    `size` is about that of the largest entry or above, a scalar >= 0; None to look for that entry, in one more pass.
+    """
+    size = xp.max(xp.abs(x)) if size is None else size
+    unit = x / xp.where(size > 0, size, xp.ones_like(size))
+    return size * xp.sqrt(xp.sum(unit * unit))
 
 
 def scaled_gradient(theta: Array, g: Array, adaptive: bool) -> Array:

@@ -65,7 +65,8 @@ class Perturbation:
             applied = at_least_float32(moved, self._xp) - theta
             unscaled = geometry.unscaled_delta(theta, applied, self._config.adaptive, self._xp)
             changed = self._backend.share_nonzero(applied)
-            self._applied.append((numel(theta), self._backend.norm(unscaled), changed))
+            # No entry of delta / T is above the radius, and rounding at most doubles one.
+            self._applied.append((numel(theta), self._backend.norm(unscaled, self.ideal_radius()), changed))
         return moved
 
     def outputs(self, forward: AnchorForward, names: list[str]) -> tuple[Array, ...]:

@@ -109,7 +109,7 @@ class Backend(Protocol):
         A pair's loss may depend on the others, so the derivative is the framework's own of the whole function.
         """
 
-    def norm(self, x: Array) -> Array:
+    def norm(self, x: Array, size: Array | None = None) -> Array:
         """Euclidean norm of one array, whole where ranks hold a shard each: `geometry.norm`, or a kernel as safe."""
 
     def share_nonzero(self, x: Array) -> Array:

@@ -213,8 +213,8 @@ class JaxBackend:
         (slopes,) = pull(jnp.full_like(by_pair, 1 / by_pair.shape[0]))
         return by_pair, slopes
 
-    def norm(self, x: Array) -> Array:
-        return _norm(x)
+    def norm(self, x: Array, size: Array | None = None) -> Array:
+        return _norm(x, size)
 
     def share_nonzero(self, x: Array) -> Array:
         return jnp.mean((x != 0).astype(x.dtype))
@@ -249,8 +249,8 @@ class JaxBackend:
 
 
 @jax.jit  # traced once for each shape
-def _norm(x: Array) -> Array:
-    return geometry.norm(x, jnp)
+def _norm(x: Array, size: Array | None) -> Array:
+    return geometry.norm(x, jnp, size)
 
 
 def _array(name: str, leaf: Any) -> Array:

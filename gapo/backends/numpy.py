@@ -114,8 +114,8 @@ class NumpyBackend:
         slopes = [[_derivative(partial(mean_at, k), x, (i,)) for i in range(len(x))] for k, x in enumerate(values)]
         return by_pair, tuple(map(np.array, slopes))
 
-    def norm(self, x: np.ndarray) -> np.ndarray:
-        return geometry.norm(x, xp)
+    def norm(self, x: np.ndarray, size: np.ndarray | None = None) -> np.ndarray:
+        return geometry.norm(x, xp, size)
 
     def share_nonzero(self, x: np.ndarray) -> np.ndarray:
         return xp.mean(xp.astype(x != 0, x.dtype))

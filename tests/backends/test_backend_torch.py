@@ -67,11 +67,11 @@ def test_weights_come_back_after_an_exception(error: type[BaseException], where:
         calls = []
 
         class Failing(TorchBackend):
-            def norm(self, x: torch.Tensor) -> torch.Tensor:
+            def norm(self, x: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
                 calls.append(x)
                 if len(calls) == 25:  # amid the applied parameters
                     raise error("while moving")
-                return super().norm(x)
+                return super().norm(x, size)
 
         forward = Failing().forward(pair_logps, model, hf_models.batch(), config)
         with pytest.raises(error, match="while moving"):

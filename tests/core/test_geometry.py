@@ -41,6 +41,11 @@ def test_norm_of_numbers_whose_squares_vanish_or_overflow(library: Library) -> N
     for scale in (1e-30, 1e30):
         x = library.asarray(np.array([3.0, 4.0]) * scale, "float32")
         np.testing.assert_allclose(library.numpy(geometry.norm(x, xp)), 5 * scale, rtol=1e-5)
+        for size in (1.5, 4.0, 1e6):  # an estimate of the largest entry
+            known = geometry.norm(x, xp, library.asarray(np.array(size * scale), "float32"))
+            np.testing.assert_allclose(library.numpy(known), 5 * scale, rtol=1e-5)
+    none = library.asarray(np.zeros(()), "float32")
+    assert library.numpy(geometry.norm(library.asarray(np.zeros((2, 2)), "float32"), xp, none)) == 0
     assert library.numpy(geometry.norm(library.asarray(np.zeros((2, 2)), "float32"), xp)) == 0
 
 

@@ -153,6 +153,17 @@ def test_radius_is_rho(backend: Library, adaptive: bool, direction: str, rho: fl
     assert (result["first_order_ratio"] is None) == (direction == "gaussian")
 
 
+def test_radius_whose_square_is_below_every_float32(backend: Library) -> None:
+    def margin_fn(params: Any, _: Any) -> Any:
+        total = models.namespace_of(backend).sum(models.flat(backend, params)["w"])
+        return models.namespace_of(backend).stack([total, total])
+
+    dtype = "float64" if backend.name == "numpy" else "float32"  # the NumPy backend computes in float64 alone
+    step = gapo.value_and_grad(margin_fn, gapo.GAPOConfig(rho=1e-25, adaptive=False), backend=backend.name)
+    result, _ = step(models.to_backend(backend, {"w": np.linspace(1e-25, 2e-25, 9)}, dtype), None)
+    np.testing.assert_allclose(backend.numpy(result.radius), 1e-25, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_where_every_weight_moves_the_share_of_changed_weights_is_exactly_one(backend: Library, dtype: str) -> None:
     if backend.name == "numpy" and dtype == "float32":

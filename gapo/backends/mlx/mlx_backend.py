@@ -52,8 +52,8 @@ class MlxBackend:
         (by_pair,), slopes = mx.vjp(lambda *outputs: losses(outputs), list(values), [share])
         return by_pair, tuple(slopes)
 
-    def norm(self, x: mx.array) -> mx.array:
-        return geometry.norm(x, mx)
+    def norm(self, x: mx.array, size: mx.array | None = None) -> mx.array:
+        return geometry.norm(x, mx, size)
 
     def share_nonzero(self, x: mx.array) -> mx.array:
         return mx.mean((x != 0).astype(x.dtype))

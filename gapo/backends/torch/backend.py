@@ -109,11 +109,11 @@ class TorchBackend:
             slopes = torch.autograd.grad(by_pair.mean(), leaves, materialize_grads=True, allow_unused=True)
         return by_pair.detach(), slopes
 
-    def norm(self, x: Tensor) -> Tensor:
+    def norm(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         if is_shard(x):
             return self.norm(by_rank(x, self.norm))
         if x.dtype == torch.float64 or x.device.type == "mps":
-            return geometry.norm(x, xp)
+            return geometry.norm(x, xp, size)
         if _has_cache(x):  # float32's own kernel is four times as fast, and right unless squares vanish or overflow
             norms = torch.stack([torch.linalg.vector_norm(block) for (block,) in self.blocks(x)])
             if float(norms.min()) > _LEAST and float(norms.max()) < _MOST:
