@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -20,6 +21,16 @@ from gapo.runs.errors import ConfigError
 from gapo.runs.shipped import configuration, configuration_names
 from gapo.runs.yaml_file import require_plain_yaml
 
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list, such as [1, 2]",
+    "tuple": "a list, such as [1, 2]",
+    "dict": "a mapping, such as {name: value}",
+    "NoneType": "null",
+}
 _PAIRS = (".jsonl", ".csv", ".tsv", ".parquet", ".gz")
 
 
@@ -100,7 +111,7 @@ def option_errors(keys: Collection[str]) -> Iterator[None]:
     except RecursionError as error:
         raise ConfigError("a value is nested too deeply") from error
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(_with_advice(_short(" ".join(str(error).split())), keys)) from error
+        raise ConfigError(_with_advice(_short(_plain(" ".join(str(error).split()))), keys)) from error
 
 
 def stated(
@@ -183,6 +194,22 @@ def _checked(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
         if not all(math.isfinite(part) for part in parts if isinstance(part, float)):
             raise ValueError(f"{f.name} must be finite, got {value!r}")
     return settings
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's word on a value of another type, as this project says it; any other message as it is.
+
+    >>> _plain('Parser key "seed": Expected a <class \'int\'>. Got value: 1.5')
+    "seed must be a whole number, got '1.5'"
+    """
+    key = re.match(r'Parser key "(\w+)": (?:Expected a |Does not validate)', message)
+    kinds = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
+    values = re.findall(r"(?:Got|Given) value: (.*?)(?= - Expected| Given value type|$)", message)
+    if key is None or not values or not kinds.keys() <= _KINDS.keys():
+        return message
+    accepted = " or ".join(dict.fromkeys(_KINDS[kind] for kind in kinds))
+    each = "each of " if "Given value type: <class 'list'>" in message and not kinds.keys() & {"list", "tuple"} else ""
+    return f"{each}{key[1]} must be {accepted}, got {values[0]!r}"
 
 
 def _short(message: str, most: int = 500) -> str:

@@ -152,6 +152,11 @@ def test_both_names_at_once() -> None:
         (["--model_revision", "main"], "is of a name on the Hub, and model is tiny"),
         (["--eval_delay", ".nan"], "eval_delay cannot be nan"),
         (["--lora_dropout", "1.0"], "lora_dropout must be in [0, 1)"),
+        (["--rho", "abc"], "rho must be a number, got 'abc'"),
+        (["--max_steps", "1.5"], "max_steps must be a whole number, got '1.5'"),
+        (["--train_layers", "two"], "train_layers must be a whole number or null, got 'two'"),
+        (["--strict", "maybe"], "strict must be true or false, got 'maybe'"),
+        (["--objective_settings", "3"], "objective_settings must be a mapping, such as {name: value}, got '3'"),
     ],
 )
 def test_what_is_refused_says_what_to_do(line: list[str], message: str) -> None:
