@@ -53,7 +53,7 @@ def make_parser() -> Any:
         prog="gapo audit",
         description="Rank preference pairs by the probability that their label is wrong: small policies judge pairs "
         "that they did not train on.",
-        epilog="example: gapo audit pairs.jsonl --output audit.parquet --drop 0.2 --clean_output kept.jsonl",
+        epilog="example: gapo audit pairs.jsonl --output audit.parquet --drop auto --clean_output kept.jsonl",
     )
     help_of = docstring_entries(AuditConfig.__doc__ or "")
     parser.add_argument("pairs", help=help_of["pairs"])

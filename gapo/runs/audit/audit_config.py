@@ -45,7 +45,8 @@ class AuditConfig(TinyPolicy, PairSource):
         strict: stop at the first bad row instead of leaving it out.
         workers: processes that train at the same time, one thread each; 0 for one per core.
         overwrite: forget the measurements beside the output and start anew.
-        drop: share of the pairs, the most suspicious, to leave out of the cleaned pairs.
+        drop: share of the pairs, the most suspicious, to leave out of the cleaned pairs; "auto" for the share of labels
+            that the audit takes to be wrong.
         flip: share of the pairs, the most suspicious, whose answers are swapped in the cleaned pairs. With drop too,
             pairs are flipped first, and the next ones are dropped until the share of both is that of drop.
         threshold: least probability of a wrong label at which a pair is touched; without drop and flip, all such pairs
@@ -81,7 +82,7 @@ class AuditConfig(TinyPolicy, PairSource):
     tiny_answer_steps: int = 1000
     workers: int = 0
     overwrite: bool = False
-    drop: float | None = None
+    drop: float | str | None = None
     flip: float | None = None
     threshold: float | None = None
     apply: str | None = None
@@ -123,10 +124,11 @@ class AuditConfig(TinyPolicy, PairSource):
 
     def _check_cleaning(self) -> None:
         for name in ("drop", "flip", "threshold"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-        if self.drop is not None and self.flip is not None and self.drop < self.flip:
+            value, other = getattr(self, name), " or 'auto'" if name == "drop" else ""
+            is_number = not isinstance(value, (bool, str))
+            if value is not None and not (is_number and 0 <= value <= 1) and not (other and value == "auto"):
+                raise ValueError(f"{name} must be in [0, 1]{other}, got {value!r}")
+        if not isinstance(self.drop, str) and self.drop is not None and self.flip is not None and self.drop < self.flip:
             raise ValueError(
                 f"drop is the share of pairs that are flipped or dropped, and must be >= flip; got drop={self.drop!r} "
                 f"and flip={self.flip!r}"

@@ -132,7 +132,7 @@ def write_cleaned(config: AuditConfig, rows: Sequence[Row], finding: Finding, ma
             "no pair is dropped or flipped, since the policies did not learn these pairs: "
             f"{_ADVICE[config.model == 'tiny']}"
         )
-    action = actions(config, finding.p_wrong, marks)
+    action = actions(config, finding.p_wrong, marks, finding.model.share)
     cleaned = cleaned_rows(rows, action, finding.p_wrong if finding.learned else None)
     write_table(Path(str(config.clean_output)), cleaned)
     counts = Counter(action.tolist())

@@ -13,7 +13,7 @@ from gapo.runs.audit.audit_result import Row, rounded
 KEEP, FLIP, DROP = 0, 1, 2
 
 
-def actions(config: AuditConfig, p_wrong: np.ndarray, marks: Mapping[int, str]) -> np.ndarray:
+def actions(config: AuditConfig, p_wrong: np.ndarray, marks: Mapping[int, str], share: float) -> np.ndarray:
     """(n,) what becomes of each pair: `KEEP`, `FLIP` or `DROP`.
 
     Pairs that a person marked right or wrong are decided by that. The others follow by their probability, the most
@@ -24,6 +24,7 @@ def actions(config: AuditConfig, p_wrong: np.ndarray, marks: Mapping[int, str]) 
         config: its `drop`, `flip`, `threshold` and `marked`.
         p_wrong: (n,) probability that each label is wrong.
         marks: "right", "wrong" or "unsure" by the place of a pair; one that is unsure counts as not marked.
+        share: of the labels, those taken to be wrong: the `drop` of "auto".
     """
     n = len(p_wrong)
     out = np.full(n, KEEP)
@@ -37,8 +38,9 @@ def actions(config: AuditConfig, p_wrong: np.ndarray, marks: Mapping[int, str]) 
     if config.threshold is not None:
         order = order[p_wrong[order] >= config.threshold]
     flips = round((config.flip or 0) * n)
-    if config.drop is not None:
-        touched = round(config.drop * n)
+    drop = share if config.drop == "auto" else config.drop
+    if drop is not None:
+        touched = round(float(drop) * n)
     else:
         touched = len(order) if config.flip is None and config.threshold is not None else flips
     out[order[:touched]] = DROP

@@ -163,9 +163,16 @@ def test_pairs_are_cleaned_by_probability_and_by_marks(folder: Path, tmp_path: P
     output = copied(folder, tmp_path)
     ranked, pairs = read_table(output), easy_pairs()
     top = [row["row"] for row in ranked[:12]]
-    assert cli.main(command(folder, output, drop=0.1, clean_output=tmp_path / "kept.jsonl")) == 0
+    assert cli.main(command(folder, output, drop=0.05, clean_output=tmp_path / "kept.jsonl")) == 0
     kept = read_table(tmp_path / "kept.jsonl")
-    assert [row["id"] for row in kept] == [pair["id"] for i, pair in enumerate(pairs) if i not in top]
+    assert [row["id"] for row in kept] == [pair["id"] for i, pair in enumerate(pairs) if i not in top[:6]]
+    assert cli.main(command(folder, output, drop="auto", clean_output=tmp_path / "kept.jsonl")) == 0
+    count = round(summary(output)["share"]["mean"] * len(pairs))
+    assert count > 6
+    suspects = {row["row"] for row in ranked[:count]}
+    assert [row["id"] for row in read_table(tmp_path / "kept.jsonl")] == [
+        pair["id"] for i, pair in enumerate(pairs) if i not in suspects
+    ]
     marks = {"format": "gapo-marks", "version": 1, "pairs_digest": summary(output)["digest"]}
     marks["marks"] = [{"row": top[0], "mark": "right"}, {"row": ranked[-1]["row"], "mark": "wrong"}]
     (tmp_path / "marks.json").write_text(json.dumps(marks))

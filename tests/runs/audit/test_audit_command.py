@@ -34,7 +34,10 @@ def test_options_reach_the_configuration() -> None:
     ("options", "message"),
     [
         (["--folds", "1"], "folds must be >= 2, so that a policy can train on other pairs; got 1"),
-        (["--drop", "1.5", "--clean_output", "c.jsonl"], "drop must be in [0, 1], got 1.5"),
+        (["--drop", "1.5", "--clean_output", "c.jsonl"], "drop must be in [0, 1] or 'auto', got 1.5"),
+        (["--drop", "all", "--clean_output", "c.jsonl"], "drop must be in [0, 1] or 'auto', got 'all'"),
+        (["--flip", "auto", "--clean_output", "c.jsonl"], "flip"),
+        (["--drop", "auto"], "drop, flip, threshold and apply need clean_output"),
         (["--drop", "0.1"], "drop, flip, threshold and apply need clean_output"),
         (["--clean_output", "c.jsonl"], "clean_output needs drop, flip, threshold or apply"),
         (["--drop", "0.1", "--flip", "0.2", "--clean_output", "c.jsonl"], "must be >= flip; got drop=0.1 and flip=0.2"),

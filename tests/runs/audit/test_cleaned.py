@@ -14,7 +14,7 @@ P = np.array([0.1, 0.9, 0.4, 0.8, 0.2, 0.05, 0.7, 0.3, 0.6, 0.15])
 
 def acts(marks: dict[int, str] | None = None, **options: Any) -> list[int]:
     config = AuditConfig(pairs="pairs.jsonl", clean_output="clean.jsonl", **options)
-    return actions(config, P, marks or {}).tolist()
+    return actions(config, P, marks or {}, 0.42).tolist()
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,13 @@ def acts(marks: dict[int, str] | None = None, **options: Any) -> list[int]:
         ({"threshold": 0.75, "drop": 0.5}, set(), {1, 3}),
         ({"threshold": 0.5, "flip": 1.0}, {1, 3, 6, 8}, set()),
         ({"drop": 0.0}, set(), set()),
+        ({"drop": "auto"}, set(), {1, 3, 6, 8}),
+        ({"drop": "auto", "flip": 0.2}, {1, 3}, {6, 8}),
+        ({"drop": "auto", "flip": 0.5}, {1, 2, 3, 6, 8}, set()),
+        ({"drop": "auto", "threshold": 0.75}, set(), {1, 3}),
     ],
 )
-def test_the_most_suspicious_pairs_are_touched(options: dict[str, float], flipped: set[int], dropped: set[int]) -> None:
+def test_the_most_suspicious_pairs_are_touched(options: dict[str, Any], flipped: set[int], dropped: set[int]) -> None:
     action = acts(**options)
     assert {i for i, a in enumerate(action) if a == FLIP} == flipped
     assert {i for i, a in enumerate(action) if a == DROP} == dropped
