@@ -111,7 +111,7 @@ def option_errors(keys: Collection[str]) -> Iterator[None]:
     except RecursionError as error:
         raise ConfigError("a value is nested too deeply") from error
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(_with_advice(_short(_plain(" ".join(str(error).split()))), keys)) from error
+        raise ConfigError(_with_advice(_short(in_own_words(error)), keys)) from error
 
 
 def stated(
@@ -196,12 +196,13 @@ def _checked(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
     return settings
 
 
-def _plain(message: str) -> str:
-    """jsonargparse's word on a value of another type, as this project says it; any other message as it is.
+def in_own_words(error: Exception) -> str:
+    r"""The message of an error of jsonargparse, in one line; that on a value of another type as this project says it.
 
-    >>> _plain('Parser key "seed": Expected a <class \'int\'>. Got value: 1.5')
+    >>> in_own_words(ValueError("Parser key \"seed\": Expected a <class 'int'>. Got value: 1.5"))
     "seed must be a whole number, got '1.5'"
     """
+    message = " ".join(str(error).split())
     key = re.match(r'Parser key "(\w+)": (?:Expected a |Does not validate)', message)
     kinds = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
     values = re.findall(r"(?:Got|Given) value: (.*?)(?= - Expected| Given value type|$)", message)

@@ -171,7 +171,7 @@ def test_a_file_of_pairs_in_json(tmp_path: Path) -> None:
 
 
 def test_values_of_another_type_and_of_another_backend() -> None:
-    with pytest.raises(ConfigError, match="save_total_limit"):
+    with pytest.raises(ConfigError, match="save_total_limit must be a whole number or null, got 'few'"):
         typed_values({"save_total_limit": "few"})
     assert typed_values({"adam_epsilon": "1e-9", "fsdp": True}) == {"adam_epsilon": 1e-9, "fsdp": True}
     words = train_command.parse(["--save_strategy", "no", "--run_name", "2.10", "--fsdp", "true"])[0]

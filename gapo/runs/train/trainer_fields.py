@@ -83,6 +83,8 @@ def typed_values(values: Mapping[str, Any]) -> dict[str, Any]:
     from jsonargparse import ArgumentError, ArgumentParser
     from transformers import TrainingArguments
 
+    from gapo.runs.options import in_own_words
+
     hints: dict[str, Any] = typing.get_type_hints(TrainingArguments)
     hints["fsdp"] |= bool  # the new form, which the annotation lacks
     parser = ArgumentParser(exit_on_error=False)
@@ -94,5 +96,5 @@ def typed_values(values: Mapping[str, Any]) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = parser.parse_object(plain).as_dict()
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(in_own_words(error)) from error
     return settings
