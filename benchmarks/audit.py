@@ -376,6 +376,8 @@ def draw_cleaning(differences: dict[str, Interval], path: Path) -> None:
         ends = 100 * np.array([[differences[way].low, differences[way].high] for way in ordered])
         for kind, color in (("on all pairs", plots.BLUE), ("on cleaned pairs", plots.ORANGE)):
             mine = np.array([way.endswith(AS_THEY_ARE) == (kind == "on all pairs") for way in ordered])
+            if not mine.any():
+                continue
             places = np.flatnonzero(mine)
             spread = np.abs(ends[mine].T - means[mine])
             axes.errorbar(means[mine], places, xerr=spread, fmt="o", color=color, capsize=3, label=kind)
