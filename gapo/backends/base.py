@@ -110,7 +110,10 @@ class Backend(Protocol):
         """
 
     def norm(self, x: Array, size: Array | None = None) -> Array:
-        """Euclidean norm of one array, whole where ranks hold a shard each: `geometry.norm`, or a kernel as safe."""
+        """Euclidean norm of one array, whole where ranks hold a shard each: `geometry.norm`, or a kernel as safe.
+
+        A kernel that has no use for `size` leaves it.
+        """
 
     def share_nonzero(self, x: Array) -> Array:
         """Share of the entries of one array that are not 0, a scalar in its dtype, whole likewise."""

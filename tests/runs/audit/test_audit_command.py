@@ -36,7 +36,7 @@ def test_options_reach_the_configuration() -> None:
         (["--folds", "1"], "folds must be >= 2, so that a policy can train on other pairs; got 1"),
         (["--drop", "1.5", "--clean_output", "c.jsonl"], "drop must be in [0, 1] or 'auto', got 1.5"),
         (["--drop", "all", "--clean_output", "c.jsonl"], "drop must be in [0, 1] or 'auto', got 'all'"),
-        (["--flip", "auto", "--clean_output", "c.jsonl"], "flip"),
+        (["--flip", "auto", "--clean_output", "c.jsonl"], "flip must be a number or null, got 'auto'"),
         (["--drop", "auto"], "drop, flip, threshold and apply need clean_output"),
         (["--drop", "0.1"], "drop, flip, threshold and apply need clean_output"),
         (["--clean_output", "c.jsonl"], "clean_output needs drop, flip, threshold or apply"),

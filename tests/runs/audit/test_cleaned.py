@@ -39,6 +39,12 @@ def test_the_most_suspicious_pairs_are_touched(options: dict[str, Any], flipped:
     assert {i for i, a in enumerate(action) if a == DROP} == dropped
 
 
+@pytest.mark.parametrize("name", ["drop", "flip", "threshold"])
+def test_true_is_no_share(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\].*, got True"):
+        acts(**{name: True})
+
+
 @pytest.mark.parametrize(("marked", "action"), [("flip", FLIP), ("drop", DROP), ("leave", KEEP)])
 def test_marks_come_before_probabilities(marked: str, action: int) -> None:
     marks = {5: "wrong", 1: "right", 3: "unsure"}
