@@ -16,18 +16,20 @@ _LISTED = 3  # names in a sentence
 def verdict(done: pd.DataFrame, value: str = "accuracy") -> str:
     """The objective of the highest mean accuracy over all flip rates above 0, and whom it beats on the same flips.
 
-    Controls do not compete, nor does what was not run at every noise.
+    Controls do not compete, nor does what was not run at every noise. Controls that the leader does not beat are named.
 
     Args:
         done: the runs of the grid that did not fail.
         value: the column that is compared, a share.
     """
-    methods = [arm for arm in dict.fromkeys(done["arm"]) if not ARMS[arm].control]
-    noisy = done[(done["rate"] > 0) & done["arm"].isin(methods)].dropna(subset=[value])
+    flipped = done[done["rate"] > 0].dropna(subset=[value])
+    is_control = flipped["arm"].map(lambda arm: ARMS[arm].control).astype(bool)
+    noisy, controls = flipped[~is_control], flipped[is_control]
     if noisy.empty:
         return "No labels were flipped, so this study cannot tell which objective copes with wrong labels."
-    cells = noisy.drop_duplicates(["arm", "mode", "rate"]).groupby("arm").size()
-    noisy = noisy[noisy["arm"].isin(cells[cells == cells.max()].index)]
+    cells = flipped.drop_duplicates(["arm", "mode", "rate"]).groupby("arm").size()
+    everywhere = cells[cells == cells[noisy["arm"].unique()].max()].index
+    noisy, controls = noisy[noisy["arm"].isin(everywhere)], controls[controls["arm"].isin(everywhere)]
     means = noisy.groupby(["arm", "mode", "rate"])[value].mean().groupby("arm").mean().sort_values(ascending=False)
     (leader, *others), seeds = means.index, noisy["seed"].nunique()
     top = f"It ranks {100 * means[leader]:.1f} % of the test pairs correctly, averaged over all flip rates above 0"
@@ -42,16 +44,24 @@ def verdict(done: pd.DataFrame, value: str = "accuracy") -> str:
         f"{top}. Its lead over the runner-up, {shown(others[0])}, is {_points(first.mean):.1f} points "
         f"({_points(first.low):.1f} to {_points(first.high):.1f}, {seeds} seeds)."
     )
+    both, arms = pd.concat([noisy, controls]), dict.fromkeys(controls["arm"])
+    if equal := [arm for arm in arms if not lead(differences(both, leader, arm, value), len(arms)).low > 0]:
+        figures += f" Controls that {shown(leader)} does not beat: {_some(equal)}."
     if not level:
         return f"{shown(leader)} beats every other objective when labels are flipped. {figures}"
     if len(level) == len(others):
         return f"No objective is ahead beyond chance when labels are flipped. {shown(leader)} comes first. {figures}"
-    names = ", ".join(shown(arm) for arm in level[:_LISTED])
-    names += f" and {len(level) - _LISTED} more" if len(level) > _LISTED else ""
     return (
         f"{shown(leader)} comes first when labels are flipped, and beats {len(others) - len(level)} of the "
-        f"{len(others)} other objectives beyond chance, but not {names}. {figures}"
+        f"{len(others)} other objectives beyond chance, but not {_some(level)}. {figures}"
     )
+
+
+def _some(arms: list[str]) -> str:
+    """Names of arms; of many the first few, and how many more."""
+    more = f" and {len(arms) - _LISTED} more" if len(arms) > _LISTED else ""
+    names = [shown(arm) for arm in arms[:_LISTED]]
+    return ("; " if any("," in name for name in names) else ", ").join(names) + more
 
 
 def _points(share: float) -> float:

@@ -54,6 +54,18 @@ def test_those_who_are_not_beaten_are_named() -> None:
     assert " and 2 more. It ranks" in names
 
 
+def test_controls_that_the_leader_does_not_beat_are_named() -> None:
+    means = {"dpo": 0.72, "gapo": 0.60, "gapo-rho0": 0.72, "gapo-gaussian": 0.5}
+    text = verdict(runs(means, spread=0.01))
+    assert text.startswith("DPO beats every other objective")
+    assert text.endswith(" 8 seeds). Controls that DPO does not beat: GAPO, rho 0.")
+    both = verdict(runs({**means, "gapo-gaussian": 0.73}, spread=0.01))
+    assert both.endswith(" Controls that DPO does not beat: GAPO, rho 0; GAPO, gaussian.")
+    assert verdict(runs({**means, "gapo-rho0": 0.5})).endswith(" 8 seeds).")
+    elsewhere = pd.concat([runs({"dpo": 0.7, "gapo": 0.6}, rates=(0.2, 0.4)), runs({"gapo-rho0": 0.9}, rates=(0.2,))])
+    assert verdict(elsewhere).endswith(" 8 seeds).")
+
+
 def test_an_arm_that_was_not_run_everywhere_does_not_compete() -> None:
     table = pd.concat([runs({"gapo": 0.6, "simpo": 0.5}, rates=(0.2, 0.4)), runs({"dpo": 0.9}, rates=(0.2,))])
     assert verdict(table).startswith("GAPO beats every other objective")
