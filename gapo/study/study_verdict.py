@@ -23,13 +23,12 @@ def verdict(done: pd.DataFrame, value: str = "accuracy") -> str:
         value: the column that is compared, a share.
     """
     flipped = done[done["rate"] > 0].dropna(subset=[value])
-    is_control = flipped["arm"].map(lambda arm: ARMS[arm].control).astype(bool)
-    noisy, controls = flipped[~is_control], flipped[is_control]
-    if noisy.empty:
+    methods = [arm for arm in flipped["arm"].unique() if not ARMS[arm].control]
+    if not methods:
         return "No labels were flipped, so this study cannot tell which objective copes with wrong labels."
     cells = flipped.drop_duplicates(["arm", "mode", "rate"]).groupby("arm").size()
-    everywhere = cells[cells == cells[noisy["arm"].unique()].max()].index
-    noisy, controls = noisy[noisy["arm"].isin(everywhere)], controls[controls["arm"].isin(everywhere)]
+    flipped = flipped[flipped["arm"].isin(cells[cells == cells[methods].max()].index)]
+    noisy = flipped[flipped["arm"].isin(methods)]
     means = noisy.groupby(["arm", "mode", "rate"])[value].mean().groupby("arm").mean().sort_values(ascending=False)
     (leader, *others), seeds = means.index, noisy["seed"].nunique()
     top = f"It ranks {100 * means[leader]:.1f} % of the test pairs correctly, averaged over all flip rates above 0"
@@ -44,8 +43,8 @@ def verdict(done: pd.DataFrame, value: str = "accuracy") -> str:
         f"{top}. Its lead over the runner-up, {shown(others[0])}, is {_points(first.mean):.1f} points "
         f"({_points(first.low):.1f} to {_points(first.high):.1f}, {seeds} seeds)."
     )
-    both, arms = pd.concat([noisy, controls]), dict.fromkeys(controls["arm"])
-    if equal := [arm for arm in arms if not lead(differences(both, leader, arm, value), len(arms)).low > 0]:
+    controls = [arm for arm in flipped["arm"].unique() if arm not in methods]
+    if equal := [arm for arm in controls if not lead(differences(flipped, leader, arm, value), len(controls)).low > 0]:
         figures += f" Controls that {shown(leader)} does not beat: {_some(equal)}."
     if not level:
         return f"{shown(leader)} beats every other objective when labels are flipped. {figures}"
